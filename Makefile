@@ -1,0 +1,53 @@
+# `make help` lists the targets. Each makes the environment first where there is none.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Options: PYTHON=python3.11 (makes the environment with it), ARGS="..." (passed on to the command).'
+
+env: $(READY) ## make the environment and do nothing else
+
+demo: $(READY) ## attack a trained classifier with JIIO and with PGD, and compare
+	$(BIN)/jiio demo $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY) ## measure the attacks side by side
+	$(BIN)/python benchmarks/attack.py $(ARGS)
+
+wheel: $(READY) ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove the environment, the builds and the caches
+	rm -rf $(VENV) build dist .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Everything is pinned, so pip has nothing to resolve (--no-deps), and `pip check` finds what is missing.
+$(READY): requirements/dev.txt pyproject.toml
+	@echo 'Installing the pinned requirements into $(VENV): about 6 GB and a few minutes, once.'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit( \
+			"The requirements need Python 3.11 or 3.12; this is %d.%d. Try: make PYTHON=python3.11" % v)' && \
+		$(PYTHON) -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --no-deps -r requirements/dev.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+	@touch $@

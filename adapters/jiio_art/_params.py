@@ -1,0 +1,88 @@
+"""The checks behind ``JIIOAttack(...)`` and ``set_params``, with ART's kinds of errors."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from jiio_plugins.attacks import LOSSES
+from jiio_plugins.methods import Method
+
+if TYPE_CHECKING:
+    from jiio_art.attack import JIIOAttack
+
+
+def check_params(attack: JIIOAttack) -> None:
+    """Check every parameter of ``attack``.
+
+    Raises:
+        TypeError, ValueError: a bad parameter; the message says what is accepted.
+        NotImplementedError: the classifier has preprocessing that is not written in PyTorch.
+    """
+    _check_classifier(attack.estimator)
+    if attack.norm not in (1, 2, math.inf, "inf"):
+        raise ValueError(f'norm must be 1, 2, np.inf or "inf", got {attack.norm!r}')
+    _check_sizes(attack.eps, attack.eps_step)
+    for name, least in (("num_random_init", 0), ("batch_size", 1), ("seed", 0)):
+        _check_count(name, getattr(attack, name), least)
+    if attack.max_iter is not None:
+        _check_count("max_iter", attack.max_iter, 1)
+    for name in ("targeted", "random_eps", "early_stop", "verbose"):
+        if not isinstance(getattr(attack, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(attack, name)!r}")
+    if attack.loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {attack.loss!r}")
+    if attack.method is not None and not isinstance(attack.method, Method):
+        raise TypeError(f"method must be Joint(...) or Nested(...), got {attack.method!r}")
+    if attack.autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"autocast must be torch.bfloat16, torch.float16 or None, got {attack.autocast!r}"
+        )
+
+
+def _check_classifier(classifier: Any) -> None:
+    if not classifier.all_framework_preprocessing:
+        raise NotImplementedError(
+            "the classifier's preprocessing must be written in PyTorch, as JIIO differentiates "
+            "through it: use the ...PyTorch version of the defence, or attack the classifier "
+            "without it"
+        )
+    if classifier.nb_classes < 2:
+        raise ValueError(f"the classifier must have 2 classes or more, got {classifier.nb_classes}")
+
+
+def _check_sizes(eps: Any, eps_step: Any) -> None:
+    _check_size("eps", eps, positive=False)
+    if eps_step is None:
+        return
+    _check_size("eps_step", eps_step, positive=True)
+    if isinstance(eps, np.ndarray) != isinstance(eps_step, np.ndarray):
+        raise TypeError(
+            "eps and eps_step must both be numbers or both be arrays, got "
+            f"{type(eps).__name__} and {type(eps_step).__name__}"
+        )
+    if np.shape(eps) != np.shape(eps_step):
+        raise ValueError(
+            f"eps and eps_step must have the same shape, got {np.shape(eps)} and "
+            f"{np.shape(eps_step)}"
+        )
+
+
+def _check_size(name: str, value: Any, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Real, np.ndarray)):
+        raise TypeError(f"{name} must be a number or a NumPy array, got {type(value).__name__}")
+    array = np.asarray(value, dtype=np.float64)
+    if not np.isfinite(array).all() or (array < 0).any() or (positive and (array == 0).any()):
+        sign = "positive" if positive else "not negative"
+        raise ValueError(f"{name} must be finite and {sign}, got {value}")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,278 @@
+"""JIIO as an evasion attack of ART: its words translated for :func:`jiio_plugins.attack`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from art.attacks.attack import EvasionAttack
+from art.estimators.classification.classifier import ClassifierMixin
+from art.estimators.estimator import BaseEstimator, LossGradientsMixin
+from art.estimators.pytorch import PyTorchEstimator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from jiio_art import _inputs
+from jiio_art._model import Autocast, RawInput, undisturbed
+from jiio_art._params import check_params
+from jiio_art.record import AttackRecord
+from jiio_plugins import Joint, attack
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from art.estimators.classification import PyTorchClassifier
+    from art.summary_writer import SummaryWriter
+
+    from jiio_plugins.attacks import Loss
+    from jiio_plugins.methods import Callback, Method, Progress
+
+logger = logging.getLogger(__name__)
+
+
+class JIIOAttack(EvasionAttack):
+    """Attack a deep equilibrium classifier by joint inference and input optimisation.
+
+    ``max_x L(h(z*), y)  s.t.  z* = f(z*, x),  ‖x − x₀‖_p ≤ ε,  x within clip_values``
+
+    The state z, its adjoint and x advance together; ART's own attacks solve for the first two at
+    every step. The model inside the classifier has a :class:`jiio_plugins.Equilibrium` layer and
+    returns logits. ε and clip values hold for the images as :meth:`generate` gets them, before any
+    preprocessing of the classifier. A call changes nothing of the classifier's and no global random
+    state.
+
+    Args:
+        estimator: a :class:`PyTorchClassifier`, on CPU or CUDA. Of its preprocessing only steps
+            written in PyTorch are supported.
+        norm: 1, 2, ``np.inf`` or "inf".
+        eps: ε, a number or an array: ``(n,)`` or ``(n, 1, …)`` for one value per sample; with the
+            L∞ norm also anything else that broadcasts to the images.
+        eps_step: first step in the units of the images; later ones are shorter, down to a
+            twentieth. Same kind and shape as eps. None: the method's own, a multiple of ε.
+        max_iter: steps; None: the method's own.
+        targeted: move towards ``y`` instead of away from it.
+        num_random_init: 0: start at the image; n: up to n random starts in the ball, the best kept
+            per sample.
+        batch_size: images that are worked on together.
+        random_eps: draw each sample's ε from a normal distribution of mean 0 and deviation ε/2,
+            truncated to [0, ε] (Kurakin et al., 2017); eps_step shrinks with it.
+        loss: "cross-entropy", "dlr" or "margin".
+        early_stop: stop a sample once it has been adversarial for four evaluations in a row.
+        method: a :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested`; None: ``Joint()``.
+        autocast: precision in which the loop runs the model, ``torch.bfloat16`` say. The
+            perturbation stays in float32, and the result is verified without it.
+        seed: of the random starts and random ε. A call with the same arguments gives the same
+            result.
+        summary_writer: as in ART: True, a folder, or a ``SummaryWriter``; updated at every step.
+        verbose: show a progress bar over batches.
+
+    Attributes:
+        solution: an :class:`AttackRecord` of the last :meth:`generate`: success, costs, residuals
+            and status per sample. None before the first call and after one that raised.
+
+    Raises:
+        EstimatorError: the estimator is not a PyTorch classifier.
+        TypeError, ValueError: bad parameters; the message says what is accepted.
+        NotImplementedError: preprocessing that is not written in PyTorch.
+
+    Example:
+        >>> attack = JIIOAttack(classifier, norm=2, eps=1.0)
+        >>> x_adv = attack.generate(x, y)
+        >>> attack.solution.f_evals.mean(), attack.solution.success.mean()
+
+    Not for: models without a fixed point, which ART's own attacks handle.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
+    """
+
+    attack_params = [  # noqa: RUF012 (ART's own attacks declare theirs like this)
+        *EvasionAttack.attack_params,
+        "norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size",
+        "random_eps", "loss", "early_stop", "method", "autocast", "seed", "verbose",
+    ]  # fmt: skip
+    _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin, PyTorchEstimator)
+
+    def __init__(
+        self,
+        estimator: PyTorchClassifier,
+        norm: int | float | str = np.inf,
+        eps: int | float | npt.NDArray[Any] = 0.3,
+        eps_step: int | float | npt.NDArray[Any] | None = None,
+        *,
+        max_iter: int | None = None,
+        targeted: bool = False,
+        num_random_init: int = 0,
+        batch_size: int = 32,
+        random_eps: bool = False,
+        loss: Loss = "cross-entropy",
+        early_stop: bool = False,
+        method: Method | None = None,
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
+        summary_writer: str | bool | SummaryWriter = False,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(estimator=estimator, summary_writer=summary_writer)
+        self.norm = norm
+        self.eps = eps
+        self.eps_step = eps_step
+        self.max_iter = max_iter
+        self._targeted = targeted
+        self.num_random_init = num_random_init
+        self.batch_size = batch_size
+        self.random_eps = random_eps
+        self.loss = loss
+        self.early_stop = early_stop
+        self.method = method
+        self.autocast = autocast
+        self.seed = seed
+        self.verbose = verbose
+        self.solution: AttackRecord | None = None
+        self._check_params()
+
+    def generate(
+        self, x: npt.NDArray[Any], y: npt.NDArray[Any] | None = None, **kwargs: Any
+    ) -> npt.NDArray[np.float32]:
+        """Adversarial examples for ``x``.
+
+        Args:
+            x: images ``(n, *input_shape)`` within the classifier's clip values; any real type.
+            y: true classes, or with ``targeted`` the wanted ones: one-hot ``(n, classes)`` or
+                indices ``(n,)``. None: the classifier's own predictions.
+            **kwargs: ``mask``: bool or non-negative floats that broadcast to x; pixels where it is
+                zero keep their value. Anything else is ignored.
+
+        Returns:
+            A new float32 array of the shape of x. A sample for which nothing better was found
+            comes back as it started.
+
+        Raises:
+            ValueError: bad input, or a model without an equilibrium layer; the message says how
+                to add one.
+        """
+        self.solution = None
+        self._check_params()  # attributes may have been set since
+        images = _inputs.as_images(x, self.estimator)
+        if not len(images):
+            self.solution = AttackRecord.join([])
+            return images.copy()
+        region = _inputs.Region.of(
+            images,
+            norm=float(self.norm),
+            eps=self.eps,
+            eps_step=self.eps_step,
+            scale=self._random_scale(len(images)),
+            clip_values=self.estimator.clip_values,
+            mask=kwargs.get("mask"),
+        )
+        adversarial = np.empty_like(images)
+        records = []
+        with undisturbed(self.estimator):
+            labels = self._labels(images, y)
+            starts = range(0, len(images), self.batch_size)
+            bar = tqdm(starts, desc="JIIO - Batches", leave=False, disable=not self.verbose)
+            for batch_id, start in enumerate(bar):
+                rows = slice(start, start + self.batch_size)
+                adversarial[rows], record = self._batch(
+                    batch_id, images[rows], labels[rows], region.batch(rows)
+                )
+                records.append(record)
+        self.solution = AttackRecord.join(records)
+        logger.info("Success rate of attack: %.2f%%", 100 * self.solution.success.mean())
+        if self.summary_writer is not None:
+            self.summary_writer.reset()
+        return adversarial
+
+    def _labels(self, x: npt.NDArray[np.float32], y: Any) -> npt.NDArray[np.int64]:
+        if y is not None:
+            return _inputs.class_indices(y, len(x), self.estimator.nb_classes)
+        if self.targeted:
+            raise ValueError("a targeted attack needs the wanted classes: generate(x, y=targets)")
+        predicted = self.estimator.predict(x, batch_size=self.batch_size)
+        own: npt.NDArray[np.int64] = predicted.argmax(axis=1)
+        return own
+
+    def _batch(
+        self,
+        batch_id: int,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.int64],
+        region: _inputs.Region,
+    ) -> tuple[npt.NDArray[np.float32], AttackRecord]:
+        device = self.estimator.device
+
+        def tensor(array: npt.NDArray[Any] | None) -> Tensor | None:
+            return None if array is None else torch.tensor(np.ascontiguousarray(array)).to(device)
+
+        module = RawInput(self.estimator)
+        method = self.method or Joint()
+        if self.max_iter is not None:
+            method = replace(method, max_iter=self.max_iter)
+        if region.step is not None:
+            method = replace(method, step_size=tensor(region.step))
+        if self.autocast is not None:
+            method = Autocast(inner=method, module=module, dtype=self.autocast)
+        # seeded per batch, so that a batch does not depend on how many restarts another one needed
+        seed = np.random.SeedSequence([self.seed, batch_id]).generate_state(1, np.uint64)[0]
+        images, labels = torch.tensor(x, device=device), torch.tensor(y, device=device)
+        radius = torch.tensor(region.radius, dtype=images.dtype, device=device)
+        solution = attack(
+            module,
+            images,
+            labels,
+            norm=float(self.norm),
+            eps=radius,
+            loss=self.loss,
+            targeted=self.targeted,
+            lower=tensor(region.lower),
+            upper=tensor(region.upper),
+            mask=tensor(region.mask),
+            random_starts=self.num_random_init,
+            generator=torch.Generator(device).manual_seed(int(seed)),
+            early_stop=self.early_stop,
+            method=method,
+            callback=self._summary(batch_id, x.shape, y),
+        )
+        assert isinstance(solution.x, Tensor)
+        return solution.x.cpu().numpy(), AttackRecord.of(solution, labels, self.targeted)
+
+    def _random_scale(self, rows: int) -> npt.NDArray[np.float64] | None:
+        """Factors of ε: half a normal variable, truncated to [0, 1]."""
+        if not self.random_eps:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = torch.empty(rows, dtype=torch.float64)
+        torch.nn.init.trunc_normal_(draws, 0.0, 0.5, 0.0, 1.0, generator=generator)
+        return draws.numpy()
+
+    def _summary(
+        self, batch_id: int, shape: tuple[int, ...], y: npt.NDArray[np.int64]
+    ) -> Callback | None:
+        """What keeps ART's summary writer informed; restarts go on counting steps."""
+        writer = self.summary_writer
+        if writer is None:
+            return None
+        one_hot = np.eye(self.estimator.nb_classes, dtype=np.float32)[y]
+        steps = itertools.count()
+
+        def update(progress: Progress) -> None:
+            writer.update(
+                batch_id=batch_id,
+                global_step=next(steps),
+                # ART's sign: uphill for the attacker
+                grad=-progress.gradient.reshape(shape).cpu().numpy(),
+                patch=None,
+                estimator=self.estimator,
+                x=progress.v.reshape(shape).cpu().numpy(),
+                y=one_hot,
+                targeted=self.targeted,
+            )
+
+        return update
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_params(self)

@@ -1,0 +1,287 @@
+"""JIIO in torchattacks' words; the work is done by :func:`jiio_plugins.attack`."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from jiio_plugins.attacks import attack
+from jiio_plugins.methods import Joint, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jiio_plugins.attacks import Loss
+    from jiio_plugins.solution import Solution
+
+NORMS = {"L2": 2.0, "Linf": math.inf}
+DEFAULT_EPS = {"L2": 1.0, "Linf": 8 / 255}  # those of torchattacks' PGDL2 and PGD
+LOSSES: dict[str, Loss] = {
+    "ce": "cross-entropy",  # torchattacks' name of it
+    "cross-entropy": "cross-entropy",
+    "dlr": "dlr",
+    "margin": "margin",
+}
+ROUNDING = 1e-5  # what normalising an image and back may add to a pixel, with room to spare
+
+
+class JIIO(Attack):
+    """Joint inference and input optimisation, for models with an equilibrium layer.
+
+    ``max_x L(model(x), y)  s.t.  ‖x − x₀‖ ≤ ε, 0 ≤ x ≤ 1``. The equilibrium state, its adjoint and
+    x advance together: a step costs an evaluation or two of the cell and one vector-Jacobian
+    product, where PGD solves two fixed points.
+
+    Args:
+        model: returns logits ``(N, classes)``; has a :class:`jiio_plugins.Equilibrium` layer.
+        norm: "L2" or "Linf".
+        eps: ε, in the units of images in [0, 1]; None: 1.0 for L2, 8/255 for Linf.
+        steps: steps on x; None: as many as ``method`` says, 30 unless you give one.
+        loss: "ce" (or "cross-entropy"), "dlr" or "margin".
+        random_starts: 0: start at the images. n: up to n random starts, the best kept per image.
+        early_stop: finish an image once it has been adversarial for four steps in a row.
+        seed: of the random starts, which every call repeats, and of the labels that
+            ``set_mode_targeted_random`` draws, which go on from call to call.
+        method: :class:`jiio_plugins.Joint` (default) with settings of your own, or
+            :class:`jiio_plugins.Nested`, the loop that JIIO replaces.
+
+    Shape:
+        - images ``(N, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``; float32
+          or float64, as the model is.
+        - labels ``(N,)`` integers; None: what the model predicts.
+        - output: like the images; inside ball and box.
+
+    A call changes nothing but :attr:`solution`, nor does one that fails: no train/eval flag,
+    ``.grad``, ``requires_grad`` or buffer, nor the state of the global random generators.
+
+    Example:
+        >>> atk = JIIO(model, norm="L2", eps=1.0)
+        >>> adversarial = atk(images, labels)
+        >>> print(atk.solution.stats.summary(), atk.solution.report())
+
+    Raises:
+        TypeError, ValueError: bad settings, at once; bad images or labels, when called.
+
+    Not for: models without an equilibrium layer; torchattacks' own attacks serve those.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "L2",
+        eps: float | None = None,
+        steps: int | None = None,
+        loss: str = "ce",
+        random_starts: int = 0,
+        early_stop: bool = False,
+        seed: int = 0,
+        method: Method | None = None,
+    ) -> None:
+        super().__init__("JIIO", model)
+        self.supported_mode = ["default", "targeted"]
+        self.norm = norm
+        self.eps = DEFAULT_EPS.get(norm, 0.0) if eps is None else eps
+        self.steps = steps
+        self.loss = loss
+        self.random_starts = random_starts
+        self.early_stop = early_stop
+        self.seed = seed
+        self.method = method
+        self._target_generator = torch.Generator().manual_seed(seed)
+        self._solution: Solution | None = None
+        self._check_settings()
+
+    @property
+    def solution(self) -> Solution | None:
+        """The last call as the engine saw it: cell evaluations, VJPs, residuals, status per image.
+
+        None before the first call and after one that failed. ``solution.x`` is in [0, 1] even where
+        the images are normalised. In a MultiAttack it holds the images left for this attack.
+        """
+        return self._solution
+
+    def __call__(
+        self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Adversarial images; see the class."""
+        self._solution = None
+        # The base class restores neither a frozen BatchNorm nor anything after an exception.
+        normalization = self._normalization_applied
+        try:
+            with _modes_kept(self.model):
+                adversarial: Tensor = super().__call__(inputs, labels, *args, **kwargs)
+        finally:
+            self._set_normalization_applied(normalization)
+        return adversarial
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Adversarial images for ``images`` in [0, 1]."""
+        self._check_settings()
+        self._check_images(images)
+        images = images.detach().to(self.device)
+        model = self.model
+        if self._normalization_applied is False:
+            clipped = images.clamp(0, 1)
+            images = torch.where((images - clipped).abs() <= ROUNDING, clipped, images)
+            model = _Normalized(self)
+        method = self.method if self.method is not None else Joint()
+        self._solution = attack(
+            model,
+            images,
+            self._goal(images, labels),
+            norm=NORMS[self.norm],
+            eps=self.eps,
+            loss=LOSSES[self.loss],
+            targeted=self.targeted,
+            lower=0.0,
+            upper=1.0,
+            random_starts=self.random_starts,
+            generator=torch.Generator(images.device).manual_seed(self.seed),
+            early_stop=self.early_stop,
+            training_mode=self._model_training,
+            method=method if self.steps is None else replace(method, max_iter=self.steps),
+        )
+        adversarial = self._solution.x
+        assert isinstance(adversarial, Tensor)
+        return adversarial
+
+    def _goal(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The classes to leave or, in a targeted mode, to reach."""
+        if labels is None:
+            if self.attack_mode == "targeted(label)":
+                raise ValueError("set_mode_targeted_by_label needs the target labels, got None")
+            labels = self.get_output_with_eval_nograd(images).argmax(1)
+        _check_labels("labels", labels, images)
+        labels = labels.detach().to(self.device)
+        if self.targeted and len(images):
+            labels = self.get_target_label(images, labels)
+            _check_labels("target labels", labels, images)
+        return labels.to(self.device)
+
+    # The base class draws random targets from the global generator, and looks for both kinds of
+    # target image by image, which makes the host wait for an accelerator each time.
+
+    def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """A random class for each image, other than its label."""
+        logits = self.get_output_with_eval_nograd(inputs)
+        scores = torch.rand(logits.shape, generator=self._target_generator).to(logits.device)
+        return _smallest_but(logits.argmax(1) if labels is None else labels, scores, 1)
+
+    def get_least_likely_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The class of ``kth_min``-th smallest probability for each image, its label left out."""
+        logits = self.get_output_with_eval_nograd(inputs)
+        return _smallest_but(logits.argmax(1) if labels is None else labels, logits, self._kth_min)
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """From [0, 1] to what the model expects; keeps the dtype, whatever that of mean and std."""
+        self._check_channels(inputs)
+        normalized: Tensor = super().normalize(inputs)
+        return normalized.to(inputs.dtype)
+
+    def inverse_normalize(self, inputs: Tensor) -> Tensor:
+        """From what the model expects to [0, 1]; keeps the dtype."""
+        self._check_images(inputs)
+        self._check_channels(inputs)
+        images: Tensor = super().inverse_normalize(inputs)
+        return images.to(inputs.dtype)
+
+    def _check_settings(self) -> None:
+        """At the construction and at every call: attributes may have been set in between."""
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be a finite number, not negative, got {self.eps}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.random_starts < 0:
+            raise ValueError(f"random_starts must not be negative, got {self.random_starts}")
+        if self.method is not None and not isinstance(self.method, Method):
+            raise TypeError(f"method must be Joint(...) or Nested(...), got {self.method!r}")
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point in [0, 1], got {images.dtype}: convert integers "
+                "with images.float() / 255"
+            )
+        dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtype = next(dtypes, images.dtype)
+        if images.dtype != dtype:
+            raise TypeError(
+                f"the images are {images.dtype} and the model's parameters {dtype}: convert one of "
+                f"them, with images.to({dtype}) or model.to({images.dtype})"
+            )
+        finite = torch.isfinite(images)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0, 0])
+            raise ValueError(f"images hold NaN or Inf (first in image {first}): clean the input")
+
+    def _check_channels(self, images: Tensor) -> None:
+        assert self.normalization_used is not None
+        channels = self.normalization_used["mean"].shape[1]
+        if images.ndim != 4 or channels not in (1, images.shape[1]):
+            raise ValueError(
+                f"set_normalization_used was given a mean of {channels} channels, for images of "
+                f"shape (N, {channels}, H, W), got {tuple(images.shape)}"
+            )
+
+
+class _Normalized(nn.Module):
+    """The attacked model as a function of images in [0, 1]."""
+
+    def __init__(self, attack: JIIO) -> None:
+        super().__init__()
+        parallel = isinstance(attack.model, nn.parallel.DistributedDataParallel)
+        self.model = attack.model.module if parallel else attack.model
+        self.normalize = attack.normalize
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(self.normalize(images))
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the train/eval flag of each module back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_labels(name: str, labels: Tensor, images: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor of classes, got {type(labels).__name__}")
+    integers = not labels.is_floating_point() and labels.dtype != torch.bool
+    if labels.shape != images.shape[:1] or not integers:
+        raise (ValueError if integers else TypeError)(
+            f"{name} must be integers, one class per image, shape ({len(images)},), got "
+            f"{labels.dtype} {tuple(labels.shape)}"
+        )
+
+
+def _smallest_but(labels: Tensor, scores: Tensor, k: int) -> Tensor:
+    """The class of k-th smallest score among all but the label, ``(N,)``."""
+    classes = scores.shape[1]
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(
+            f"labels must be in 0 … {classes - 1} (the model has {classes} classes), "
+            f"got {int(labels.min())} … {int(labels.max())}"
+        )
+    if not 1 <= k < classes:
+        raise ValueError(f"kth_min must be in 1 … {classes - 1} with {classes} classes, got {k}")
+    others = scores.scatter(1, labels.long()[:, None], torch.inf)
+    return others.kthvalue(k, dim=1).indices

@@ -1,0 +1,46 @@
+"""Joint inference and input optimisation (JIIO) for deep equilibrium models."""
+
+from jiio_plugins._counting import Counter, count_evaluations
+from jiio_plugins.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from jiio_plugins.attacks import attack, attack_objective, is_adversarial
+from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
+from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.methods import Joint, Nested
+from jiio_plugins.optimize import optimize_input
+from jiio_plugins.regularization import jacobian_penalty
+from jiio_plugins.solution import Solution, Stats, Status
+from jiio_plugins.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adjoint",
+    "Anderson",
+    "Box",
+    "Broyden",
+    "Constraint",
+    "Counter",
+    "Equilibrium",
+    "Implicit",
+    "Intersection",
+    "JacobianFree",
+    "Joint",
+    "L1Ball",
+    "L2Ball",
+    "LinfBall",
+    "Nested",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "Solver",
+    "Stats",
+    "Status",
+    "Unrolled",
+    "attack",
+    "attack_objective",
+    "count_evaluations",
+    "is_adversarial",
+    "jacobian_penalty",
+    "optimize_input",
+    "solve_fixed_point",
+]

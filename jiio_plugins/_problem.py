@@ -1,0 +1,232 @@
+"""Model, objective and optimised variable as functions of flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from jiio_plugins._session import NO_LAYER, Linearization, RecordSession, SolveSession, StateLayout
+from jiio_plugins.equilibrium import running
+from jiio_plugins.solution import Status
+
+if TYPE_CHECKING:
+    from jiio_plugins.solvers import FlatSolution, Solver
+
+Objective = Callable[[Any], Tensor]
+
+
+class Groups:
+    """Which problem each row of the batch belongs to; one row per problem by default."""
+
+    def __init__(self, rows: int, index: Tensor | None = None) -> None:
+        self.index = index
+        self.problems = rows if index is None else int(index.max()) + 1
+
+    def sum(self, per_row: Tensor) -> Tensor:
+        """``(rows, ...) -> (problems, ...)``, summed."""
+        if self.index is None:
+            return per_row
+        return per_row.new_zeros(self.problems, *per_row.shape[1:]).index_add(
+            0, self.index, per_row
+        )
+
+    def spread(self, per_problem: Tensor) -> Tensor:
+        """``(problems, ...) -> (rows, ...)``: each row gets its problem's entry."""
+        return per_problem if self.index is None else per_problem[self.index]
+
+    def worst(self, per_row: Tensor) -> Tensor:
+        """``(rows,) -> (problems,)``, the largest."""
+        if self.index is None:
+            return per_row
+        out = per_row.new_zeros(self.problems)
+        return out.scatter_reduce(0, self.index, per_row, "amax", include_self=False)
+
+
+class Variable:
+    """The optimised variable, flat ``(problems, d)``: the model's input."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.shape = model, x.shape
+        self.groups = Groups(len(x))
+        self.start = x.detach()
+
+    def call(self, v: Tensor) -> Any:
+        """The model's output at ``v``."""
+        return self.model(v.reshape(self.shape))
+
+    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
+        """The output for some rows only."""
+        return self.model(v[rows].reshape(len(rows), *self.shape[1:]))
+
+    def unflatten(self, v: Tensor) -> Any:
+        """``v`` as the caller knows it."""
+        return v.reshape(self.shape).detach()
+
+
+class ParameterVariable(Variable):
+    """Named parameters of the model; with several problems each row sees its problem's copy."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        missing = [name for name in names if name not in parameters]
+        if missing or not names:
+            raise ValueError(
+                f"variables must name parameters of the model; {missing or 'an empty list'} given, "
+                f"there are {', '.join(parameters)}"
+            )
+        self.model, self.x, self.names = model, x.detach(), tuple(names)
+        self.groups = Groups(
+            len(x),
+            torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
+        )
+        chosen = [parameters[name].detach() for name in self.names]
+        problems = self.groups.problems
+        if problems > 1:
+            wrong = [
+                n for n, p in zip(self.names, chosen, strict=True) if p.ndim < 1 or len(p) != 1
+            ]
+            if wrong:
+                raise ValueError(
+                    f"with {problems} problems each row needs its own copy of a variable, so its "
+                    f"parameter must have a leading dimension of 1 that the model broadcasts over "
+                    f"rows; {', '.join(wrong)} does not"
+                )
+        self.shapes = [p.shape[1:] if problems > 1 else p.shape for p in chosen]
+        self.start = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
+
+    def _replace(self, v: Tensor) -> dict[str, Tensor]:
+        parts = v.split([shape.numel() for shape in self.shapes], dim=1)
+        return {
+            name: part.reshape(len(v), *shape) if self.groups.problems > 1 else part.reshape(shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def call(self, v: Tensor) -> Any:
+        """The model's output with its parameters replaced."""
+        spread = self.groups.spread(v) if self.groups.problems > 1 else v
+        return functional_call(self.model, self._replace(spread), (self.x,))
+
+    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
+        """The output for some rows only."""
+        spread = self.groups.spread(v)[rows] if self.groups.problems > 1 else v
+        return functional_call(self.model, self._replace(spread), (self.x[rows],))
+
+    def unflatten(self, v: Tensor) -> Mapping[str, Tensor]:
+        """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
+        return {name: part.detach() for name, part in self._replace(v).items()}
+
+
+class Problem:
+    """What an optimisation method works on, and what it has cost so far.
+
+    Attributes:
+        f_evals, vjps: cost per row, ``(rows,)``.
+        layout: the layers' states in one flat matrix, known after the first pass.
+        splits: whether the model may be called on some of the rows; in train mode that would give
+            them another dropout mask or other batch statistics.
+    """
+
+    def __init__(
+        self, variable: Variable, objective: Objective, rows: int, *, splits: bool = True
+    ) -> None:
+        self.splits = splits
+        self.variable, self.objective, self.rows = variable, objective, rows
+        self.groups = variable.groups
+        self.layout: StateLayout | None = None
+        self.f_evals = torch.zeros(rows, device=variable.start.device)
+        self.vjps = torch.zeros_like(self.f_evals)
+
+    def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
+        """Add to the cost per row."""
+        self.f_evals = self.f_evals + f_evals
+        self.vjps = self.vjps + vjps
+
+    def loss(self, output: Any) -> Tensor:
+        """The objective per row, checked."""
+        value = self.objective(output)
+        if not isinstance(value, Tensor) or value.shape != (self.rows,):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"objective(output) must return one value per row, shape ({self.rows},), "
+                f"got {got}; use reduction='none'"
+            )
+        return value
+
+    def solve(
+        self,
+        v: Tensor,
+        solver: Solver | None = None,
+        start: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Solved:
+        """Solve all layers at ``v``, for all rows or some.
+
+        ``solver=None`` lets every layer do what it does outside an optimisation.
+        """
+        parts = None if start is None or self.layout is None else self.layout.split(start)
+        session = SolveSession(solver, parts)
+        with torch.no_grad(), running(session):
+            output = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
+        if not session.z:
+            raise ValueError(NO_LAYER)
+        if self.layout is None:
+            self.layout = StateLayout(session.layouts)
+        return Solved(output, torch.cat(session.z, dim=1), session.results)
+
+    def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
+        """``f(z, v)`` without a graph; the layers answer with the state they were given."""
+        assert self.layout is not None
+        session = RecordSession(self.layout.split(z))
+        with torch.no_grad(), running(session):
+            self.variable.call(v)
+        return session.flat.to(z.dtype)
+
+    def linearize(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Linearization:
+        """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
+        assert self.layout is not None
+        call = self.variable.call
+        if rows is not None:
+            some = rows
+            return Linearization(
+                lambda leaf: self.variable.call_rows(leaf, some), v, self.layout.split(z)
+            )
+        return Linearization(call, v, self.layout.split(z))
+
+
+class Solved(NamedTuple):
+    """Output and flat state of a solve; ``results`` is empty after a layer's own solve."""
+
+    output: Any
+    z: Tensor
+    results: list[FlatSolution]
+
+    @property
+    def evals(self) -> Tensor:
+        """F evaluations per row, all layers together."""
+        return torch.stack([r.evals for r in self.results]).sum(0)
+
+    @property
+    def residual(self) -> Tensor:
+        """Largest relative residual of any layer, per row."""
+        return torch.stack([r.residual for r in self.results]).amax(0)
+
+    @property
+    def converged(self) -> Tensor:
+        """Rows in which every layer reached its tolerance."""
+        return torch.stack([r.status == Status.CONVERGED for r in self.results]).all(0)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Rows in which some layer met NaN or Inf."""
+        return torch.stack([r.status == Status.NONFINITE for r in self.results]).any(0)
+
+    @property
+    def image(self) -> Tensor:
+        """F at the state: one step further, for free."""
+        return torch.cat([r.fz for r in self.results], dim=1)

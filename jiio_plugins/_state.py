@@ -1,0 +1,83 @@
+"""The states a cell works on, as one flat ``(rows, n)`` matrix the solvers work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def as_tensors(state: Any, what: str = "state") -> tuple[Tensor, ...]:
+    """The tensors of a state; an error that says what is accepted for anything else."""
+    tensors = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            raise TypeError(
+                f"{what} must be a batch-first tensor or a tuple of such tensors, "
+                f"got {type(tensor).__name__}"
+            )
+    return tensors
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes behind a flat state: ``pack`` and ``unpack`` are inverse to each other."""
+
+    shapes: tuple[torch.Size, ...]
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, state: Any) -> Layout:
+        """The layout of ``state``, batch dimension left out."""
+        tensors = as_tensors(state)
+        return cls(tuple(t.shape[1:] for t in tensors), isinstance(state, (tuple, list)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries per row of each tensor."""
+        return [shape.numel() for shape in self.shapes]
+
+    def pack(self, state: Any) -> Tensor:
+        """Tensor or tuple -> ``(rows, n)``."""
+        return flatten(as_tensors(state))
+
+    def unpack(self, flat: Tensor) -> Any:
+        """``(rows, n)`` -> tensor or tuple (views)."""
+        parts = flat.split(self.sizes, dim=1) if len(self.shapes) > 1 else (flat,)
+        tensors = tuple(
+            part.reshape(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
+        return tensors if self.is_tuple else tensors[0]
+
+    def check(self, state: Any, rows: int, what: str) -> None:
+        """Raise unless ``state`` has this layout."""
+        got = [tuple(t.shape) for t in as_tensors(state, what)]
+        wanted = [(rows, *shape) for shape in self.shapes]
+        if isinstance(state, (tuple, list)) != self.is_tuple or got != wanted:
+            raise ValueError(
+                f"{what} has shape {_show(got)}, but the state has shape {_show(wanted)}: "
+                "a cell must return a state of the shape it was given"
+            )
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate batch-first tensors to ``(rows, n)``."""
+    flats = [t.reshape(len(t), t.shape[1:].numel()) for t in tensors]  # (0, n) for no rows too
+    return flats[0] if len(flats) == 1 else torch.cat(flats, dim=1)
+
+
+def row_norm(flat: Tensor) -> Tensor:
+    """Euclidean norm of every row, ``(rows,)``."""
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norm
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))

@@ -1,0 +1,228 @@
+"""How gradients pass a fixed point ``z* = f(z*, u)``.
+
+For a loss ``ℓ(z*)`` with ``g = ∂ℓ/∂z*`` the exact gradient is ``dℓ/du = (∂f/∂u)ᵀ μ`` where the
+adjoint μ solves ``μ = J_zᵀ μ + g`` (implicit function theorem).
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins._counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.solvers import FlatSolution, Solver, iterate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from jiio_plugins._state import Layout
+
+
+_COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class CellMap:
+    """``z -> cell(z, *injection)`` on flat states, restrictable to rows of the batch."""
+
+    def __init__(self, cell: nn.Module, injection: Sequence[Any], layout: Layout) -> None:
+        self.cell, self.injection, self.layout = cell, tuple(injection), layout
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``f(z)``, flat."""
+        # under autocast the cell may answer in another precision; the iteration keeps z's
+        return self.layout.pack(self.evaluate(self.layout.unpack(z))).to(z.dtype)
+
+    def evaluate(self, state: Any) -> Any:
+        """The cell on a structured state, its output's shape checked."""
+        rows = len(state[0] if self.layout.is_tuple else state)
+        out = self.cell(state, *self.injection)
+        self.layout.check(out, rows, f"the output of the cell {type(self.cell).__name__}")
+        return out
+
+    def restrict(self, rows: Tensor) -> CellMap | None:
+        """The same map for some rows; every injected tensor is batch first.
+
+        None for a cell with dropout or batch statistics at work: fewer rows would change those.
+        """
+        if any(m.training and isinstance(m, _COUPLED) for m in self.cell.modules()):
+            return None
+        injection = [u[rows] if isinstance(u, Tensor) else u for u in self.injection]
+        return CellMap(self.cell, injection, self.layout)
+
+
+class Adjoint(abc.ABC):
+    """A gradient rule for an equilibrium."""
+
+    @abc.abstractmethod
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """The flat equilibrium of ``f`` from ``z0``, connected to the graph of ``f``."""
+
+
+def _solve(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
+    result = iterate(f, z0, solver)
+    count(f_evals=result.evals, residual=result.residual)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(Adjoint):
+    """The exact gradient: solves ``μ = J_zᵀ μ + g`` to the solver's tolerance.
+
+    Memory does not depend on the number of iterations of either solve.
+
+    Args:
+        solver: for the adjoint equation; None: the layer's own.
+
+    Not for: second derivatives (``create_graph=True`` raises).
+
+    Source: Bai, Kolter and Koltun (NeurIPS 2019), theorem 1.
+    """
+
+    solver: Solver | None = None
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then one evaluation with it."""
+        solved = _solve(f, z0, solver)
+        if not torch.is_grad_enabled():
+            return solved.fz
+        z = solved.z.detach().requires_grad_()
+        fz = f(z)
+        count(f_evals=count_rows(len(z), z.device))
+        if not fz.requires_grad:
+            return fz
+        out: Tensor = _ImplicitGate.apply(fz, z, f, self.solver or solver)
+        return out
+
+
+class _AdjointMap:
+    """``μ -> J_zᵀ μ + g`` with J at a fixed ``(z, u)``, through the graph of one evaluation."""
+
+    # restricting evaluates f anew, so it must save more than in a forward solve
+    compact_below = 0.5
+
+    def __init__(
+        self, f: CellMap, fz: Tensor, z: Tensor, g: Tensor, autocast: Callable[[], torch.autocast]
+    ) -> None:
+        self.f, self.fz, self.z, self.g, self.autocast = f, fz, z, g, autocast
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        grads = torch.autograd.grad(self.fz, self.z, mu, retain_graph=True, materialize_grads=True)
+        return grads[0] + self.g
+
+    def restrict(self, rows: Tensor) -> _AdjointMap | None:
+        f = self.f.restrict(rows)
+        if f is None:
+            return None
+        f.injection = tuple(u.detach() if isinstance(u, Tensor) else u for u in f.injection)
+        z = self.z[rows].detach().requires_grad_()
+        with torch.enable_grad(), self.autocast():
+            fz = f(z)
+        count(f_evals=count_rows(len(z), z.device))
+        return _AdjointMap(f, fz, z, self.g[rows], self.autocast)
+
+
+class _ImplicitGate(torch.autograd.Function):
+    """Identity forward; backward replaces the incoming gradient g by the adjoint μ."""
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, z: Tensor, f: CellMap, solver: Solver) -> Tensor:
+        # fz and z are kept as attributes: they are the graph that backward differentiates, and
+        # neither refers to this node, so nothing is kept alive beyond it
+        ctx.f, ctx.fz, ctx.z, ctx.solver = f, fz, z, solver
+        ctx.counters = open_counters()  # backward may run in another thread, out of autocast
+        kind = fz.device.type
+        ctx.autocast = partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+        )
+        return fz.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would raise only where g depends on x
+            raise RuntimeError(
+                "Implicit() gives first derivatives only, but create_graph=True asks for a "
+                "gradient that can be differentiated again: use adjoint=Unrolled(...) for that"
+            )
+        with counting_into(ctx.counters):
+            result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), g, ctx.solver)
+            count(vjps=result.evals + 1)  # one more carries μ on to the injection
+        return result.z, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phantom(Adjoint):
+    """Phantom gradient: differentiate through ``steps`` damped evaluations at the equilibrium.
+
+    Cheaper than :class:`Implicit` and biased; meant for training.
+
+    Args:
+        steps: evaluations with a graph.
+        damping: ``z⁺ = (1 − damping) z + damping f(z)``.
+
+    Source: Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models" (NeurIPS 2021).
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.damping <= 1:
+            raise ValueError(
+                f"Phantom needs steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}"
+            )
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then ``steps`` evaluations with it."""
+        z = _solve(f, z0, solver).z.detach()
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping)
+        count(f_evals=self.steps * count_rows(len(z), z.device))
+        return z
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacobianFree(Adjoint):
+    """Jacobian-free gradient: replace ``(I − J)⁻¹`` by the identity, ``dℓ/du ≈ (∂f/∂u)ᵀ g``.
+
+    Source: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks" (AAAI 2022).
+    """
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then one evaluation with it."""
+        return Phantom(steps=1, damping=1.0).forward(f, z0, solver)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Adjoint):
+    """Differentiate through ``steps`` plain iterations from the initial state.
+
+    The layer's solver is unused.
+
+    Memory grows with ``steps``. For checks of other gradients and for attacks that must not trust
+    an implicit one.
+    """
+
+    steps: int = 30
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.damping <= 1:
+            raise ValueError(
+                f"Unrolled needs steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}"
+            )
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Plain iterations, all in the graph."""
+        z = z0
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)
+        count(f_evals=self.steps * count_rows(len(z), z.device))
+        return z

@@ -1,0 +1,255 @@
+"""Adversarial attacks on classifiers: labels, norms and restarts on top of ``optimize_input``.
+
+Both host adapters call :func:`attack`; they only translate their toolkit's words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from jiio_plugins.constraints import (
+    Box,
+    Constraint,
+    FeasibleSet,
+    Intersection,
+    L1Ball,
+    L2Ball,
+    LinfBall,
+)
+from jiio_plugins.optimize import check_input, optimize_input
+from jiio_plugins.solution import Solution, Stats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jiio_plugins.methods import Callback, Method
+    from jiio_plugins.solvers import Solver
+
+Loss = Literal["cross-entropy", "dlr", "margin"]
+LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
+BALLS: dict[float, Callable[..., Constraint]] = {1.0: L1Ball, 2.0: L2Ball, math.inf: LinfBall}
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    norm: float,
+    eps: float | Tensor,
+    loss: Loss = "cross-entropy",
+    targeted: bool = False,
+    lower: float | Tensor | None = None,
+    upper: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    random_starts: int = 0,
+    generator: torch.Generator | None = None,
+    early_stop: bool = False,
+    method: Method | None = None,
+    verify: Solver | None = None,
+    training_mode: bool = False,
+    callback: Callback | None = None,
+) -> Solution:
+    """Adversarial examples ``max_x L(model(x), y)  s.t.  ‖x − x₀‖_p ≤ ε,  l ≤ x ≤ u``.
+
+    Args:
+        model: returns logits ``(batch, classes)``; has an equilibrium layer.
+        x: images ``(batch, ...)``, inside the box.
+        labels: ``(batch,)`` integers: the true classes, or with ``targeted`` the wanted ones.
+        norm: 1, 2 or inf.
+        eps: ε in the units of x, a number or one per sample ``(batch,)``.
+        loss: "cross-entropy", "dlr" (difference of logits ratio) or "margin".
+        targeted: minimise the loss of ``labels`` instead of maximising it.
+        lower: pixel box, a number or broadcastable to x; None: no bound.
+        upper: likewise.
+        mask: broadcastable to x; entries where it is 0 or False keep their value.
+        random_starts: 0: start at x. n: up to n random starts in the ball, the best kept per
+            sample; a sample that has succeeded is not started again.
+        generator: of the random starts; None: a fixed seed, so that the call is deterministic.
+        early_stop: stop a sample once it has been adversarial for four evaluations in a row.
+        method: see :func:`optimize_input`.
+        verify: likewise.
+        training_mode: likewise.
+        callback: likewise.
+
+    Returns:
+        A :class:`Solution` whose ``value`` is the negative loss (the loss with ``targeted``);
+        :func:`is_adversarial` tells success. Costs add up over restarts.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Source: Gurumurthy et al. (NeurIPS 2021), section 4.3; DLR: Croce and Hein (ICML 2020), eq. 6
+    and 7.
+    """
+    norm = float(norm)
+    if norm not in BALLS:
+        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
+    if random_starts < 0:
+        raise ValueError(f"random_starts must not be negative, got {random_starts}")
+    check_input(x)
+    if len(labels) != len(x):
+        raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
+    attack_objective(loss, labels, targeted)  # its errors first
+    ball = BALLS[norm](eps, x.detach(), mask=mask)
+    sets: list[Constraint] = [ball]
+    if lower is not None or upper is not None:
+        low = -torch.inf if lower is None else lower
+        high = torch.inf if upper is None else upper
+        _check_inside(x, low, high)
+        sets.append(Box(low, high))
+    whole = Intersection(*sets)
+    feasible = whole.bind(x)  # its errors first, also for an empty batch
+
+    def search(start: Tensor, rows: Tensor | None = None) -> Solution:
+        wanted = labels if rows is None else labels[rows]
+        return optimize_input(
+            model,
+            start,
+            attack_objective(loss, wanted, targeted),
+            method=method,
+            constraint=whole if rows is None else _Rows(whole, x, rows),
+            verify=verify,
+            training_mode=training_mode,
+            stop=(lambda output: _hit(output, wanted, targeted)) if early_stop else None,
+            callback=callback,
+        )
+
+    if not random_starts or not len(x):
+        return search(x)
+    if generator is None:
+        generator = torch.Generator(x.device).manual_seed(0)
+    best = search(feasible.sample(generator).reshape(x.shape))
+    for _ in range(random_starts - 1):
+        start = feasible.sample(generator).reshape(x.shape)
+        rows = (~is_adversarial(best, labels, targeted)).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        best = _better(best, search(start[rows], rows), rows, labels, targeted)
+    return best
+
+
+class _Rows(Constraint):
+    """A constraint on a batch, for some of its samples."""
+
+    def __init__(self, whole: Constraint, x: Tensor, rows: Tensor) -> None:
+        self.whole, self.x, self.rows = whole, x, rows
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        return self.whole.bind(self.x).restrict(self.rows)
+
+
+def attack_objective(
+    loss: Loss, labels: Tensor, targeted: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The function of the logits that an attack minimises, ``(batch, classes) -> (batch,)``.
+
+    cross-entropy: ``log p_y``; margin: ``z_y − max_{i≠y} z_i``; dlr: the margin divided by
+    ``z_π1 − z_π3`` (π sorts the logits, largest first). With ``targeted`` the sign of the first two
+    turns; dlr becomes ``−(z_t − z_π1) / (z_π1 − (z_π3 + z_π4) / 2)``, as far as there are classes.
+
+    Raises:
+        ValueError: an unknown loss, labels out of range, or logits of another shape.
+        TypeError: labels that are not integers.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.ndim != 1:
+        raise TypeError(
+            f"labels must be integers of shape (batch,), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    labels = labels.long()
+
+    def objective(logits: Tensor) -> Tensor:
+        _check_logits(logits, len(labels))
+        classes = logits.shape[1]
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels must be in 0 … {classes - 1} (the model has {classes} classes), "
+                f"got {low} … {high}"
+            )
+        if loss == "cross-entropy":
+            value = -cross_entropy(logits, labels, reduction="none")
+            return -value if targeted else value
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        others = logits.scatter(1, labels[:, None], -torch.inf)
+        margin = own - others.amax(1)
+        if targeted:
+            margin = -margin
+        if loss == "margin":
+            return margin
+        ordered = logits.sort(1, descending=True).values
+        if targeted and classes >= 4:
+            span = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+        else:
+            span = ordered[:, 0] - ordered[:, min(2, classes - 1)]
+        return margin / (span + 1e-12)
+
+    return objective
+
+
+def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -> Tensor:
+    """Samples that succeed by ``model(x)`` itself and by the tight solve too, ``(batch,)``."""
+    tight = _hit(solution.output, labels, targeted)
+    return tight & _hit(solution.stats.model_output, labels, targeted)
+
+
+def _hit(output: Any, labels: Tensor, targeted: bool) -> Tensor:
+    predicted = output.argmax(1)
+    hit: Tensor = predicted == labels
+    return hit if targeted else ~hit
+
+
+def _check_logits(logits: Any, rows: int) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != rows:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits of shape ({rows}, classes), got {got}")
+
+
+def _check_inside(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> None:
+    low = torch.as_tensor(lower, dtype=x.dtype, device=x.device)
+    high = torch.as_tensor(upper, dtype=x.dtype, device=x.device)
+    outside = (x < low) | (x > high)
+    if bool(outside.any()):
+        raise ValueError(
+            f"x must lie within the box [{lower}, {upper}], got values from {float(x.min()):g} to "
+            f"{float(x.max()):g}: scale or clip the images first"
+        )
+
+
+def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted: bool) -> Solution:
+    """``old`` with the samples ``rows`` replaced where ``new`` (those samples alone) is better.
+
+    Success is better than none, then the lower value; costs add up.
+    """
+    assert old.value is not None
+    assert new.value is not None
+    hit = is_adversarial(new, labels[rows], targeted)
+    take = hit | (new.value < old.value[rows])  # these rows of old have not succeeded
+    to, source = rows[take], take.nonzero().squeeze(1)
+
+    def put(into: Any, values: Any) -> Any:
+        if isinstance(into, Tensor):
+            return into.index_copy(0, to, values[source])
+        return tuple(put(a, b) for a, b in zip(into, values, strict=True))
+
+    def add(total: Any, more: Any) -> Any:
+        return total.index_add(0, rows, more) if isinstance(total, Tensor) else total + more
+
+    spent = ("f_evals", "vjps", "iterations", "verification_f_evals", "verification_seconds")
+    stats = {
+        f.name: (add if f.name in spent else put)(
+            getattr(old.stats, f.name), getattr(new.stats, f.name)
+        )
+        for f in fields(Stats)
+    }
+    names = ("x", "z", "costate", "value", "status", "output")
+    merged = {n: put(getattr(old, n), getattr(new, n)) for n in names}
+    return replace(old, stats=Stats(**stats), **merged)

@@ -1,0 +1,317 @@
+"""Constraint sets on the optimised variable: balls, boxes, masks, and their intersection.
+
+Every set is given in the units of x and bound to a starting point when an optimisation begins; all
+of them become one :class:`FeasibleSet`, ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε, v = c off the mask}``.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Number = float | Tensor
+
+
+@dataclass
+class FeasibleSet:
+    """A box and at most one ball around ``center``; all tensors flat, ``(problems, d)``.
+
+    Attributes:
+        center: c.
+        lower, upper: box (an L∞ ball is one).
+        norm: norm of the ball (1, 2 or inf), None without one; it sets the steepest direction.
+        radius: ε, ``(problems, 1)``; None without a ball.
+        mask: entries that may change, or None.
+    """
+
+    center: Tensor
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    norm: float | None = None
+    radius: Tensor | None = None
+    mask: Tensor | None = None
+
+    def restrict(self, rows: Tensor) -> FeasibleSet:
+        """The set for some of the problems."""
+
+        def some(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        return replace(
+            self,
+            center=self.center[rows],
+            lower=some(self.lower),
+            upper=some(self.upper),
+            radius=some(self.radius),
+            mask=some(self.mask),
+        )
+
+    def clip(self, v: Tensor) -> Tensor:
+        """Projection on the box and the mask."""
+        if self.lower is not None:
+            v = torch.maximum(v, self.lower)
+        if self.upper is not None:
+            v = torch.minimum(v, self.upper)
+        return v if self.mask is None else torch.where(self.mask, v, self.center)
+
+    def project(self, v: Tensor) -> Tensor:
+        """Euclidean projection of every row on the whole set (exact; no host synchronisation)."""
+        if self.radius is None or self.norm not in (1, 2):
+            return self.clip(v)
+        d = v - self.center
+        if self.mask is not None:
+            d = torch.where(self.mask, d, 0)
+        room = self._room(d)
+        shrink = _shrink_l2 if self.norm == 2 else _shrink_l1
+        delta = shrink(d, room, self.radius)
+        # towards the centre is always inside the box, so this last correction of rounding is safe
+        size = torch.linalg.vector_norm(delta, ord=self.norm, dim=1, keepdim=True)
+        delta = delta * (self.radius / size.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
+        return self.clip(self.center + delta)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A random point: uniform in the ball (or box), then projected on the whole set."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=c.dtype, device=c.device)
+
+        c = self.center
+        if self.radius is None or self.norm == math.inf:
+            low, high = self.lower, self.upper
+            if low is None or high is None or not bool(torch.isfinite(high - low).all()):
+                raise ValueError("a random start needs a ball or a bounded box")
+            return self.clip(low + (high - low) * uniform(*c.shape))
+        tiny = torch.finfo(c.dtype).tiny
+        if self.norm == 2:
+            d = torch.randn(c.shape, generator=generator, dtype=c.dtype, device=c.device)
+        else:  # exponentials divided by their sum are uniform on the simplex
+            d = -uniform(*c.shape).clamp(min=tiny).log() * (uniform(*c.shape) - 0.5).sign()
+        free = torch.full_like(c[:, :1], c.shape[1])
+        if self.mask is not None:  # the ball of the entries that may change
+            d = torch.where(self.mask, d, 0)
+            free = self.mask.sum(1, keepdim=True).clamp(min=1).to(c.dtype)
+        size = torch.linalg.vector_norm(d, ord=self.norm, dim=1, keepdim=True)
+        d = d / size.clamp(min=tiny)
+        length = uniform(len(c), 1) ** (1 / free)
+        return self.project(c + self.radius * length * d)
+
+    def _room(self, d: Tensor) -> Tensor:
+        """How far each entry may go from c in the direction of ``d`` before it meets the box."""
+        up = torch.inf if self.upper is None else self.upper - self.center
+        down = torch.inf if self.lower is None else self.center - self.lower
+        zero = torch.zeros((), dtype=d.dtype, device=d.device)
+        return torch.where(d >= 0, up + zero, down + zero).clamp(min=0)
+
+    def descent_direction(self, g: Tensor, v: Tensor) -> Tensor:
+        """Steepest descent of length one in the ball's norm; −g without a ball.
+
+        Entries that sit at a bound and would be pushed through it are left out first, so they do
+        not take part of the step's length.
+        """
+        if self.mask is not None:
+            g = torch.where(self.mask, g, 0)
+        if self.lower is not None and self.upper is not None and self.norm in (1, 2):
+            # a projected entry may miss its bound by a rounding: without slack that would decide
+            slack = 0.0 if self.radius is None else 1e-6 * self.radius
+            blocked = ((v <= self.lower + slack) & (g > 0)) | ((v >= self.upper - slack) & (g < 0))
+            g = g.masked_fill(blocked, 0)
+        tiny = torch.finfo(g.dtype).tiny
+        if self.norm == 2:
+            size: Tensor = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+            return -g / size.clamp(min=tiny)
+        if self.norm == math.inf:
+            return -g.sign()
+        if self.norm == 1:
+            # L1's steepest direction is one entry; a twentieth of them is as sparse as pays
+            k = max(1, g.shape[1] // 20)
+            level = g.abs().topk(k, dim=1).values[:, -1:]
+            s = -torch.where(g.abs() >= level, g.sign(), 0)
+            return s / s.abs().sum(1, keepdim=True).clamp(min=1)
+        return -g
+
+
+def _shrink_l2(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
+    """``clip(t·d)`` with the largest t ≤ 1 that keeps its norm at ``radius``.
+
+    With the clipped entries fixed, t has a closed form; it only grows while entries are added, so
+    every iterate is feasible and the iteration is finite.
+    """
+    size = d.abs()
+    square, room_square, budget = d.square(), room.square(), radius.square()
+    t = (radius / torch.linalg.vector_norm(d, dim=1, keepdim=True)).nan_to_num(1.0).clamp(max=1)
+    for _ in range(16):
+        clipped = size * t >= room
+        fixed = torch.where(clipped, room_square, 0).sum(1, keepdim=True)
+        free = torch.where(clipped, 0, square).sum(1, keepdim=True)
+        t_next = (
+            ((budget - fixed).clamp(min=0) / free).sqrt().nan_to_num(1.0, posinf=1.0).clamp(max=1)
+        )
+        t_next = torch.maximum(t, t_next)
+        if d.device.type == "cpu" and torch.equal(t, t_next):
+            break
+        t = t_next
+    return d.sign() * torch.minimum(size * t, room)
+
+
+def _shrink_l1(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
+    """Soft threshold ``min(max(|d| − λ, 0), room)`` with the least λ ≥ 0 that fits the radius."""
+    size = d.abs()
+    low = torch.zeros_like(radius)
+    high = size.amax(1, keepdim=True)
+    fits = torch.minimum(size, room).sum(1, keepdim=True) <= radius
+    for _ in range(60 if d.dtype == torch.float64 else 32):
+        middle = (low + high) / 2
+        over = torch.minimum((size - middle).clamp(min=0), room).sum(1, keepdim=True) > radius
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    level = torch.where(fits, 0, high)
+    return d.sign() * torch.minimum((size - level).clamp(min=0), room)
+
+
+class Constraint(abc.ABC):
+    """A convex set for ``optimize_input(constraint=...)``."""
+
+    @abc.abstractmethod
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """The set around ``start`` ``(problems, ...)``, flat."""
+
+
+def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=start.dtype, device=start.device)
+    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(start)):
+        raise ValueError(
+            f"{name} must be a number or one value per sample, shape ({len(start)},), "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    if not bool(((tensor >= 0) & torch.isfinite(tensor)).all()):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return tensor.expand(len(start)).unsqueeze(1)
+
+
+def _like(name: str, value: Number, start: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=dtype, device=start.device)
+    try:
+        return tensor.expand(start.shape).flatten(1)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to the shape of x, "
+            f"{tuple(start.shape)}"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ball(Constraint):
+    radius: Number
+    center: Tensor | None = None
+    mask: Tensor | None = field(default=None, kw_only=True)
+
+    def _parts(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        center = start if self.center is None else self.center
+        flat = _like("center", center, start, start.dtype).detach().clone()
+        if not bool(torch.isfinite(flat).all()):
+            raise ValueError("center holds NaN or Inf")
+        radius = _per_problem("radius", self.radius, start)
+        mask = None if self.mask is None else _like("mask", self.mask, start, torch.bool)
+        return flat, radius, mask
+
+
+@dataclass(frozen=True, eq=False)
+class L2Ball(_Ball):
+    """``‖x − center‖₂ ≤ radius``.
+
+    Args:
+        radius: number, or one per sample ``(batch,)``, in the units of x.
+        center: shape of x; None: the starting point.
+        mask: keyword only, broadcastable to x; entries where it is False or 0 stay at the center.
+    """
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        center, radius, mask = self._parts(start)
+        return FeasibleSet(center, norm=2.0, radius=radius, mask=mask)
+
+
+@dataclass(frozen=True, eq=False)
+class L1Ball(_Ball):
+    """``‖x − center‖₁ ≤ radius``; arguments as in :class:`L2Ball`."""
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        center, radius, mask = self._parts(start)
+        return FeasibleSet(center, norm=1.0, radius=radius, mask=mask)
+
+
+@dataclass(frozen=True, eq=False)
+class LinfBall(_Ball):
+    """``max |x − center| ≤ radius``; arguments as in :class:`L2Ball`."""
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        center, radius, mask = self._parts(start)
+        return FeasibleSet(center, center - radius, center + radius, math.inf, radius, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Box(Constraint):
+    """``lower ≤ x ≤ upper``; numbers or tensors that broadcast to x."""
+
+    lower: Number
+    upper: Number
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        lower = _like("lower", self.lower, start, start.dtype)
+        upper = _like("upper", self.upper, start, start.dtype)
+        if not bool((lower <= upper).all()):
+            raise ValueError(f"Box needs lower <= upper, got {self.lower} and {self.upper}")
+        return FeasibleSet(start.flatten(1).detach().clone(), lower, upper)
+
+
+class Intersection(Constraint):
+    """Points in all of the given sets: any boxes, any L∞ balls, and at most one L1 or L2 ball.
+
+    The projection is exact. The ball's centre must lie in the box.
+    """
+
+    def __init__(self, *sets: Constraint | Iterable[Constraint]) -> None:
+        flat: list[Constraint] = []
+        for item in sets:
+            flat.extend([item] if isinstance(item, Constraint) else item)
+        if not flat or not all(isinstance(item, Constraint) for item in flat):
+            raise TypeError(f"Intersection takes constraint sets, got {sets!r}")
+        curved = [s for s in flat if isinstance(s, (L1Ball, L2Ball))]
+        if len(curved) > 1:
+            raise ValueError(
+                "Intersection projects exactly on at most one L1Ball or L2Ball with boxes and "
+                f"LinfBalls, got {len(curved)} curved balls"
+            )
+        self.sets = tuple(flat)
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        bound = [s.bind(start) for s in self.sets]
+        balls = [b for b in bound if b.norm is not None]
+        balls.sort(key=lambda b: b.norm == math.inf)  # an L1 or L2 ball leads
+        lead = balls[0] if balls else bound[0]
+        lowers = [b.lower for b in bound if b.lower is not None]
+        uppers = [b.upper for b in bound if b.upper is not None]
+        masks = [b.mask for b in bound if b.mask is not None]
+        result = FeasibleSet(lead.center, norm=lead.norm, radius=lead.radius)
+        result.lower = torch.stack(lowers).amax(0) if lowers else None
+        result.upper = torch.stack(uppers).amin(0) if uppers else None
+        result.mask = torch.stack(masks).all(0) if masks else None
+        lower, upper = result.lower, result.upper
+        if lower is not None and upper is not None and not bool((lower <= upper).all()):
+            raise ValueError("the sets have no point in common: their bounds cross")
+        if lead.norm is not None and not torch.equal(result.clip(lead.center), lead.center):
+            raise ValueError(
+                "the centre of the ball lies outside the box: clip x (or center) into the box first"
+            )
+        return result

@@ -1,0 +1,420 @@
+"""Two ways to optimise an input: :class:`Joint` (JIIO) and :class:`Nested`, which it replaces.
+
+Both take the same steps on the variable v (the input x, or parameters), by the same schedule; they
+differ in what they do about the state z and the adjoint μ between two steps.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jiio_plugins._state import row_norm
+from jiio_plugins.mixing import BlockAnderson
+from jiio_plugins.solvers import Anderson, HostFlag, Solver, iterate
+
+if TYPE_CHECKING:
+    from jiio_plugins._problem import Problem
+    from jiio_plugins._session import Linearization
+    from jiio_plugins.constraints import FeasibleSet
+
+
+class Progress(NamedTuple):
+    """What a callback sees after every step."""
+
+    iteration: int
+    v: Tensor
+    gradient: Tensor
+    loss: Tensor
+    z_residual: Tensor
+
+
+@dataclass
+class Path:
+    """Where a method ended. Flat tensors; losses are unverified.
+
+    Attributes:
+        v, z, mu: last iterate.
+        v_best, loss_best: iterate of least running loss per problem.
+        loss_first, loss_last: running loss at the start and at the last iterate, ``(problems,)``.
+        doubt_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
+        iterations: per row.
+        mu_residual: relative residual of the adjoint equation at the end, ``(rows,)``.
+    """
+
+    v: Tensor
+    z: Tensor
+    mu: Tensor
+    v_best: Tensor
+    loss_best: Tensor
+    loss_first: Tensor
+    loss_last: Tensor
+    doubt_first: Tensor
+    iterations: Tensor
+    mu_residual: Tensor
+
+
+Stop = Callable[[object], Tensor]
+Callback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Common part: the steps on v.
+
+    With a ball of norm p and radius ε the step is ``v⁺ = Π(v + α_k ε · d)``, d the steepest descent
+    direction of unit p-norm and α_k falling from ``step_size`` to ``final_step_size`` on a cosine.
+    Without a ball it is the plain gradient step ``v⁺ = Π(v − α g)`` with α constant.
+
+    Args:
+        max_iter: steps on v.
+        step_size: α_0, in units of ε (one value, or one per problem); without a ball α, in units
+            of v² / objective. None: 2.0 with a ball, 0.1 without.
+        final_step_size: α at the last step, same units. None: with a ball a twentieth of step_size,
+            less in runs of more than 16 steps (as 0.8 / max_iter); without one step_size.
+        warmup: forward-only evaluations of f before the first step, at most; a row that reaches
+            1e-2 needs fewer. The adjoint at a state far from the fixed point is noise.
+    """
+
+    max_iter: int = 30
+    step_size: float | Tensor | None = None
+    final_step_size: float | Tensor | None = None
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        if self.max_iter < 1 or self.warmup < 1:
+            raise ValueError(
+                f"max_iter and warmup must be at least 1, got {self.max_iter} and {self.warmup}"
+            )
+        for name in ("step_size", "final_step_size"):
+            value = getattr(self, name)
+            if value is not None and not bool((torch.as_tensor(value) >= 0).all()):
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+    @abc.abstractmethod
+    def run(
+        self,
+        problem: Problem,
+        feasible: FeasibleSet,
+        v: Tensor,
+        stop: Stop | None = None,
+        callback: Callback | None = None,
+    ) -> Path:
+        """Optimise from ``v`` ``(problems, d)``."""
+
+    def steps(self, feasible: FeasibleSet, like: Tensor) -> list[Tensor]:
+        """The step lengths α_k (times ε), ``(1 or problems, 1)`` each."""
+        has_ball = feasible.radius is not None
+        first = self.step_size
+        if first is None:
+            first = 2.0 if has_ball else 0.1
+        first = torch.as_tensor(first, dtype=like.dtype, device=like.device).reshape(-1, 1)
+        last = self.final_step_size
+        if last is None:
+            last = first / max(20.0, 1.25 * self.max_iter) if has_ball else first
+        last = torch.as_tensor(last, dtype=like.dtype, device=like.device).reshape(-1, 1)
+        for name, value in (("step_size", first), ("final_step_size", last)):
+            if len(value) not in (1, len(like)):
+                raise ValueError(
+                    f"{name} must hold one value or one per problem ({len(like)}), got {len(value)}"
+                )
+        scale = feasible.radius if feasible.radius is not None else like.new_ones(1, 1)
+        out = []
+        for k in range(self.max_iter):
+            mix = 0.5 * (1 + math.cos(math.pi * k / max(1, self.max_iter - 1)))
+            out.append(scale * (last + (first - last) * mix))
+        return out
+
+
+class _Tracker:
+    """Best iterate, stopping and NaN handling, shared by the methods."""
+
+    def __init__(self, problem: Problem, v: Tensor, stop: Stop | None) -> None:
+        self.groups, self.stop, self.problem = problem.groups, stop, problem
+        self.v_best = v
+        self.loss_best = v.new_full((len(v),), torch.inf)
+        self.loss_first = self.loss_last = self.doubt = self.loss_best
+        self.held = torch.zeros(len(v), device=v.device)
+        self.iterations = torch.zeros(problem.rows, device=v.device)
+        self.done = HostFlag(v.device)
+        self.first = True
+
+    def see(
+        self, v: Tensor, loss_rows: Tensor, output: object, b: Tensor, residual: Tensor
+    ) -> None:
+        """Take in the running loss of the iterate ``v``, ``∂ℓ/∂z`` and ``f(z) − z`` there."""
+        self.iterations = self.iterations + self.active_rows()
+        loss = self.groups.sum(loss_rows.detach())
+        better = loss < self.loss_best
+        self.v_best = torch.where(better[:, None], v, self.v_best)
+        self.loss_best = torch.where(better, loss, self.loss_best)
+        self.loss_last = loss
+        if self.first:
+            self.loss_first, self.first = loss, False
+            self.doubt = self.groups.sum(row_norm(b) * row_norm(residual))
+        if self.stop is not None:
+            reached = self.stop(output)
+            met = self.groups.worst((~reached).float()) == 0
+            self.held = torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0))
+
+    def settle(self, problems: Tensor) -> None:
+        """These problems have converged: they stand still and cost nothing from now on."""
+        self.held = torch.where(problems, self.held.clamp(min=4.0), self.held)
+
+    @property
+    def holding(self) -> Tensor:
+        """Problems whose v stands still because the stop condition holds, ``(problems,)``."""
+        return self.held > 0
+
+    @property
+    def finished(self) -> Tensor:
+        """Problems that have met it for four evaluations in a row while z moved on."""
+        return self.held >= 4
+
+    def active_rows(self) -> Tensor:
+        """1 for the rows that still cost something, ``(rows,)``."""
+        return 1.0 - self.groups.spread(self.finished.float())
+
+    def all_done(self) -> bool:
+        """Whether every problem has finished (may lag on an accelerator)."""
+        return self.done(self.finished.all())
+
+    def move(self, v: Tensor, v_next: Tensor) -> Tensor:
+        """``v_next`` where it is finite and the problem is not holding."""
+        ok = torch.isfinite(v_next).all(1) & ~self.holding
+        return torch.where(ok[:, None], v_next, v)
+
+    def path(self, v: Tensor, z: Tensor, mu: Tensor, mu_residual: Tensor) -> Path:
+        """The record of the whole run."""
+        return Path(
+            v, z, mu, self.v_best, self.loss_best, self.loss_first, self.loss_last, self.doubt,
+            self.iterations, mu_residual,
+        )  # fmt: skip
+
+
+def _tiny(t: Tensor) -> float:
+    return float(torch.finfo(t.dtype).tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(Method):
+    """JIIO: z, μ and v advance together; no solve is run to its end.
+
+    One iteration at ``(z, w, v)``, where ``w`` stands for ``J_zᵀμ`` and ω = ``relaxation``::
+
+        z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph
+        μ = w + ∂ℓ/∂z                      the head's gradient is free: it needs no VJP of f
+        w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too
+        v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
+
+    Deviations from the paper, each measured at equal cost on a classifier attack: the adjoint
+    carries ``J_zᵀμ`` rather than μ, so that it always holds the current ∂ℓ/∂z; two evaluations of f
+    for each VJP (``state_steps=1`` is the paper's one); z is over-relaxed where the paper damps it;
+    no mixing over the history while v moves by normalised steps. The two residuals at one v tell
+    whether ω is too long for a row: if the second is not smaller, its ω is halved.
+
+    Without a ball v takes plain gradient steps and settles; then z, μ and v are mixed by
+    Anderson's method (``acceleration``), with one set of weights per problem and each block of the
+    residual divided by its own norm.
+
+    Args:
+        state_steps: evaluations of f an iteration.
+        relaxation: ω in (0, 2).
+        acceleration: memory of the mixing for problems without a ball; 0 switches it off.
+        tol: without a ball: relative residual of all three blocks at which the loop stops.
+
+    Not for: an f that is not contractive around its fixed point (the status tells), nor batch
+    normalisation in train mode inside f.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 3.2.
+    """
+
+    state_steps: int = 2
+    relaxation: float = 1.5
+    acceleration: int = 5
+    tol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.relaxation < 2:
+            raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation}")
+        if self.state_steps < 1 or self.acceleration < 0:
+            raise ValueError(
+                "state_steps must be at least 1 and acceleration not negative, got "
+                f"{self.state_steps} and {self.acceleration}"
+            )
+
+    def run(
+        self,
+        problem: Problem,
+        feasible: FeasibleSet,
+        v: Tensor,
+        stop: Stop | None = None,
+        callback: Callback | None = None,
+    ) -> Path:
+        """See :class:`Method`."""
+        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
+        problem.pay(f_evals=warm.evals)
+        z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
+        mix = None
+        if feasible.radius is None and self.acceleration:
+            mix = BlockAnderson(self.acceleration, problem.groups)
+        omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
+        track = _Tracker(problem, v, stop)
+        w = torch.zeros_like(z)
+        for k, step in enumerate(self.steps(feasible, v)):
+            active = track.active_rows()
+            r_before = None
+            for _ in range(self.state_steps - 1 if k > 0 and mix is None else 0):
+                r_before = problem.evaluate(v, z) - z
+                problem.pay(f_evals=active)
+                z = z + _finite(omega * r_before)
+            lin = problem.linearize(v, z)
+            loss = problem.loss(lin.output)
+            b, direct = lin.gradient(loss)
+            mu = w + b
+            jz_mu, jv_mu = lin.vjp(mu)
+            gradient = (direct + jv_mu).reshape(v.shape)
+            problem.pay(f_evals=active, vjps=active)
+            r = lin.f - z
+            track.see(v, loss, lin.output, b, r)
+            if r_before is not None:
+                shrank = row_norm(r) < row_norm(r_before)
+                omega = torch.where(shrank[:, None], omega, (omega / 2).clamp(min=0.1))
+            if callback is not None:
+                ratio = row_norm(r) / row_norm(lin.f).clamp(min=_tiny(z))
+                callback(Progress(k, v, gradient, loss.detach(), ratio))
+            mu_residual = row_norm(jz_mu - w) / row_norm(mu).clamp(min=_tiny(mu))
+            v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
+            if mix is None:
+                z = z + _finite(omega * r)
+                w = w + _finite(jz_mu - w)
+            else:
+                z_next, w_next, v_next = mix(z, r, w, jz_mu - w, v, v_next - v)
+                track.settle(mix.below(self.tol))
+                keep = problem.groups.spread(track.finished)[:, None]
+                z, w = torch.where(keep, z, z_next), torch.where(keep, w, w_next)
+                v_next = feasible.project(v_next)
+            v = track.move(v, v_next)
+            if track.all_done():
+                break
+        return track.path(v, z, mu, mu_residual)
+
+
+def _finite(step: Tensor) -> Tensor:
+    """The step, or none for a row in which it holds NaN or Inf."""
+    ok = torch.isfinite(step).all(1, keepdim=True)
+    return torch.where(ok, step, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested(Method):
+    """The nested loop: solve for z, solve for μ, step on v, and again.
+
+    Costs are counted at their least: the evaluation of f that carries the graph is the solve's
+    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too.
+
+    Args:
+        solver: for z; ``max_iter`` caps the evaluations of f a step, the one with the graph
+            included.
+        adjoint_solver: for μ; None: as ``solver``.
+        warm_start: start both solves where the last ones ended; else from scratch, without warm-up.
+    """
+
+    solver: Solver = field(default_factory=lambda: Anderson(tol=1e-3))
+    adjoint_solver: Solver | None = None
+    warm_start: bool = False
+    max_iter: int = 20
+
+    def run(
+        self,
+        problem: Problem,
+        feasible: FeasibleSet,
+        v: Tensor,
+        stop: Stop | None = None,
+        callback: Callback | None = None,
+    ) -> Path:
+        """See :class:`Method`."""
+        adjoint_solver = self.adjoint_solver or self.solver
+        z: Tensor | None = None
+        mu: Tensor | None = None
+        if self.warm_start:
+            warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
+            problem.pay(f_evals=warm.evals)
+            z = warm.image
+        track = _Tracker(problem, v, stop)
+        mu_residual = torch.zeros(problem.rows, device=v.device)
+        for k, step in enumerate(self.steps(feasible, v)):
+            active = track.active_rows()
+            z_start = z
+            if self.solver.max_iter > 1 or z is None:
+                solved = problem.solve(v, _capped(self.solver), z)
+                problem.pay(f_evals=solved.evals * active)
+                z_start = solved.image
+            assert z_start is not None
+            lin = problem.linearize(v, z_start)
+            loss = problem.loss(lin.output)
+            b, direct = lin.gradient(loss)
+            equation = _AdjointEquation(problem, lin, v, z_start, b)
+            outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
+            problem.pay(f_evals=active * (1 + equation.f_evals), vjps=outcome.evals * active)
+            track.see(v, loss, lin.output, b, lin.f - z_start)
+            gradient = (direct + equation.jv_mu).reshape(v.shape)
+            mu_residual = outcome.residual
+            if callback is not None:
+                ratio = row_norm(lin.f - z_start) / row_norm(lin.f).clamp(min=_tiny(z_start))
+                callback(Progress(k, v, gradient, loss.detach(), ratio))
+            v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
+            v = track.move(v, v_next)
+            last_z, last_mu = lin.f, outcome.fz
+            if self.warm_start:
+                z, mu = last_z, last_mu
+            if track.all_done():
+                break
+        return track.path(v, last_z, last_mu, mu_residual)
+
+
+def _capped(solver: Solver) -> Solver:
+    """The solver with one evaluation less: the one with the graph comes after it."""
+    return replace(solver, max_iter=max(1, solver.max_iter - 1))
+
+
+class _AdjointEquation:
+    """``μ -> J_zᵀμ + b`` at one ``(z, v)``; keeps ``J_vᵀμ`` of the last μ of every row."""
+
+    # restricting evaluates f anew, so it must save more than in a forward solve
+    compact_below = 0.5
+
+    def __init__(
+        self, problem: Problem, lin: Linearization, v: Tensor, z: Tensor, b: Tensor
+    ) -> None:
+        self.problem, self.lin, self.v, self.z, self.b = problem, lin, v, z, b
+        self.rows: Tensor | None = None
+        self.jv_mu = torch.zeros_like(v)
+        self.f_evals = torch.zeros(problem.rows, device=v.device)
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        jz_mu, jv_mu = self.lin.vjp(mu, last=False)
+        jv_mu = jv_mu.reshape(self.v.shape)
+        if self.rows is None:
+            self.jv_mu.copy_(jv_mu)
+        else:
+            self.jv_mu[self.rows] = jv_mu[self.rows]
+        return jz_mu + self.b
+
+    def restrict(self, rows: Tensor) -> _AdjointEquation | None:
+        if self.problem.groups.index is not None or not self.problem.splits:
+            return None  # rows that share a variable or a dropout mask stay together
+        smaller = object.__new__(_AdjointEquation)
+        smaller.__dict__.update(self.__dict__)
+        smaller.rows = rows if self.rows is None else self.rows[rows]
+        smaller.z, smaller.b = self.z[rows], self.b[rows]
+        smaller.lin = self.problem.linearize(self.v, smaller.z, smaller.rows)
+        self.f_evals[smaller.rows] += 1
+        return smaller

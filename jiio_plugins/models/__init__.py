@@ -1,0 +1,13 @@
+"""Equilibrium models in sizes for tests, demos and benchmarks."""
+
+from jiio_plugins.models.conv import ConvDEQClassifier
+from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
+from jiio_plugins.models.pretrained import available_weights, load_pretrained
+
+__all__ = [
+    "ConvDEQClassifier",
+    "MDEQCell",
+    "MDEQClassifier",
+    "available_weights",
+    "load_pretrained",
+]

@@ -1,0 +1,170 @@
+"""Multiscale deep equilibrium model, after Bai, Koltun and Kolter (NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from jiio_plugins.equilibrium import Equilibrium
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jiio_plugins.adjoints import Adjoint
+    from jiio_plugins.solvers import Solver
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    nn.init.normal_(conv.weight, std=0.5 / (inputs * kernel * kernel) ** 0.5)
+    wrapped: nn.Module = weight_norm(conv)
+    return wrapped
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    if channels % groups:
+        raise ValueError(f"channels {channels} must be divisible by groups {groups}")
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualBlock(nn.Module):
+    """``GN(relu(z + GN(conv(relu(GN(conv z))) + u)))`` at one scale."""
+
+    def __init__(self, channels: int, expansion: int, groups: int) -> None:
+        super().__init__()
+        wide = channels * expansion
+        self.conv1 = _conv(channels, wide, 3)
+        self.norm1 = _norm(wide, groups)
+        self.conv2 = _conv(wide, channels, 3)
+        self.norm2 = _norm(channels, groups)
+        self.norm3 = _norm(channels, groups)
+
+    def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
+        """One scale's ``(rows, channels, h, w)``; ``u`` is injected at the first scale only."""
+        out = self.conv2(torch.relu(self.norm1(self.conv1(z))))
+        out = self.norm2(out if u is None else out + u)
+        mixed: Tensor = self.norm3(torch.relu(out + z))
+        return mixed
+
+
+class MDEQCell(nn.Module):
+    """``f((z_1 … z_S), u)``: a residual block per scale, then cross-scale fusion.
+
+    Scale s has half the resolution of scale s − 1. Fusion brings every scale to every other one
+    (strided 3×3 convolutions down, a 1×1 convolution and nearest upsampling up) and adds them up.
+
+    Args:
+        channels: channels of each scale.
+        expansion: widening inside a residual block (the paper: 5).
+        groups: groups of every GroupNorm.
+    """
+
+    def __init__(self, channels: Sequence[int], expansion: int = 2, groups: int = 4) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.blocks = nn.ModuleList(ResidualBlock(c, expansion, groups) for c in channels)
+        self.fuse = nn.ModuleList(
+            nn.ModuleList(self._transfer(i, j) for i in range(len(channels)))
+            for j in range(len(channels))
+        )
+        self.post = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), _conv(c, c, 1), _norm(c, groups)) for c in channels
+        )
+
+    def _transfer(self, source: int, target: int) -> nn.Module:
+        """From scale ``source`` to scale ``target``."""
+        a, b = self.channels[source], self.channels[target]
+        if source == target:
+            return nn.Identity()
+        if source > target:
+            scale = 2 ** (source - target)
+            return nn.Sequential(_conv(a, b, 1), nn.Upsample(scale_factor=scale, mode="nearest"))
+        steps: list[nn.Module] = []
+        for k in range(target - source):
+            last = k + 1 == target - source
+            steps.append(_conv(a, b if last else a, 3, stride=2))
+            if not last:
+                steps.append(nn.ReLU())
+        return nn.Sequential(*steps)
+
+    def initial_state(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Zeros at every scale; ``u`` is ``(rows, channels[0], h, w)``."""
+        rows, _, height, width = u.shape
+        factor = 2 ** (len(self.channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{len(self.channels)} scales need a height and width divisible by {factor}, "
+                f"got {height}×{width}"
+            )
+        return tuple(
+            u.new_zeros(rows, c, height // 2**s, width // 2**s) for s, c in enumerate(self.channels)
+        )
+
+    def forward(self, z: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+        """One evaluation of f."""
+        out = [block(z[s], u if s == 0 else None) for s, block in enumerate(self.blocks)]
+        fused = []
+        for row, post in zip(self.fuse, self.post, strict=True):
+            transfers = cast("nn.ModuleList", row)
+            parts = [transfer(part) for transfer, part in zip(transfers, out, strict=True)]
+            fused.append(post(sum(parts)))
+        return tuple(fused)
+
+
+class MDEQClassifier(nn.Module):
+    """Stem → multiscale equilibrium → head; returns logits.
+
+    Args:
+        in_channels: image channels.
+        classes: number of classes.
+        channels: channels of each scale.
+        stride: of the stem; the first scale has ``size / stride`` pixels a side.
+        expansion, groups: of :class:`MDEQCell`.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+
+    Shape:
+        images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, classes)``.
+
+    Source: Bai, Koltun and Kolter, "Multiscale Deep Equilibrium Models" (NeurIPS 2020), figure 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        classes: int = 10,
+        channels: Sequence[int] = (16, 16),
+        stride: int = 1,
+        expansion: int = 2,
+        groups: int = 4,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+    ) -> None:
+        super().__init__()
+        first = channels[0]
+        self.encoder = nn.Sequential(
+            nn.Conv2d(in_channels, first, 3, stride=stride, padding=1, bias=False),
+            _norm(first, groups),
+            nn.ReLU(),
+            nn.Conv2d(first, first, 3, padding=1, bias=False),
+        )
+        cell = MDEQCell(channels, expansion, groups)
+        self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 2 * c, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+            for c in channels
+        )
+        self.classifier = nn.Linear(8 * sum(channels), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(rows, classes)``."""
+        return self.decode(self.equilibrium(self.encoder(x)))
+
+    def decode(self, z: tuple[Tensor, ...]) -> Tensor:
+        """Logits of a state: the head h."""
+        pooled = [head(part).flatten(1) for head, part in zip(self.heads, z, strict=True)]
+        logits: Tensor = self.classifier(torch.cat(pooled, dim=1))
+        return logits

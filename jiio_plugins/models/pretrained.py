@@ -1,0 +1,43 @@
+"""Shipped weights: safetensors files beside the package, each with a training script of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
+
+from jiio_plugins.models.mdeq import MDEQClassifier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "digits": lambda: MDEQClassifier(channels=(16, 16), stride=1),
+    "fashion-mnist": lambda: MDEQClassifier(channels=(16, 32), stride=2),
+}
+
+
+def available_weights() -> tuple[str, ...]:
+    """Names that :func:`load_pretrained` accepts."""
+    return tuple(ARCHITECTURES)
+
+
+def load_pretrained(name: str) -> nn.Module:
+    """A trained classifier in eval mode, on the CPU.
+
+    Args:
+        name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel); images in [0, 1].
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no weights called {name!r}; there are {', '.join(ARCHITECTURES)}")
+    model = ARCHITECTURES[name]()
+    model.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"))
+    return model.eval()

@@ -1,0 +1,364 @@
+"""``optimize_input``: check, run a method, verify what it found."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins._counting import RowCounter, count, counting_into
+from jiio_plugins._problem import Objective, ParameterVariable, Problem, Variable
+from jiio_plugins.constraints import Constraint, FeasibleSet
+from jiio_plugins.methods import Callback, Joint, Method, Path, Stop
+from jiio_plugins.solution import Solution, Stats, Status
+from jiio_plugins.solvers import Anderson, Solver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+_AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
+# The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
+# better than the start beyond this many times that, plus this share of ℓ; else the start is judged.
+_AMPLIFY = 10.0
+_CLEAR = 0.5
+
+
+def optimize_input(
+    model: nn.Module,
+    x: Tensor,
+    objective: Objective,
+    *,
+    method: Method | None = None,
+    constraint: Constraint | None = None,
+    variables: Sequence[str] | None = None,
+    groups: Tensor | None = None,
+    verify: Solver | None = None,
+    training_mode: bool = False,
+    stop: Stop | None = None,
+    callback: Callback | None = None,
+) -> Solution:
+    """Minimise ``objective(model(x))`` over the input of a model with equilibrium layers.
+
+    ``min_x ℓ(h(z*))  s.t.  z* = f(z*, x),  x ∈ C``, each row of the batch by itself.
+
+    Args:
+        model: any module whose forward reaches at least one :class:`jiio_plugins.Equilibrium`.
+            It is called as ``model(x)``; nothing of it is changed.
+        x: where to start, ``(batch, ...)``, floating point, finite.
+        objective: ``objective(output) -> (batch,)``, minimised; to attack, give minus the loss.
+        method: :class:`Joint` (default) or :class:`Nested`.
+        constraint: an :class:`L2Ball`, :class:`LinfBall`, :class:`L1Ball`, :class:`Box` or
+            :class:`Intersection`. A ball's centre is x unless it names another.
+        variables: names of the model's parameters to optimise instead of x; the model keeps its
+            own, the result has the optimised ones.
+        groups: with ``variables``: which problem each row belongs to, ``(batch,)`` integers
+            ``0 … P−1``; None: all rows share one. With P > 1 a parameter needs a leading dimension
+            of 1 that the model broadcasts over rows.
+        verify: solver of the final check, started from the model's own solution; None: Anderson
+            with relative tolerance 1e-5 (1e-9 in float64).
+        training_mode: leave the model's train/eval flags as they are (default: eval mode while the
+            loop runs). Buffers are restored and dropout keeps one mask for the whole call.
+        stop: ``stop(output) -> (batch,)`` booleans; a problem for which it holds four evaluations
+            in a row is finished early.
+        callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
+
+    Returns:
+        A :class:`Solution`. ``value`` and ``output`` come from an independent solve at the returned
+        x, never from the state the loop ended in; ``stats.model_value`` is what ``model(x)`` itself
+        says. No problem is worse than its start by ``value``. ``x`` is in the constraint set.
+
+    Raises:
+        TypeError, ValueError: bad input; the message says what was given and what is accepted.
+
+    Not for: models in which rows influence each other (batch statistics), and objectives that need
+    the output of all rows at once.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
+    """
+    method = method if method is not None else Joint()
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be Joint(...) or Nested(...), got {method!r}")
+    if verify is not None and not isinstance(verify, Solver):
+        raise TypeError(
+            f"verify must be Anderson(...), Picard(...) or Broyden(...), got {verify!r}"
+        )
+    if constraint is not None and not isinstance(constraint, Constraint):
+        raise TypeError(
+            "constraint must be an L2Ball, LinfBall, L1Ball, Box or Intersection, "
+            f"got {type(constraint).__name__}"
+        )
+    model = _unwrap(model)
+    check_input(x)
+    if groups is not None:
+        _check_groups(groups, variables, len(x))
+    if not len(x):
+        return _empty(x)
+    variable = (
+        Variable(model, x)
+        if variables is None
+        else ParameterVariable(model, x, list(variables), groups)
+    )
+    start = variable.start
+    flat = start.reshape(len(start), -1)
+    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start)
+    v = feasible.project(flat)
+    problem = Problem(variable, objective, len(x), splits=not training_mode)
+    # the problem keeps the costs per row; what its layers report one by one would count twice
+    with torch.enable_grad(), _undisturbed(model, training_mode, variable), counting_into(()):
+        path = method.run(problem, feasible, v, stop, callback)
+        solution = _verified(problem, path, v, verify or _default_verifier(v.dtype))
+    count(
+        f_evals=problem.f_evals,
+        vjps=problem.vjps,
+        residual=solution.stats.z_residual,
+        verification=solution.stats.verification_f_evals,
+        verification_seconds=solution.stats.verification_seconds,
+    )
+    return solution
+
+
+def _default_verifier(dtype: torch.dtype) -> Solver:
+    return Anderson(max_iter=200, tol=1e-9 if dtype == torch.float64 else 1e-5)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise TypeError(
+            "DataParallel splits the batch over threads, which the joint loop cannot follow: pass "
+            "model.module, or use DistributedDataParallel"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = model.module  # the loop needs no gradient hooks
+        return inner
+    return model
+
+
+def check_input(x: Tensor) -> None:
+    """Raise unless ``x`` is a finite, batch-first, floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
+    if x.ndim < 2:
+        raise ValueError(f"x must be batch first, (batch, ...), got shape {tuple(x.shape)}")
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
+        raise ValueError(f"x holds NaN or Inf (first in sample {bad}): clean the input")
+
+
+def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> None:
+    if variables is None:
+        raise ValueError("groups= says which rows share a variable: it needs variables=")
+    if groups.shape != (rows,) or groups.dtype.is_floating_point:
+        raise ValueError(
+            f"groups must hold one integer per row, shape ({rows},), got {groups.dtype} "
+            f"{tuple(groups.shape)}"
+        )
+    seen = groups.unique()
+    if not torch.equal(seen, torch.arange(len(seen), device=groups.device, dtype=seen.dtype)):
+        raise ValueError(f"groups must be numbered 0 … P−1 without gaps, got {seen.tolist()}")
+
+
+def _empty(x: Tensor) -> Solution:
+    none = x.new_zeros(0)
+    status = torch.zeros(0, dtype=torch.int8, device=x.device)
+    stats = Stats(none, none, none, none, none, none, model_value=none)
+    return Solution(x.detach().clone(), None, None, none, status, stats)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> Iterator[None]:
+    """Run with eval mode and constant parameters; put everything back, also after an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training_mode else []
+    call, call_rows = variable.call, variable.call_rows
+    if training_mode:
+        if any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()
+        ):
+            warnings.warn(
+                "training_mode=True with BatchNorm in train mode: its batch statistics couple the "
+                "samples, so results depend on what else is in the batch",
+                stacklevel=4,
+            )
+        # setting instance attributes shadows the methods for this call only
+        variable.call = _same_randomness(call)  # type: ignore[method-assign]
+        variable.call_rows = _same_randomness(call_rows)  # type: ignore[method-assign]
+    else:
+        model.eval()
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` with the same random numbers every time, the global generators left as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if devices else []
+
+    def replay(*args: Any) -> Any:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(cpu)
+            if devices:
+                torch.cuda.set_rng_state_all(cuda)
+            return call(*args)
+
+    return replay
+
+
+def _verified(problem: Problem, path: Path, v_start: Tensor, verifier: Solver) -> Solution:
+    """Judge the end of ``path`` by independent solves; fall back where another point was better."""
+    groups, v = problem.groups, path.v
+    judge = _Judge(problem, verifier)
+    begin = time.perf_counter()
+    final = judge.everything(v)
+    seconds = time.perf_counter() - begin
+    verification = judge.f_evals.clone()
+
+    # a better candidate is looked for only where the running losses make one plausible
+    slack = 0.02 * path.loss_last.abs()
+    promising = path.loss_best < path.loss_last - slack
+    final.take_better(judge, path.v_best, promising)
+    doubt = _CLEAR * path.loss_first.abs() + _AMPLIFY * path.doubt_first
+    unsafe = ~(final.value < path.loss_first - doubt)
+    unsafe &= (final.v != v_start).any(1)
+    final.take_better(judge, v_start, unsafe)
+    problem.pay(f_evals=judge.f_evals - verification)
+
+    status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
+    status[(final.v == v_start).all(1)] = Status.NO_IMPROVEMENT
+    gap = (final.value - final.model_value).abs()
+    status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
+    status[groups.worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED
+    broken = groups.worst(final.nonfinite.float()) > 0
+    status[broken | ~torch.isfinite(final.value)] = Status.NONFINITE
+    stats = Stats(
+        f_evals=problem.f_evals,
+        vjps=problem.vjps,
+        iterations=path.iterations,
+        z_residual=final.residual,
+        costate_residual=path.mu_residual,
+        verification_f_evals=verification,
+        verification_seconds=seconds,
+        model_value=final.model_value,
+        model_output=final.model_output,
+    )
+    assert problem.layout is not None
+    return Solution(
+        x=problem.variable.unflatten(final.v),
+        z=problem.layout.unpack(final.z),
+        costate=problem.layout.unpack(path.mu),
+        value=final.value,
+        status=status,
+        stats=stats,
+        output=final.output,
+    )
+
+
+class _Verdict:
+    """Verified values of one candidate per problem; outputs and states per row."""
+
+    def __init__(
+        self, v: Tensor, value: Tensor, model_value: Tensor, z: Tensor, residual: Tensor,
+        converged: Tensor, nonfinite: Tensor, output: Any, model_output: Any,
+    ) -> None:  # fmt: skip
+        self.v, self.value, self.model_value = v, value, model_value
+        self.z, self.residual = z, residual
+        self.converged, self.nonfinite = converged, nonfinite
+        self.output, self.model_output = output, model_output
+
+    def take_better(self, judge: _Judge, v: Tensor, where: Tensor) -> None:
+        """Judge the candidate ``v`` for the problems ``where``; keep it where it is better."""
+        problems = where.nonzero().squeeze(1)
+        if not len(problems):
+            return
+        other = judge.some(v, where, self)
+        better = where & (
+            (other.value < self.value) | (~torch.isfinite(self.value) & torch.isfinite(other.value))
+        )
+        rows = judge.problem.groups.spread(better)
+        self.v = torch.where(better[:, None], v, self.v)
+        for name in ("value", "model_value"):
+            setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))
+        for name in ("residual", "converged", "nonfinite"):
+            setattr(self, name, torch.where(rows, getattr(other, name), getattr(self, name)))
+        self.z = torch.where(rows[:, None], other.z, self.z)
+        for name in ("output", "model_output"):
+            setattr(self, name, _choose(rows, getattr(other, name), getattr(self, name)))
+
+
+class _Judge:
+    """Evaluates candidates with the model's own solver, then on to the verifier's tolerance."""
+
+    def __init__(self, problem: Problem, verifier: Solver) -> None:
+        self.problem, self.verifier = problem, verifier
+        self.f_evals = torch.zeros_like(problem.f_evals)
+
+    def everything(self, v: Tensor) -> _Verdict:
+        """All problems."""
+        with counting_into((counter := RowCounter(self.f_evals),)):
+            own = self.problem.solve(v)
+        tight = self.problem.solve(v, self.verifier, own.z)
+        self.f_evals = counter.f_evals_by_row + tight.evals
+        return self._verdict(
+            v, own.output, tight.output, tight.z, tight.residual, tight.converged, tight.nonfinite
+        )
+
+    def some(self, v: Tensor, where: Tensor, base: _Verdict) -> _Verdict:
+        """The problems ``where``; the other rows are taken from ``base``."""
+        rows = self.problem.groups.spread(where).nonzero().squeeze(1)
+        if not isinstance(base.output, Tensor) or not self.problem.splits:
+            return self.everything(v)
+        with counting_into((counter := RowCounter(self.f_evals[rows]),)):
+            own = self.problem.solve(v, rows=rows)
+        tight = self.problem.solve(v, self.verifier, own.z, rows=rows)
+        self.f_evals = self.f_evals.index_copy(0, rows, counter.f_evals_by_row + tight.evals)
+        return self._verdict(
+            v,
+            base.model_output.index_copy(0, rows, own.output),
+            base.output.index_copy(0, rows, tight.output),
+            base.z.index_copy(0, rows, tight.z),
+            base.residual.index_copy(0, rows, tight.residual),
+            base.converged.index_copy(0, rows, tight.converged),
+            base.nonfinite.index_copy(0, rows, tight.nonfinite),
+        )
+
+    def _verdict(
+        self, v: Tensor, model_output: Any, output: Any, z: Tensor, residual: Tensor,
+        converged: Tensor, nonfinite: Tensor,
+    ) -> _Verdict:  # fmt: skip
+        with torch.no_grad():
+            value = self.problem.groups.sum(self.problem.loss(output))
+            model_value = self.problem.groups.sum(self.problem.loss(model_output))
+        return _Verdict(
+            v, value, model_value, z, residual, converged, nonfinite, output, model_output
+        )
+
+
+def _choose(rows: Tensor, first: Any, second: Any) -> Any:
+    """``first`` at ``rows``, else ``second``, through nested tensors, tuples and dicts."""
+    if isinstance(first, Tensor):
+        return torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, second)
+    if isinstance(first, (tuple, list)):
+        return type(first)(_choose(rows, a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, dict):
+        return {key: _choose(rows, first[key], second[key]) for key in first}
+    return second

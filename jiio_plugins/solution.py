@@ -1,0 +1,137 @@
+"""What a solve or an optimisation returns: a frozen record, with failure as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Status(IntEnum):
+    """How one sample (or one problem) ended. ``Status(k).message`` says what to change."""
+
+    CONVERGED = 0
+    MAX_ITER = 1
+    DIVERGED = 2
+    NONFINITE = 3
+    NOT_VERIFIED = 4
+    DISAGREEMENT = 5
+    NO_IMPROVEMENT = 6
+    STALLED = 7
+
+    @property
+    def message(self) -> str:
+        """One line: what happened and what to change."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "converged and verified",
+    Status.MAX_ITER: (
+        "the iteration limit came before the tolerance: raise max_iter, loosen tol, "
+        "or use Anderson instead of Picard"
+    ),
+    Status.DIVERGED: (
+        "the residual grew instead of shrinking: the cell is not contractive here; use Anderson, "
+        "lower damping, or train with a Jacobian penalty"
+    ),
+    Status.NONFINITE: (
+        "the cell returned NaN or Inf: the best finite iterate is returned; check the input's "
+        "range and the weights"
+    ),
+    Status.NOT_VERIFIED: (
+        "the independent solve at the returned input did not reach its tolerance: do not trust "
+        "this value; raise max_iter of the verification solver"
+    ),
+    Status.DISAGREEMENT: (
+        "the model's own solver and the tight solve give different values: the model stops too "
+        "early; tighten the tol of its Equilibrium layer before judging it"
+    ),
+    Status.NO_IMPROVEMENT: (
+        "nothing better than the start was found, and the start is returned: raise max_iter or "
+        "change the step size"
+    ),
+    Status.STALLED: (
+        "no step lowers the residual any more: the tolerance is below what this dtype can reach "
+        "(use float64 or loosen tol), or the cell is not smooth here"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What it cost and how well it ended; one entry per row or per problem.
+
+    Attributes:
+        f_evals: evaluations of the cell f, float ``(rows,)``. Everything used to choose the answer
+            is in it; the final verification, which every method shares, is not.
+        vjps: vector-Jacobian products, float ``(rows,)``.
+        iterations: iterations of the loop, ``(rows,)``.
+        z_residual: ‖f(z) − z‖ / ‖f(z)‖ of the returned state, ``(rows,)``.
+        costate_residual: the same of the adjoint equation at the loop's last iterate, ``(rows,)``.
+        verification_f_evals: evaluations spent in the final verification, ``(rows,)``.
+        verification_seconds: what it took, by the host's clock.
+        model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
+        model_output: that call's output.
+    """
+
+    f_evals: Tensor
+    vjps: Tensor
+    iterations: Tensor
+    z_residual: Tensor
+    costate_residual: Tensor | None = None
+    verification_f_evals: Tensor | None = None
+    verification_seconds: float = 0.0
+    model_value: Tensor | None = None
+    model_output: Any = None
+
+    def summary(self) -> dict[str, float]:
+        """Means per row as plain floats (this synchronises with an accelerator)."""
+        out = {}
+        for name in ("f_evals", "vjps", "iterations", "z_residual", "costate_residual"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.numel():
+                out[name] = float(tensor.double().mean())
+        return out
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of :func:`solve_fixed_point` or :func:`optimize_input`.
+
+    Attributes:
+        x: the optimised input, or a dict of the optimised parameters; None for a plain solve.
+        z: the equilibrium state (tensor or tuple as the cell has it; tuple over layers if several).
+        costate: the adjoint μ in the layout of ``z``, or None.
+        value: verified objective per problem, ``(problems,)``, or None for a plain solve.
+        status: ``Status`` codes as an int8 tensor, ``(rows,)`` or ``(problems,)``.
+        stats: costs and residuals.
+        output: ``model(x)`` from the verification solve, or None.
+    """
+
+    x: Tensor | Mapping[str, Tensor] | None
+    z: Any
+    costate: Any
+    value: Tensor | None
+    status: Tensor
+    stats: Stats
+    output: Any = None
+
+    @property
+    def converged(self) -> Tensor:
+        """Boolean mask of entries whose status is ``Status.CONVERGED``."""
+        return self.status == Status.CONVERGED
+
+    def report(self) -> str:
+        """Count of each status with its message, one line each."""
+        codes, counts = torch.unique(self.status.cpu(), return_counts=True)
+        return "\n".join(
+            f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
+            for c, n in zip(codes, counts, strict=True)
+        )

@@ -1,0 +1,74 @@
+"""The command line, the adapters' loader and the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jiio_plugins import _demo
+from jiio_plugins._cli import main
+from jiio_plugins.adapters import available_adapters, load_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(import torch.*?)```\n\n(    .*?)\n\n", text, re.S)
+    assert code is not None
+    exec(compile(code[1], "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip() == code[2].strip()
+
+
+def test_demo_writes_table_pictures_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_demo, "PGD_STEPS", (2, 20))
+    monkeypatch.setattr(_demo, "JIIO_STEPS", (4, 16))
+    main(["demo", "--images", "12", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "JIIO in ART" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "curve.png",
+        "images.png",
+        "results.json",
+    }
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["attack"] for row in rows] == ["clean", *["ART PGD"] * 2, *["JIIO in ART"] * 2]
+    clean, strongest = rows[0], rows[-1]
+    assert strongest["loss"] > clean["loss"]
+    pgd = rows[2]
+    assert strongest["f_evals"] + strongest["vjps"] < (pgd["f_evals"] + pgd["vjps"]) / 5
+
+
+def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
+        main(["demo", "--dataset", "fashion-mnist", "--data", str(tmp_path)])
+
+
+def test_adapters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["adapters"])
+    printed = capsys.readouterr().out
+    assert set(available_adapters()) == {"art", "torchattacks"}
+    assert printed.count("ready") == 2
+
+
+def test_load_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_adapter("art").__name__ == "jiio_art"
+    with pytest.raises(ValueError, match="art, torchattacks"):
+        load_adapter("nothing")
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name}", name="torchattacks")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(ImportError, match=r"pip install 'jiio-plugins\[torchattacks\]'"):
+        load_adapter("torchattacks")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("jiio ")

@@ -1,0 +1,53 @@
+"""Every script in examples/ runs, from any folder, on the data that scikit-learn brings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+ARGUMENTS = {  # a small run where the default one takes long
+    "art_attack.py": ["--images", "10"],
+    "torchattacks_attack.py": ["--images", "10"],
+    "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
+}
+PRINTS = {
+    "art_attack.py": ["clean accuracy", "JIIO"],
+    "torchattacks_attack.py": ["clean accuracy", "JIIO"],
+    "your_own_deq.py": ["clean", "adversarial", "CONVERGED"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_example(script: Path, tmp_path: Path) -> None:
+    paths = [str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONIOENCODING": "utf-8",
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, str(script), *ARGUMENTS.get(script.name, [])],
+        cwd=tmp_path, env=environment, timeout=300, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    assert "Warning" not in run.stdout, run.stdout
+    for words in PRINTS.get(script.name, []):
+        assert words in run.stdout, run.stdout
+    if script.name == "train_classifier.py":
+        assert (tmp_path / "weights.safetensors").stat().st_size > 10_000
+
+
+def test_there_are_examples() -> None:
+    names = {script.name for script in SCRIPTS}
+    assert names >= {*ARGUMENTS, *PRINTS}

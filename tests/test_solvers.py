@@ -1,0 +1,485 @@
+"""Every solver on every problem: right status, honest residual, no neighbour's influence."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+from torchdeq.solver.anderson import anderson_solver
+
+from jiio_plugins import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Picard,
+    Solution,
+    Solver,
+    Status,
+    solve_fixed_point,
+)
+from tests.helpers import (
+    PROBLEMS,
+    Affine,
+    Elementwise,
+    FixedPoint,
+    Spy,
+    contraction,
+    rand,
+    rotation,
+)
+
+SOLVERS = (Picard, Anderson, Broyden)
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+every_solver = pytest.mark.parametrize("kind", SOLVERS, ids=lambda s: s.__name__)
+
+
+@cache
+def solved(index: int, kind: type[Solver]) -> Solution:
+    """Each problem is solved once by each solver, for all tests."""
+    problem = PROBLEMS[index]
+    return solve_fixed_point(problem.f, problem.z0, kind(max_iter=problem.budget, tol=problem.tol))
+
+
+def flat(state: Any) -> Tensor:
+    parts = state if isinstance(state, tuple) else (state,)
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def residual(problem: FixedPoint, z: Any) -> Tensor:
+    """``‖f(z) − z‖`` per row."""
+    return torch.linalg.vector_norm(flat(problem.f(z)) - flat(z), dim=1)
+
+
+def recorded(problem: FixedPoint) -> tuple[Any, list[Tensor]]:
+    """The problem's map, and the residual of every row at every evaluation of it."""
+    seen: list[Tensor] = []
+
+    def f(z: Any) -> Any:
+        out = problem.f(z)
+        seen.append(torch.linalg.vector_norm(flat(out) - flat(z), dim=1))
+        return out
+
+    return f, seen
+
+
+def rows_of(state: Any, rows: slice) -> Any:
+    return tuple(part[rows] for part in state) if isinstance(state, tuple) else state[rows]
+
+
+# The table --------------------------------------------------------------------------------------
+
+
+@every_solver
+@every_problem
+def test_status_of_every_row(problem: FixedPoint, kind: type[Solver]) -> None:
+    solution = solved(PROBLEMS.index(problem), kind)
+    assert [Status(int(s)) for s in solution.status] == problem.expected(kind())
+    assert bool((solution.stats.f_evals <= problem.budget).all())
+
+
+@every_solver
+@every_problem
+def test_a_converged_row_is_at_the_known_solution(problem: FixedPoint, kind: type[Solver]) -> None:
+    solution = solved(PROBLEMS.index(problem), kind)
+    z, done = flat(solution.z), solution.converged
+    assert bool(torch.isfinite(z).all())
+    limit = problem.tol * torch.linalg.vector_norm(flat(problem.f(solution.z)), dim=1) + 1e-12
+    assert bool((residual(problem, solution.z) <= limit * (1 + 1e-6))[done].all())
+    if problem.solution is not None:
+        gap = torch.linalg.vector_norm(z - flat(problem.solution), dim=1)
+        assert bool((gap <= problem.condition * limit)[done].all())
+
+
+@every_solver
+@every_problem
+def test_reported_residual_is_true(problem: FixedPoint, kind: type[Solver]) -> None:
+    solution = solved(PROBLEMS.index(problem), kind)
+    size = torch.linalg.vector_norm(flat(problem.f(solution.z)), dim=1)
+    true = residual(problem, solution.z) / size
+    reported = solution.stats.z_residual
+    finite = torch.isfinite(true)
+    torch.testing.assert_close(reported[finite], true[finite], rtol=1e-6, atol=1e-14)
+    assert not bool(torch.isnan(reported).any())
+
+
+@pytest.mark.parametrize("max_iter", [1, 3, 8, 60])
+@every_solver
+@every_problem
+def test_the_best_iterate_seen_is_returned(
+    problem: FixedPoint, kind: type[Solver], max_iter: int
+) -> None:
+    f, seen = recorded(problem)
+    solution = solve_fixed_point(f, problem.z0, kind(max_iter=max_iter, tol=problem.tol))
+    assert len(seen) <= max_iter
+    best = torch.stack(seen).nan_to_num(torch.inf).amin(0)
+    returned = residual(problem, solution.z).nan_to_num(torch.inf)
+    assert bool((returned <= best * (1 + 1e-9) + 1e-15).all())
+    assert bool(torch.isfinite(flat(solution.z)).all())
+
+
+@every_problem
+def test_anderson_needs_no_more_evaluations_than_picard(problem: FixedPoint) -> None:
+    index = PROBLEMS.index(problem)
+    picard, anderson = solved(index, Picard), solved(index, Anderson)
+    solvable = picard.converged | anderson.converged
+    # a row that Picard gives up early, because it diverges, is no cheaper for it
+    picard_cost = torch.where(picard.converged, picard.stats.f_evals, problem.budget)
+    assert bool((anderson.stats.f_evals <= picard_cost)[solvable].all())
+    assert bool((anderson.converged | ~picard.converged).all())
+
+
+@every_solver
+@every_problem
+def test_a_row_alone_takes_the_same_path(problem: FixedPoint, kind: type[Solver]) -> None:
+    solver = kind(max_iter=6, tol=problem.tol)  # before rounding grows
+    together = solve_fixed_point(problem.f, problem.z0, solver)
+    for i in range(len(problem.u)):
+        one = slice(i, i + 1)
+        alone = solve_fixed_point(
+            lambda z, one=one: problem.cell(z, problem.u[one]), rows_of(problem.z0, one), solver
+        )
+        assert alone.status.item() == together.status[i].item()
+        assert alone.stats.f_evals.item() == together.stats.f_evals[i].item()
+        torch.testing.assert_close(
+            flat(alone.z), flat(rows_of(together.z, one)), rtol=1e-7, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
+def test_float64_reaches_1e10_where_torchdeq_stalls(rate: float, kind: type[Solver]) -> None:
+    a = torch.diag(rate ** torch.arange(1, 21, dtype=torch.float64))
+    u = rand(2, 20, seed=1)
+
+    def f(z: Tensor) -> Tensor:
+        return z @ a.T + u
+
+    ours = solve_fixed_point(f, torch.zeros_like(u), kind(max_iter=300, tol=1e-10))
+    assert bool(ours.converged.all())
+    assert float(ours.stats.z_residual.max()) <= 1e-10
+
+    theirs, _, _ = anderson_solver(f, torch.zeros_like(u), max_iter=300, tol=1e-10, stop_mode="rel")
+    stalled = torch.linalg.vector_norm(f(theirs) - theirs, dim=1) / theirs.norm(dim=1)
+    assert float(stalled.min()) > 1e-9
+
+
+# Random problems --------------------------------------------------------------------------------
+
+
+@st.composite
+def contractions(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
+    """A, u and a bound on ‖A‖₂ below 1."""
+    n, rows = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    seed = draw(st.integers(0, 2**16))
+    rate = draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999]) | st.floats(0, 0.999))
+    kind = draw(st.sampled_from(["symmetric", "nonsymmetric", "orthogonal"]))
+    if kind == "orthogonal":
+        a = rate * torch.linalg.qr(rand(n, n, seed=seed)).Q
+    else:
+        a = contraction(n, rate, symmetric=kind == "symmetric", seed=seed)
+    u = rand(rows, n, seed=seed + 1) * 10.0 ** draw(st.integers(-4, 4))
+    return a, u, rate
+
+
+@pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)
+@given(contractions())
+def test_random_contractions(kind: type[Solver], problem: tuple[Tensor, Tensor, float]) -> None:
+    a, u, rate = problem
+    tol = 1e-8
+    enough = 50 + math.ceil(math.log(tol) / math.log(max(rate, 0.1)))
+    solution = solve_fixed_point(
+        lambda z: z @ a.T + u, torch.zeros_like(u), kind(max_iter=enough, tol=tol)
+    )
+    assert bool(solution.converged.all()), solution.report()
+    r = torch.linalg.vector_norm(solution.z @ a.T + u - solution.z, dim=1)
+    exact = torch.linalg.solve(torch.eye(len(a), dtype=a.dtype) - a, u.T).T
+    gap = torch.linalg.vector_norm(solution.z - exact, dim=1)
+    assert bool((gap <= r * (1 + 1e-6) / (1 - rate) + 1e-9 * exact.norm(dim=1)).all())
+
+
+@given(
+    st.lists(st.floats(0.3, 3.0), min_size=1, max_size=3),
+    st.floats(1.0, 1.5),
+    st.integers(0, 2**16),
+)
+def test_random_rotations(angles: list[float], radius: float, seed: int) -> None:
+    a = rotation(angles, radius)
+    u = rand(2, len(a), seed=seed)
+
+    def f(z: Tensor) -> Tensor:
+        return z @ a.T + u
+
+    plain = solve_fixed_point(f, torch.zeros_like(u), Picard(max_iter=200, tol=1e-8))
+    assert not bool(plain.converged.any())
+    assert bool(torch.isfinite(plain.z).all())
+    for solver in (Anderson(max_iter=400, tol=1e-8, memory=8), Broyden(max_iter=400, tol=1e-8)):
+        solution = solve_fixed_point(f, torch.zeros_like(u), solver)
+        assert bool(solution.converged.all()), (solver, solution.report())
+
+
+@given(
+    st.sampled_from(SOLVERS), st.floats(0.1, 5.0), st.integers(1, 6), st.integers(0, 2**16),
+    st.integers(2, 150),
+)  # fmt: skip
+def test_random_cells_that_diverge(
+    kind: type[Solver], c: float, n: int, seed: int, max_iter: int
+) -> None:
+    start = rand(3, n, seed=seed)
+    seen: list[Tensor] = []
+
+    def f(z: Tensor) -> Tensor:
+        out = z * z + z + c
+        seen.append(torch.linalg.vector_norm(out - z, dim=1))
+        return out
+
+    solution = solve_fixed_point(f, start, kind(max_iter=max_iter, tol=1e-8))
+    bad = {Status.MAX_ITER, Status.DIVERGED, Status.STALLED, Status.NONFINITE}
+    assert {Status(int(s)) for s in solution.status} <= bad
+    assert bool(torch.isfinite(solution.z).all())
+    best = torch.stack(seen).nan_to_num(torch.inf).amin(0)
+    torch.testing.assert_close(torch.linalg.vector_norm(f(solution.z) - solution.z, dim=1), best)
+
+
+@given(
+    st.sampled_from(SOLVERS), st.integers(0, 5), st.integers(1, 6),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)  # fmt: skip
+def test_a_row_that_turns_nonfinite_harms_nobody(
+    kind: type[Solver], bad_row: int, good_calls: int, poison: float
+) -> None:
+    a = contraction(5, 0.9, symmetric=False, seed=2)
+    u = rand(6, 5, seed=3)
+
+    def clean(z: Tensor) -> Tensor:
+        return z @ a.T + u
+
+    calls = 0
+
+    def f(z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        out = clean(z)
+        if calls > good_calls:
+            out[bad_row, 2] = poison
+        return out
+
+    solver = kind(max_iter=300, tol=1e-10)
+    solution = solve_fixed_point(f, torch.zeros_like(u), solver)
+    reference = solve_fixed_point(clean, torch.zeros_like(u), solver)
+    assert Status(int(solution.status[bad_row])) in (Status.NONFINITE, Status.STALLED)
+    assert bool(torch.isfinite(solution.z).all())
+    others = torch.arange(6) != bad_row
+    assert bool(solution.converged[others].all())
+    assert torch.equal(solution.z[others], reference.z[others])
+
+
+@given(st.sampled_from(SOLVERS), st.integers(0, 7), st.floats(0.0, 0.8), st.integers(0, 2**16))
+def test_one_stuck_row_costs_the_others_nothing(
+    kind: type[Solver], where: int, rate: float, seed: int
+) -> None:
+    a = contraction(4, rate, symmetric=False, seed=seed)
+    u = rand(8, 4, seed=seed + 1)
+    stuck = (torch.arange(8) == where)[:, None]
+
+    solver = kind(max_iter=150, tol=1e-9)
+    mixed = solve_fixed_point(
+        lambda z: torch.where(stuck, z + 1, z @ a.T + u), torch.zeros_like(u), solver
+    )
+    clean = solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), solver)
+    others = ~stuck.squeeze(1)
+    assert Status(int(mixed.status[where])) in (Status.MAX_ITER, Status.STALLED)
+    assert bool(mixed.converged[others].all())
+    assert torch.equal(mixed.z[others], clean.z[others])
+    assert torch.equal(mixed.stats.f_evals[others], clean.stats.f_evals[others])
+
+
+# What a solve costs -----------------------------------------------------------------------------
+
+
+@every_solver
+def test_converged_rows_are_not_evaluated_again(kind: type[Solver]) -> None:
+    rates = torch.tensor([0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.95]).double()
+    u = torch.cat([rates[:, None], rand(8, 4, seed=5)], dim=1)
+
+    def g(z: Tensor, u: Tensor) -> Tensor:
+        decay = u[:, :1] * torch.tensor([1.0, 0.9, 0.7, -0.5, 0.2]).double()
+        return decay * z + u
+
+    spy = Spy(Elementwise(g))
+    solver = kind(max_iter=1000, tol=1e-10)
+    with torch.no_grad():
+        z = Equilibrium(spy, solver=solver)(u)
+    # solve_fixed_point cannot restrict f to rows: it tells each row's own number of evaluations
+    own = solve_fixed_point(lambda z: g(z, u), torch.zeros_like(u), solver)
+    for k, rows in enumerate(spy.rows):
+        running = int((own.stats.f_evals > k).sum())
+        assert running <= rows <= running / 0.75
+    assert len(spy.rows) == int(own.stats.f_evals.max())
+    torch.testing.assert_close(z, own.z, rtol=1e-8, atol=1e-8)
+
+
+@every_solver
+def test_evaluations_are_counted_truly_for_one_row(kind: type[Solver]) -> None:
+    spy = Spy(Affine(contraction(6, 0.9, symmetric=True, seed=1)))
+    u = rand(1, 6, seed=2)
+    solution = solve_fixed_point(lambda z: spy(z, u), torch.zeros_like(u), kind(max_iter=500))
+    assert spy.total == solution.stats.f_evals.item() == solution.stats.iterations.item()
+
+
+def test_history_is_allocated_once() -> None:
+    """No tensor of the history's size is made anew while the loop runs."""
+    u = rand(2, 50, seed=1)
+    a = contraction(50, 0.999, symmetric=True, seed=2)
+    solver = Anderson(max_iter=40, tol=0.0, memory=30)
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            fresh = isinstance(out, Tensor) and not func._schema.name.endswith("_")
+            if fresh and out._base is None and out.numel() >= 2 * 30 * 50:
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), solver)
+    assert len(sizes) <= 2  # Y and D
+
+
+# float32, tolerances, edges ---------------------------------------------------------------------
+
+
+@every_solver
+@pytest.mark.parametrize("tol", [0.0, 1e-12])
+def test_float32_ends_with_a_status_below_its_precision(kind: type[Solver], tol: float) -> None:
+    a = contraction(30, 0.99, symmetric=True, seed=1).float()
+    u = rand(4, 30, seed=2, dtype=torch.float32)
+    solver = kind(max_iter=2000, tol=tol, abs_tol=0.0)
+    solution = solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), solver)
+    ends = {Status(int(s)) for s in solution.status}
+    assert ends <= {Status.STALLED, Status.MAX_ITER, Status.CONVERGED}
+    exact_zero = solution.stats.z_residual <= tol
+    assert torch.equal(solution.converged, exact_zero)
+    assert float(solution.stats.z_residual.max()) < 1e-5
+    if kind is Anderson:
+        assert bool((solution.stats.f_evals < 500).all())  # it notices
+        assert ends == {Status.STALLED}
+
+
+@every_solver
+def test_float32_and_float64_agree(kind: type[Solver]) -> None:
+    a = contraction(10, 0.8, symmetric=False, seed=1)
+    u = rand(3, 10, seed=2)
+    wide = solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), kind(tol=1e-6))
+    a32, u32 = a.float(), u.float()
+    narrow = solve_fixed_point(lambda z: z @ a32.T + u32, torch.zeros_like(u32), kind(tol=1e-6))
+    assert narrow.z.dtype == torch.float32
+    assert bool(narrow.converged.all())
+    torch.testing.assert_close(narrow.z.double(), wide.z, rtol=1e-4, atol=1e-4)
+
+
+@every_solver
+def test_starting_at_the_solution_costs_one_evaluation(kind: type[Solver]) -> None:
+    u = rand(3, 4, seed=1)
+    solution = solve_fixed_point(lambda z: u, u.clone(), kind())
+    assert solution.stats.f_evals.tolist() == [1, 1, 1]
+    assert bool(solution.converged.all())
+
+
+@every_solver
+def test_an_empty_batch(kind: type[Solver]) -> None:
+    solution = solve_fixed_point(lambda z: z / 2, torch.zeros(0, 3), kind())
+    assert solution.z.shape == (0, 3)
+    assert solution.status.shape == (0,)
+
+
+def test_damping_changes_the_path_and_not_the_answer() -> None:
+    a = torch.diag(torch.linspace(-0.95, 0.2, 12).double())
+    u = rand(2, 12, seed=1)
+    results = [
+        solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), solver)
+        for solver in (
+            Picard(max_iter=1000, tol=1e-10),
+            Picard(max_iter=1000, tol=1e-10, damping=0.6),
+            Anderson(max_iter=1000, tol=1e-10),
+            Anderson(max_iter=1000, tol=1e-10, damping=0.5),
+        )
+    ]
+    for result in results[1:]:
+        torch.testing.assert_close(result.z, results[0].z, rtol=1e-8, atol=1e-8)
+    assert int(results[1].stats.f_evals.max()) < int(results[0].stats.f_evals.min()) / 5
+    assert int(results[3].stats.f_evals.max()) != int(results[2].stats.f_evals.max())
+
+
+def test_anderson_remembers_no_more_than_it_is_told() -> None:
+    """On a linear problem a memory of n ends it in n + 2 evaluations; a shorter one does not."""
+    a = contraction(6, 0.95, symmetric=False, seed=3)
+    u = rand(2, 6, seed=4)
+
+    def evals(memory: int) -> int:
+        solver = Anderson(max_iter=300, tol=1e-9, memory=memory)
+        return int(solve_fixed_point(lambda z: z @ a.T + u, u * 0, solver).stats.f_evals.max())
+
+    assert evals(6) <= 8 < evals(1)
+
+
+# Misuse -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "match"),
+    [
+        (Picard, {"max_iter": 0}, "max_iter must be at least 1, got 0"),
+        (Anderson, {"tol": -1e-3}, "must not be negative, got -0.001"),
+        (Anderson, {"tol": math.nan}, "must not be negative, got nan"),
+        (Broyden, {"abs_tol": -1.0}, "must not be negative"),
+        (Picard, {"damping": 0.0}, "damping must be above 0 and at most 2, got 0"),
+        (Picard, {"damping": 2.5}, "at most 2, got 2.5"),
+        (Anderson, {"damping": 1.5}, "at most 1, got 1.5"),
+        (Anderson, {"memory": 0}, "memory must be at least 1, got 0"),
+        (Broyden, {"memory": 0}, "memory must be at least 1, got 0"),
+        (Anderson, {"ridge": -1.0}, "ridge must not be negative, got -1"),
+    ],
+)
+def test_bad_arguments(kind: type[Solver], arguments: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        kind(**arguments)
+
+
+@every_solver
+def test_unknown_keywords_raise(kind: type[Solver]) -> None:
+    with pytest.raises(TypeError, match="threshold"):
+        kind(threshold=3)
+
+
+def test_solvers_are_values() -> None:
+    assert Anderson(tol=1e-3) == Anderson(tol=1e-3) != Anderson(tol=1e-4)
+    with pytest.raises(AttributeError):
+        Anderson().tol = 1.0  # type: ignore[misc]
+
+
+def test_wrong_states_raise() -> None:
+    z0 = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"the output of f has shape \(2, 4\).*\(2, 3\)"):
+        solve_fixed_point(lambda z: torch.zeros(2, 4), z0)
+    with pytest.raises(ValueError, match="the output of f has shape"):
+        solve_fixed_point(lambda z: (z, z), z0)
+    with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
+        solve_fixed_point(lambda z: z, torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="batch-first tensor or a tuple"):
+        solve_fixed_point(lambda z: z, [1.0, 2.0])
+    with pytest.raises(TypeError, match="batch-first tensor or a tuple"):
+        solve_fixed_point(lambda z: z, torch.tensor(1.0))
+
+
+def test_every_status_says_what_to_do() -> None:
+    for status in Status:
+        assert len(status.message) > 15
+    mixed = solved([p.name for p in PROBLEMS].index("one row stuck"), Anderson)
+    assert "3 × CONVERGED" in mixed.report()
+    assert "1 × MAX_ITER: the iteration limit" in mixed.report()
