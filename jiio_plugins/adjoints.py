@@ -7,6 +7,7 @@ adjoint μ solves ``μ = J_zᵀ μ + g`` (implicit function theorem).
 from __future__ import annotations
 
 import abc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ from jiio_plugins.solvers import FlatSolution, Solver, iterate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from jiio_plugins._state import Layout
+
+    Reenter = Callable[[], AbstractContextManager[Any]]
 
 
 _COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
@@ -106,7 +110,12 @@ class _AdjointMap:
     compact_below = 0.5
 
     def __init__(
-        self, f: CellMap, fz: Tensor, z: Tensor, g: Tensor, autocast: Callable[[], torch.autocast]
+        self,
+        f: CellMap,
+        fz: Tensor,
+        z: Tensor,
+        g: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.f, self.fz, self.z, self.g, self.autocast = f, fz, z, g, autocast
 
@@ -126,6 +135,18 @@ class _AdjointMap:
         return _AdjointMap(f, fz, z, self.g[rows], self.autocast)
 
 
+def _autocast_now(kind: str) -> Reenter:
+    """What brings back the autocast state that holds here, for a device of this kind."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    return partial(
+        torch.autocast,
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+    )
+
+
 class _ImplicitGate(torch.autograd.Function):
     """Identity forward; backward replaces the incoming gradient g by the adjoint μ."""
 
@@ -135,13 +156,7 @@ class _ImplicitGate(torch.autograd.Function):
         # neither refers to this node, so nothing is kept alive beyond it
         ctx.f, ctx.fz, ctx.z, ctx.solver = f, fz, z, solver
         ctx.counters = open_counters()  # backward may run in another thread, out of autocast
-        kind = fz.device.type
-        ctx.autocast = partial(
-            torch.autocast,
-            kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
-        )
+        ctx.autocast = _autocast_now(fz.device.type)
         return fz.detach().clone()
 
     @staticmethod

@@ -45,7 +45,8 @@ def running(session: Session) -> Iterator[None]:
 def _full_precision(state: Any) -> Any:
     """Under autocast an encoder answers in half precision; a solve needs its state in float32."""
     tensors = as_tensors(state)
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return state
     half = (torch.float16, torch.bfloat16)
     tensors = tuple(t.float() if t.dtype in half else t for t in tensors)

@@ -114,11 +114,11 @@ class Method(abc.ABC):
         first = self.step_size
         if first is None:
             first = 2.0 if has_ball else 0.1
-        first = torch.as_tensor(first, dtype=like.dtype, device=like.device).reshape(-1, 1)
+        first = _column(first, like)
         last = self.final_step_size
         if last is None:
             last = first / max(20.0, 1.25 * self.max_iter) if has_ball else first
-        last = torch.as_tensor(last, dtype=like.dtype, device=like.device).reshape(-1, 1)
+        last = _column(last, like)
         for name, value in (("step_size", first), ("final_step_size", last)):
             if len(value) not in (1, len(like)):
                 raise ValueError(
@@ -130,6 +130,13 @@ class Method(abc.ABC):
             mix = 0.5 * (1 + math.cos(math.pi * k / max(1, self.max_iter - 1)))
             out.append(scale * (last + (first - last) * mix))
         return out
+
+
+def _column(value: float | Tensor, like: Tensor) -> Tensor:
+    """``(1 or problems, 1)``; a number does not make the host wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype).reshape(-1, 1)
+    return like.new_full((1, 1), value)
 
 
 class _Tracker:

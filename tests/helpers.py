@@ -42,7 +42,7 @@ def rotation(angles: list[float], radius: float = 1.0) -> Tensor:
 
 
 class Affine(nn.Module):
-    """``z -> A z + u``, with one A for all rows or one per row."""
+    """``z -> A z + u``."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
