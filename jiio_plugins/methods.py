@@ -277,11 +277,12 @@ class Joint(Method):
         w = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active_rows()
-            r_before = None
+            size_before = None
             for _ in range(self.state_steps - 1 if k > 0 and mix is None else 0):
-                r_before = problem.evaluate(v, z) - z
+                r = problem.evaluate(v, z) - z
                 problem.pay(f_evals=active)
-                z = z + _finite(omega * r_before)
+                size_before = row_norm(r)
+                z = _step(z, omega, r, size_before)
             lin = problem.linearize(v, z)
             loss = problem.loss(lin.output)
             b, direct = lin.gradient(loss)
@@ -291,17 +292,18 @@ class Joint(Method):
             problem.pay(f_evals=active, vjps=active)
             r = lin.f - z
             track.see(v, loss, lin.output, b, r)
-            if r_before is not None:
-                shrank = row_norm(r) < row_norm(r_before)
-                omega = torch.where(shrank[:, None], omega, (omega / 2).clamp(min=0.1))
+            size = row_norm(r)
+            if size_before is not None:
+                shrank = (size < size_before)[:, None]
+                omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
             if callback is not None:
-                ratio = row_norm(r) / row_norm(lin.f).clamp(min=_tiny(z))
+                ratio = size / row_norm(lin.f).clamp(min=_tiny(z))
                 callback(Progress(k, v, gradient, loss.detach(), ratio))
-            mu_residual = row_norm(jz_mu - w) / row_norm(mu).clamp(min=_tiny(mu))
+            w_before = w
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
-                z = z + _finite(omega * r)
-                w = w + _finite(jz_mu - w)
+                z = _step(z, omega, r, size)
+                w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
             else:
                 z_next, w_next, v_next = mix(z, r, w, jz_mu - w, v, v_next - v)
                 track.settle(mix.below(self.tol))
@@ -311,13 +313,13 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
+        mu_residual = row_norm(jz_mu - w_before) / row_norm(mu).clamp(min=_tiny(mu))
         return track.path(v, z, mu, mu_residual)
 
 
-def _finite(step: Tensor) -> Tensor:
-    """The step, or none for a row in which it holds NaN or Inf."""
-    ok = torch.isfinite(step).all(1, keepdim=True)
-    return torch.where(ok, step, 0.0)
+def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
+    """``z + ω r``; z for a row in which ‖r‖ = ``size`` says that r holds NaN or Inf."""
+    return torch.where(torch.isfinite(size)[:, None], torch.addcmul(z, omega, r), z)
 
 
 @dataclass(frozen=True, kw_only=True)
