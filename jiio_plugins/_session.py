@@ -16,6 +16,7 @@ from jiio_plugins._counting import count, count_rows
 from jiio_plugins._state import Layout, as_tensors, flatten
 from jiio_plugins.adjoints import implicit_gate, solve_counted
 from jiio_plugins.equilibrium import Equilibrium, running
+from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ class StateLayout:
 
 
 class SolveSession:
-    """Every layer solves its fixed point, without a graph.
+    """Every layer solves its fixed point.
 
     Args:
-        solver: used by all layers; None: each layer's own solver and gradient rule, as in a plain
-            call of the model.
+        solver: used by all layers, without a graph; None: each layer's own solver and gradient
+            rule, as in a plain call of the model.
         start: flat state of each layer to start from; None: the layer's initial state.
         max_iter: overrides the solver's.
     """
@@ -181,6 +182,31 @@ class EnvelopeSession:
             return mu + g if alone else mu
 
         return f.layout.unpack(implicit_gate(fz, z, f, solver, warm_start))
+
+
+class PenaltySession:
+    """Every layer answers with a given state and adds the Jacobian penalty of its cell there.
+
+    Attributes:
+        value: ‖J_z‖²_F / n averaged over rows, summed over layers; differentiable.
+    """
+
+    def __init__(self, z: Sequence[Tensor], probes: int, generator: torch.Generator | None) -> None:
+        self.z, self.probes, self.generator = z, probes, generator
+        self.visits = 0
+        self.value = z[0].new_zeros(())
+
+    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+        """The state as it is."""
+        state = f.layout.unpack(self.z[self.visits])
+        self.visits += 1
+        self.value = self.value + jacobian_penalty(
+            layer.cell, state, *f.injection, probes=self.probes, generator=self.generator
+        )
+        rows = count_rows(len(self.z[0]), self.z[0].device)
+        # the gradient of a probe's VJP costs about one more
+        count(f_evals=rows, vjps=2 * self.probes * rows)
+        return state
 
 
 class Linearization:

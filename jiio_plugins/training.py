@@ -37,14 +37,14 @@ class FlatState:
     Attributes:
         layout: how they are packed.
         z: ``(rows, n)``.
-        mu: ``(rows, n)``.
-        jz_mu: ``J_zᵀ μ``, ``(rows, n)``.
+        mu: ``(rows, n)``, or None where none is known.
+        jz_mu: ``J_zᵀ μ``, likewise.
     """
 
     layout: StateLayout
     z: Tensor
-    mu: Tensor
-    jz_mu: Tensor
+    mu: Tensor | None = None
+    jz_mu: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def joint_solution(
     method: Method | None = None,
     constraint: Constraint | None = None,
     start: Tensor | JointSolution | None = None,
-    z_start: FlatState | None = None,
+    state: FlatState | None = None,
     training_mode: bool = False,
     stop: Stop | None = None,
     callback: Callback | None = None,
@@ -103,8 +103,8 @@ def joint_solution(
         constraint: see :func:`jiio_plugins.optimize_input`.
         start: where x starts, shaped like x, projected on the set; None: at x. An earlier
             :class:`JointSolution` of the same rows: its x, z and μ are carried on.
-        z_start: a state to start z from, such as ``solution.flat``; None: from ``start``, or from
-            scratch.
+        state: where z (and μ) start, such as ``solution.flat`` of the same rows; None: those of
+            ``start``, or from scratch.
         training_mode: see :func:`jiio_plugins.optimize_input`.
         stop: likewise.
         callback: likewise.
@@ -130,11 +130,10 @@ def joint_solution(
     feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach())
     v = feasible.project(first.reshape(len(x), -1))
     problem = Problem(variable, objective, len(x), splits=not training_mode)
-    if isinstance(start, JointSolution):
-        problem.layout = start.flat.layout
-        problem.z_start, problem.jz_mu_start = start.flat.z, start.flat.jz_mu
-    if z_start is not None:
-        problem.layout, problem.z_start = z_start.layout, z_start.z
+    if state is None and isinstance(start, JointSolution):
+        state = start.flat
+    if state is not None:
+        problem.layout, problem.z_start, problem.jz_mu_start = state.layout, state.z, state.jz_mu
     with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
         path = method.run(problem, feasible, v, stop, callback)
     count(f_evals=problem.f_evals, vjps=problem.vjps, residual=path.z_residual)
@@ -223,6 +222,8 @@ def envelope_pass(
             f"solution must come from joint_solution(...), got {type(solution).__name__}"
         )
     flat = solution.flat
+    assert flat.mu is not None
+    assert flat.jz_mu is not None
     session = EnvelopeSession(
         flat.layout.split(flat.z),
         flat.layout.split(flat.mu),
