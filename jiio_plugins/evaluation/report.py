@@ -142,7 +142,8 @@ class AttackResult:
         broken: of these, samples for which it found a verified adversarial example.
         alone: accuracy under this attack by itself; None where samples were skipped.
         together: accuracy after this attack and all before it.
-        loss: mean verified cross-entropy of its images.
+        loss: mean verified cross-entropy of its images; None if it was given none. Where they
+            fail, torchattacks' APGD and Square return the image they were given.
         f_evals, vjps, seconds: cost per attacked sample, without the judging.
     """
 
@@ -152,7 +153,7 @@ class AttackResult:
     broken: int
     alone: Interval | None
     together: Interval
-    loss: float
+    loss: float | None
     f_evals: float
     vjps: float
     seconds: float
@@ -238,8 +239,9 @@ class RobustnessReport:
             f"{self.clean!s:>21}"
         )
         lines = [
-            f"{a.name:>22} {a.attacked:8d} {a.broken:6d} {a.together!s:>21} {a.loss:7.3f} "
-            f"{a.f_evals:8.1f} {a.vjps:8.1f} {a.seconds:8.4f}"
+            f"{a.name:>22} {a.attacked:8d} {a.broken:6d} {a.together!s:>21} "
+            f"{'–' if a.loss is None else f'{a.loss:.3f}':>7} "
+            f"{a.f_evals:8.1f} {a.vjps:8.1f} {a.seconds:8.3f}"
             for a in self.attacks
         ]
         tail = [

@@ -63,6 +63,7 @@ def robust_accuracy(
     upper: float | Tensor | None = 1.0,
     batch_size: int = 128,
     verify: Solver | None = None,
+    known: Tensor | None = None,
     skip_broken: bool = True,
     audit: int = 48,
     progress: bool = True,
@@ -86,6 +87,8 @@ def robust_accuracy(
         batch_size: samples an attack gets at a time.
         verify: solver of the independent solves; None: Anderson to relative residual 1e-5 (1e-9 in
             float64) within 300 evaluations.
+        known: images that may be adversarial, shape of x, judged before any attack is run: of a
+            smaller radius (``report.worst``), or of another model.
         skip_broken: do not give an attack what earlier ones have broken: same worst case, much
             cheaper, but then only the first attack's own accuracy is known.
         audit: number of samples on which model and gradients are audited (see
@@ -111,16 +114,21 @@ def robust_accuracy(
     suite = _as_suite(attacks)
     norm, eps = float(norm), float(eps)
     _check_arguments(x, y, eps, norm, lower, upper, batch_size, verify, audit)
+    if known is not None and (not isinstance(known, Tensor) or known.shape != x.shape):
+        got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
+        raise ValueError(f"known must hold images of the shape of x, {tuple(x.shape)}, got {got}")
     if verify is None:
         verify = Anderson(max_iter=300, tol=1e-9 if x.dtype == torch.float64 else 1e-5)
     x, y = x.detach(), y.long()
     limits: dict[str, Any] = {"norm": norm, "eps": eps, "lower": lower, "upper": upper}
     with undisturbed(model):
         state = _State(model, x, y, verify, batch_size)
+        given = [] if known is None else [Attack("known", lambda model, x, y: x)]
         results = []
-        for attack in suite:
+        for attack in given + suite:
             rows = (state.correct & ~(state.broken & skip_broken)).nonzero().squeeze(1)
-            results.append(_run(attack, state, rows, limits, skip_broken, progress))
+            examples = known if attack in given else None
+            results.append(_run(attack, state, rows, limits, skip_broken, progress, examples))
         checks, warnings = auditing.passive(state.history, suite, state.attempts)
         if audit:
             chosen = state.correct.nonzero().squeeze(1)[:audit]
@@ -197,8 +205,9 @@ class _State:
 
 
 def _run(
-    attack: Attack, state: _State, rows: Tensor, limits: dict[str, Any], skip: bool, progress: bool
-) -> AttackResult:
+    attack: Attack, state: _State, rows: Tensor, limits: dict[str, Any], skip: bool,
+    progress: bool, known: Tensor | None,
+) -> AttackResult:  # fmt: skip
     verdicts, f_evals, vjps, seconds = [], 0.0, 0.0, 0.0
     with tqdm(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
         for batch in state.batches(rows) if len(rows) else ():
@@ -206,7 +215,10 @@ def _run(
             with count_evaluations() as counter, undisturbed(state.model):
                 start = time.perf_counter()
                 try:
-                    found = attack.run(state.model, x.clone(), y.clone())
+                    if known is None:
+                        found = attack.run(state.model, x.clone(), y.clone())
+                    else:
+                        found = known[batch]
                 except Exception as error:
                     error.add_note(
                         f"raised by the attack {attack.name!r}, images {int(batch[0])} … "
@@ -236,7 +248,7 @@ def _run(
         broken=broken,
         alone=wilson(int(state.correct.sum()) - broken, total) if complete else None,
         together=_share(~state.broken),
-        loss=float(verdict.loss.double().mean()) if verdicts else math.nan,
+        loss=float(verdict.loss.double().mean()) if verdicts else None,
         f_evals=f_evals / n,
         vjps=vjps / n,
         seconds=seconds / n,
@@ -266,11 +278,13 @@ def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attac
     names = [a.name for a in suite]
     if not names:
         raise ValueError("attacks is empty: there is no robust accuracy without an attack")
-    twice = sorted({name for name in names if names.count(name) > 1} | ({"clean"} & set(names)))
+    twice = sorted(
+        {name for name in names if names.count(name) > 1} | ({"clean", "known"} & set(names))
+    )
     if twice:
         raise ValueError(
-            f"every attack needs a name of its own, and 'clean' is taken; got {', '.join(twice)} "
-            "more than once: pass a dict or Attack(name, run)"
+            f"every attack needs a name of its own, other than 'clean' and 'known'; got "
+            f"{', '.join(names)}: pass a dict or Attack(name, run)"
         )
     return suite
 
