@@ -87,7 +87,7 @@ def default_suite(
     """JIIO, nested PGD, APGD-CE, APGD-DLR, PGD through unrolled and intermediate states, Square.
 
     Cheap attacks come first: with ``skip_broken`` the others see only what withstands. An image
-    that withstands all costs about 5,000 evaluations of f and VJPs.
+    that withstands all costs about 4,000 evaluations of f and VJPs.
 
     Args:
         eps: radius of the ball, in the units of the images.
