@@ -125,7 +125,7 @@ class Backpropagated(Method):
                 unknown = torch.full_like(z[:, :1], torch.inf)  # no residual: the start is judged
                 track.see(v, loss, output, unknown, unknown)
                 if callback is not None:
-                    callback(Progress(k, v, gradient, loss.detach(), unknown[:, 0]))
+                    callback(Progress(k, v, gradient, loss.detach(), unknown[:, 0], z))
                 v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
                 v = track.move(v, v_next)
                 if track.all_done():
@@ -133,7 +133,8 @@ class Backpropagated(Method):
         problem.layout = StateLayout(view.layouts)
         problem.pay(counter.f_evals / problem.rows, counter.vjps / problem.rows)
         mu = torch.zeros_like(z)
-        return track.path(v, z, mu, torch.zeros(problem.rows, device=v.device))
+        none = torch.zeros(problem.rows, device=v.device)
+        return track.path(v, z, mu, mu, none, none)
 
 
 def through_unrolled(steps: int = 30, *, max_iter: int = 20) -> Backpropagated:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from jiio_plugins._counting import count_evaluations
-from jiio_plugins.attacks import BALLS, _check_inside
+from jiio_plugins.attacks import BALLS, check_inside
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
-from jiio_plugins.optimize import _unwrap, check_input
+from jiio_plugins.optimize import check_input, unwrap
 from jiio_plugins.solvers import Anderson, Solver
 
 GRADIENTS = ("implicit", "own", "unrolled", "intermediate", "none", "unknown")
@@ -110,7 +110,7 @@ def robust_accuracy(
     Evaluating Adversarial Robustness" (2019) for the checks.
     """
     begin = time.perf_counter()
-    model = _unwrap(model)
+    model = unwrap(model)
     suite = _as_suite(attacks)
     norm, eps = float(norm), float(eps)
     _check_arguments(x, y, eps, norm, lower, upper, batch_size, verify, audit)
@@ -318,7 +318,7 @@ def _check_arguments(
                 f"{name} must be a number or broadcast over the batch, as shape "
                 f"{(1, *x.shape[1:])} does, got {tuple(shape)}"
             )
-    _check_inside(x, -math.inf if lower is None else lower, math.inf if upper is None else upper)
+    check_inside(x, -math.inf if lower is None else lower, math.inf if upper is None else upper)
     if batch_size < 1 or audit < 0:
         raise ValueError(
             f"batch_size must be at least 1 and audit not negative, got {batch_size} and {audit}"
