@@ -232,7 +232,8 @@ class JIIOAdversarialTrainer(Trainer):
             method = Autocast(
                 inner=method, module=module, dtype=attack.autocast, max_iter=method.max_iter
             )
-        lower, upper = self._classifier.clip_values or (None, None)
+        clip = self._classifier.clip_values
+        lower, upper = (None, None) if clip is None else clip
         loss = copy.copy(self._classifier.loss)
         loss.reduction = "none"
         return AdversarialTraining(
