@@ -174,7 +174,7 @@ def plot_accuracy(path: Path, reports: Sequence[RobustnessReport], title: str) -
     axes.set(
         xlabel=f"ε (L{reports[0].norm:g})".replace("inf", "∞"),
         ylabel="accuracy in %",
-        ylim=(0, 100),
+        ylim=(-2, 102),
         xlim=(0, None),
         title=f"{title}, {warnings or 'no'} warning{'s' * (warnings != 1)}",
     )

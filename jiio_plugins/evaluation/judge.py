@@ -47,6 +47,11 @@ class Verdict:
         return self.model_wrong & self.tight_wrong & self.converged
 
     @property
+    def doubtful(self) -> Tensor:
+        """Wrong by either, but not verified: it may or may not break its sample."""
+        return (self.model_wrong | self.tight_wrong) & ~self.converged
+
+    @property
     def differ(self) -> Tensor:
         """Samples whose two losses are more than 1 % (and 0.01) apart, or classes differ."""
         gap = (self.loss - self.model_loss).abs()
@@ -73,10 +78,11 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
     loss, model_loss = -problem.loss(tight.output), -problem.loss(own.output)
     f = problem.evaluate(v, own.z)
     residual = row_norm(f - own.z) / row_norm(f).clamp(min=torch.finfo(f.dtype).tiny)
+    finite = torch.isfinite(tight.output).all(1)
     return Verdict(
-        own.output.argmax(1) != y,
-        tight.output.argmax(1) != y,
-        tight.converged & torch.isfinite(tight.output).all(1) & torch.isfinite(loss),
+        (own.output.argmax(1) != y) | ~torch.isfinite(own.output).all(1),  # NaN is no right answer
+        (tight.output.argmax(1) != y) | ~finite,
+        tight.converged & finite,
         loss,
         model_loss,
         residual,

@@ -129,7 +129,8 @@ def robust_accuracy(
             rows = (state.correct & ~(state.broken & skip_broken)).nonzero().squeeze(1)
             examples = known if attack in given else None
             results.append(_run(attack, state, rows, limits, skip_broken, progress, examples))
-        checks, warnings = auditing.passive(state.history, suite, state.attempts)
+        undecided = int((state.doubtful & ~state.broken).sum())
+        checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided)
         if audit:
             chosen = state.correct.nonzero().squeeze(1)[:audit]
             more, found = auditing.active(model, x[chosen], y[chosen], verify, limits, progress)
@@ -175,7 +176,7 @@ class _State:
         self.correct = ~clean.broken
         self.broken = clean.broken.clone()
         self.model_wrong, self.tight_wrong = clean.model_wrong.clone(), clean.tight_wrong.clone()
-        self.unverified = ~clean.converged
+        self.unverified, self.doubtful = ~clean.converged, clean.doubtful.clone()
         self.worst_loss = torch.where(clean.converged, clean.loss, -torch.inf)
         self.broken_by: list[str | None] = ["clean" if b else None for b in self.broken.tolist()]
         self.history = {"clean": clean}
@@ -191,6 +192,7 @@ class _State:
         self.model_wrong[rows] |= verdict.model_wrong
         self.tight_wrong[rows] |= verdict.tight_wrong & verdict.converged
         self.unverified[rows] |= ~verdict.converged
+        self.doubtful[rows] |= verdict.doubtful
         new = verdict.broken & ~self.broken[rows]
         # a broken case beats any unbroken one; among equals the higher loss, if it is verified
         same = verdict.broken == self.broken[rows]
