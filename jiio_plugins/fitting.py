@@ -34,7 +34,11 @@ Metrics = dict[str, float]
 
 
 class Batches(Protocol):
-    """Training data as batches, the same for every run of the same seed."""
+    """Training data as batches, the same for every run of the same seed.
+
+    Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
+    that a resumed training has seen; it is called, if there is one, before the first epoch.
+    """
 
     def __len__(self) -> int:
         """Batches an epoch."""

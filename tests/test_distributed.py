@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from jiio_plugins.adversarial import AdversarialTraining
+from tests.helpers import Net, Series, rand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,3 +50,30 @@ def test_two_processes(tmp_path: Path) -> None:
         first, last = sum(rank["losses"][:4]), sum(rank["losses"][-4:])
         assert last < 0.8 * first
         assert all(0 < loss < 20 for loss in rank["losses"])
+
+
+@pytest.mark.parametrize("options", [{}, {"trades": 2.0}, {"jacobian_weight": 1.0}])
+@pytest.mark.parametrize("build", [Net, Series])
+def test_a_distributed_module_can_be_given_as_it_is(
+    build: type[torch.nn.Module], options: dict[str, float], tmp_path: Path
+) -> None:
+    """Its gradients are those of the bare module, also where it looks for unused parameters."""
+    x, y = rand(4, 5, seed=1), torch.tensor([0, 2, 1, 2])
+    training = AdversarialTraining(norm=2, eps=0.5, **options)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        gradients = []
+        for wrap in (None, False, True):
+            model = build(seed=3)
+            outer = model
+            if wrap is not None:
+                outer = DistributedDataParallel(model, find_unused_parameters=wrap)
+            generator = torch.Generator().manual_seed(0)
+            training(outer, x, y, generator=generator).loss.backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for own in gradients[1:]:
+            for a, b in zip(own, gradients[0], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    finally:
+        distributed.destroy_process_group()

@@ -54,11 +54,6 @@ def check_trainable(classifier: PyTorchClassifier, attack: JIIOAttack) -> None:
         TypeError, ValueError: it cannot; the message says what is accepted.
         NotImplementedError: a targeted attack.
     """
-    if not hasattr(attack, "early_stop") or not hasattr(attack, "solution"):
-        raise TypeError(
-            "attack must be a JIIOAttack (ART's AdversarialTrainer takes others), got "
-            f"{type(attack).__name__}"
-        )
     if attack.estimator is not classifier:
         raise ValueError(
             "the attack is bound to another classifier than the one to be trained: build it with "

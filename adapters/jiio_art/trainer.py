@@ -18,6 +18,7 @@ from torch import Tensor
 from jiio_art import _inputs
 from jiio_art._model import Autocast, RawInput
 from jiio_art._params import check_trainable
+from jiio_art.attack import JIIOAttack
 from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
 from jiio_plugins.fitting import TensorBatches, fit_adversarially
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from art.data_generators import DataGenerator
 
-    from jiio_art.attack import JIIOAttack
     from jiio_plugins.fitting import Batches, Interval, Metrics
     from jiio_plugins.methods import Method
 
@@ -222,6 +222,11 @@ class JIIOAdversarialTrainer(Trainer):
     def _training(self, module: RawInput) -> AdversarialTraining:
         """The engine's step, from what the attack says now."""
         attack = self.attack
+        if not isinstance(attack, JIIOAttack):
+            raise TypeError(
+                "attack must be a JIIOAttack (ART's AdversarialTrainer takes others), got "
+                f"{type(attack).__name__}"
+            )
         check_trainable(self._classifier, attack)
         method: Method = attack.method or TRAINING_METHOD
         if attack.max_iter is not None:
