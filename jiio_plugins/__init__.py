@@ -10,6 +10,7 @@ from jiio_plugins.optimize import optimize_input
 from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
+from jiio_plugins.training import JointSolution, envelope_loss, joint_solution
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Intersection",
     "JacobianFree",
     "Joint",
+    "JointSolution",
     "L1Ball",
     "L2Ball",
     "LinfBall",
@@ -39,8 +41,10 @@ __all__ = [
     "attack",
     "attack_objective",
     "count_evaluations",
+    "envelope_loss",
     "is_adversarial",
     "jacobian_penalty",
+    "joint_solution",
     "optimize_input",
     "solve_fixed_point",
 ]

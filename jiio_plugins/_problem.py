@@ -130,6 +130,7 @@ class Problem:
         layout: the layers' states in one flat matrix, known after the first pass.
         splits: whether the model may be called on some of the rows; in train mode that would give
             them another dropout mask or other batch statistics.
+        z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
     """
 
     def __init__(
@@ -139,6 +140,8 @@ class Problem:
         self.variable, self.objective, self.rows = variable, objective, rows
         self.groups = variable.groups
         self.layout: StateLayout | None = None
+        self.z_start: Tensor | None = None
+        self.jz_mu_start: Tensor | None = None
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jiio_plugins._counting import count, count_rows
 from jiio_plugins._state import Layout, as_tensors, flatten
+from jiio_plugins.adjoints import implicit_gate, solve_counted
 from jiio_plugins.equilibrium import Equilibrium, running
-from jiio_plugins.solvers import FlatSolution, Solver, iterate
+from jiio_plugins.regularization import jacobian_penalty
+from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,11 +52,11 @@ class StateLayout:
 
 
 class SolveSession:
-    """Every layer solves its fixed point, without a graph.
+    """Every layer solves its fixed point.
 
     Args:
-        solver: used by all layers; None: each layer's own solver and gradient rule, as in a plain
-            call of the model.
+        solver: used by all layers, without a graph; None: each layer's own solver and gradient
+            rule, as in a plain call of the model.
         start: flat state of each layer to start from; None: the layer's initial state.
         max_iter: overrides the solver's.
     """
@@ -112,6 +115,98 @@ class RecordSession:
     def flat(self) -> Tensor:
         """``f`` of all layers, ``(rows, n)``."""
         return flatten([f.detach() for parts in self.f for f in parts])
+
+
+class EnvelopeSession:
+    """Every layer answers with ``f`` at a joint solution's state; backward passes its μ on.
+
+    The pass ends in one value per row; :meth:`watch` learns the weight c with which each enters
+    what ``backward`` is called on. With g the gradient that reaches a layer, its adjoint is then
+    ``c J_zᵀμ + g``, whatever was done to the values after this pass.
+
+    Args:
+        z, mu, jz_mu: flat, per layer.
+        refine: solver of further steps on z and on the adjoint; None: there are none.
+    """
+
+    def __init__(
+        self,
+        z: Sequence[Tensor],
+        mu: Sequence[Tensor],
+        jz_mu: Sequence[Tensor],
+        refine: Solver | None = None,
+    ) -> None:
+        self.z, self.mu, self.jz_mu, self.refine = z, mu, jz_mu, refine
+        self.visits = 0
+        self.weight: Tensor | None = None
+
+    def watch(self, value: Tensor) -> None:
+        """Note the gradient of ``value`` ``(rows,)``, which backward meets before any layer."""
+        if len(self.z) != self.visits:
+            raise ValueError(
+                f"the model called {self.visits} equilibrium layers, the solution has the states "
+                f"of {len(self.z)}: give the model that the solution comes from"
+            )
+
+        def note(grad: Tensor) -> None:
+            self.weight = grad.detach()
+
+        if value.requires_grad:
+            value.register_hook(note)
+
+    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+        """``f(z)``, connected to the graph of f through its adjoint."""
+        k, rows, width = self.visits, len(as_tensors(z0)[0]), sum(f.layout.sizes)
+        self.visits += 1
+        if k >= len(self.z) or self.z[k].shape != (rows, width):
+            raise ValueError(
+                f"the solution holds no state ({rows}, {width}) for call {k + 1} of an equilibrium "
+                "layer: give the model and the rows that the solution comes from"
+            )
+        z = self.z[k]
+        if self.refine is not None:
+            z = solve_counted(f, z, self.refine).fz
+        z = z.detach().requires_grad_()
+        fz = f(z)
+        count(f_evals=count_rows(rows, z.device))
+        # J_zᵀμ holds what other layers send here as well, and so does g: one layer's own share is
+        # known only after a step of its own
+        alone = len(self.z) == 1
+        carried = self.jz_mu[k] if alone else self.mu[k]
+        solver = self.refine if alone else self.refine or Anderson(max_iter=1)
+
+        def warm_start(g: Tensor) -> Tensor:
+            if self.weight is None:
+                raise RuntimeError("backward must go through the values of this pass")
+            mu = carried * self.weight.to(carried)[:, None]
+            return mu + g if alone else mu
+
+        return f.layout.unpack(implicit_gate(fz, z, f, solver, warm_start))
+
+
+class PenaltySession:
+    """Every layer answers with a given state and adds the Jacobian penalty of its cell there.
+
+    Attributes:
+        value: ‖J_z‖²_F / n averaged over rows, summed over layers; differentiable.
+    """
+
+    def __init__(self, z: Sequence[Tensor], probes: int, generator: torch.Generator | None) -> None:
+        self.z, self.probes, self.generator = z, probes, generator
+        self.visits = 0
+        self.value = z[0].new_zeros(())
+
+    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+        """The state as it is."""
+        state = f.layout.unpack(self.z[self.visits])
+        self.visits += 1
+        self.value = self.value + jacobian_penalty(
+            layer.cell, state, *f.injection, probes=self.probes, generator=self.generator
+        )
+        rows = count_rows(len(self.z[0]), self.z[0].device)
+        # the gradient of a probe's VJP costs about one more
+        count(f_evals=rows, vjps=2 * self.probes * rows)
+        return state
 
 
 class Linearization:

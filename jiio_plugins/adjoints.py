@@ -67,7 +67,8 @@ class Adjoint(abc.ABC):
         """The flat equilibrium of ``f`` from ``z0``, connected to the graph of ``f``."""
 
 
-def _solve(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
+def solve_counted(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
+    """Solve from the flat ``z0``, without a graph; open counters learn of it."""
     result = iterate(f, z0, solver)
     count(f_evals=result.evals, residual=result.residual)
     return result
@@ -91,7 +92,7 @@ class Implicit(Adjoint):
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
         """Solve without a graph, then one evaluation with it."""
-        solved = _solve(f, z0, solver)
+        solved = solve_counted(f, z0, solver)
         if not torch.is_grad_enabled():
             return solved.fz
         z = solved.z.detach().requires_grad_()
@@ -99,7 +100,7 @@ class Implicit(Adjoint):
         count(f_evals=count_rows(len(z), z.device))
         if not fz.requires_grad:
             return fz
-        out: Tensor = _ImplicitGate.apply(fz, z, f, self.solver or solver)
+        out: Tensor = implicit_gate(fz, z, f, self.solver or solver)
         return out
 
 
@@ -147,29 +148,62 @@ def _autocast_now(kind: str) -> Reenter:
     )
 
 
+def implicit_gate(
+    fz: Tensor,
+    z: Tensor,
+    f: CellMap,
+    solver: Solver | None,
+    warm_start: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``fz``, whose backward passes the adjoint μ on instead of the incoming gradient g.
+
+    Args:
+        fz: ``f(z)`` with its graph.
+        z: flat state that requires grad.
+        f: the map.
+        solver: of the adjoint equation; None: μ is ``warm_start(g)`` as it is.
+        warm_start: where the adjoint solve starts, a function of g; None: at g.
+    """
+    out: Tensor = _ImplicitGate.apply(fz, z, f, solver, warm_start)
+    return out
+
+
 class _ImplicitGate(torch.autograd.Function):
     """Identity forward; backward replaces the incoming gradient g by the adjoint μ."""
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, f: CellMap, solver: Solver) -> Tensor:
+    def forward(
+        ctx: Any,
+        fz: Tensor,
+        z: Tensor,
+        f: CellMap,
+        solver: Solver | None,
+        warm_start: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         # fz and z are kept as attributes: they are the graph that backward differentiates, and
         # neither refers to this node, so nothing is kept alive beyond it
-        ctx.f, ctx.fz, ctx.z, ctx.solver = f, fz, z, solver
+        ctx.f, ctx.fz, ctx.z, ctx.solver, ctx.warm_start = f, fz, z, solver, warm_start
         ctx.counters = open_counters()  # backward may run in another thread, out of autocast
         ctx.autocast = _autocast_now(fz.device.type)
         return fz.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():  # once_differentiable would raise only where g depends on x
             raise RuntimeError(
                 "Implicit() gives first derivatives only, but create_graph=True asks for a "
                 "gradient that can be differentiated again: use adjoint=Unrolled(...) for that"
             )
+        start = g if ctx.warm_start is None else ctx.warm_start(g)
         with counting_into(ctx.counters):
-            result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), g, ctx.solver)
+            if ctx.solver is None:
+                count(vjps=count_rows(len(g), g.device))
+                return start, None, None, None, None
+            result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), start, ctx.solver)
             count(vjps=result.evals + 1)  # one more carries μ on to the injection
-        return result.z, None, None, None
+        # after a few steps from a warm start the last one's image counts; it costs nothing
+        mu = result.z if ctx.warm_start is None else result.fz
+        return mu, None, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +230,7 @@ class Phantom(Adjoint):
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
         """Solve without a graph, then ``steps`` evaluations with it."""
-        z = _solve(f, z0, solver).z.detach()
+        z = solve_counted(f, z0, solver).z.detach()
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping)
         count(f_evals=self.steps * count_rows(len(z), z.device))

@@ -102,7 +102,7 @@ def attack(
     if lower is not None or upper is not None:
         low = -torch.inf if lower is None else lower
         high = torch.inf if upper is None else upper
-        _check_inside(x, low, high)
+        check_inside(x, low, high)
         sets.append(Box(low, high))
     whole = Intersection(*sets)
     feasible = whole.bind(x)  # its errors first, also for an empty batch
@@ -213,7 +213,8 @@ def _check_logits(logits: Any, rows: int) -> None:
         raise ValueError(f"the model must return logits of shape ({rows}, classes), got {got}")
 
 
-def _check_inside(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> None:
+def check_inside(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> None:
+    """Raise unless ``lower <= x <= upper``."""
     low = torch.as_tensor(lower, dtype=x.dtype, device=x.device)
     high = torch.as_tensor(upper, dtype=x.dtype, device=x.device)
     outside = (x < low) | (x > high)

@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     gradient: Tensor
     loss: Tensor
     z_residual: Tensor
+    z: Tensor
 
 
 @dataclass
@@ -40,23 +41,27 @@ class Path:
     """Where a method ended. Flat tensors; losses are unverified.
 
     Attributes:
-        v, z, mu: last iterate.
+        v, z, mu: last iterate; ``mu`` is from before the last step on v.
+        jz_mu: ``J_zᵀ μ`` of it: with the ∂ℓ/∂z of where v is now, it makes the next μ.
         v_best, loss_best: iterate of least running loss per problem.
         loss_first, loss_last: running loss at the start and at the last iterate, ``(problems,)``.
         doubt_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
         iterations: per row.
-        mu_residual: relative residual of the adjoint equation at the end, ``(rows,)``.
+        z_residual, mu_residual: relative residuals of z and of the adjoint equation before the last
+            step on v, ``(rows,)``.
     """
 
     v: Tensor
     z: Tensor
     mu: Tensor
+    jz_mu: Tensor
     v_best: Tensor
     loss_best: Tensor
     loss_first: Tensor
     loss_last: Tensor
     doubt_first: Tensor
     iterations: Tensor
+    z_residual: Tensor
     mu_residual: Tensor
 
 
@@ -197,11 +202,14 @@ class _Tracker:
         ok = torch.isfinite(v_next).all(1) & ~self.holding
         return torch.where(ok[:, None], v_next, v)
 
-    def path(self, v: Tensor, z: Tensor, mu: Tensor, mu_residual: Tensor) -> Path:
+    def path(
+        self, v: Tensor, z: Tensor, mu: Tensor, jz_mu: Tensor, z_residual: Tensor,
+        mu_residual: Tensor,
+    ) -> Path:  # fmt: skip
         """The record of the whole run."""
         return Path(
-            v, z, mu, self.v_best, self.loss_best, self.loss_first, self.loss_last, self.doubt,
-            self.iterations, mu_residual,
+            v, z, mu, jz_mu, self.v_best, self.loss_best, self.loss_first, self.loss_last,
+            self.doubt, self.iterations, z_residual, mu_residual,
         )  # fmt: skip
 
 
@@ -266,7 +274,7 @@ class Joint(Method):
         callback: Callback | None = None,
     ) -> Path:
         """See :class:`Method`."""
-        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
+        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2), problem.z_start)
         problem.pay(f_evals=warm.evals)
         z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
         mix = None
@@ -274,7 +282,7 @@ class Joint(Method):
             mix = BlockAnderson(self.acceleration, problem.groups)
         omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
         track = _Tracker(problem, v, stop)
-        w = torch.zeros_like(z)
+        w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active_rows()
             r_before = None
@@ -294,9 +302,9 @@ class Joint(Method):
             if r_before is not None:
                 shrank = row_norm(r) < row_norm(r_before)
                 omega = torch.where(shrank[:, None], omega, (omega / 2).clamp(min=0.1))
+            ratio = row_norm(r) / row_norm(lin.f).clamp(min=_tiny(z))
             if callback is not None:
-                ratio = row_norm(r) / row_norm(lin.f).clamp(min=_tiny(z))
-                callback(Progress(k, v, gradient, loss.detach(), ratio))
+                callback(Progress(k, v, gradient, loss.detach(), ratio, z))
             mu_residual = row_norm(jz_mu - w) / row_norm(mu).clamp(min=_tiny(mu))
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
@@ -311,7 +319,7 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
-        return track.path(v, z, mu, mu_residual)
+        return track.path(v, z, mu, w, ratio, mu_residual)
 
 
 def _finite(step: Tensor) -> Tensor:
@@ -352,7 +360,7 @@ class Nested(Method):
         z: Tensor | None = None
         mu: Tensor | None = None
         if self.warm_start:
-            warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
+            warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2), problem.z_start)
             problem.pay(f_evals=warm.evals)
             z = warm.image
         track = _Tracker(problem, v, stop)
@@ -374,9 +382,9 @@ class Nested(Method):
             track.see(v, loss, lin.output, b, lin.f - z_start)
             gradient = (direct + equation.jv_mu).reshape(v.shape)
             mu_residual = outcome.residual
+            ratio = row_norm(lin.f - z_start) / row_norm(lin.f).clamp(min=_tiny(z_start))
             if callback is not None:
-                ratio = row_norm(lin.f - z_start) / row_norm(lin.f).clamp(min=_tiny(z_start))
-                callback(Progress(k, v, gradient, loss.detach(), ratio))
+                callback(Progress(k, v, gradient, loss.detach(), ratio, z_start))
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             v = track.move(v, v_next)
             last_z, last_mu = lin.f, outcome.fz
@@ -384,7 +392,7 @@ class Nested(Method):
                 z, mu = last_z, last_mu
             if track.all_done():
                 break
-        return track.path(v, last_z, last_mu, mu_residual)
+        return track.path(v, last_z, last_mu, last_mu - b, ratio, mu_residual)
 
 
 def _capped(solver: Solver) -> Solver:

@@ -79,19 +79,12 @@ def optimize_input(
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
     """
-    method = method if method is not None else Joint()
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be Joint(...) or Nested(...), got {method!r}")
     if verify is not None and not isinstance(verify, Solver):
         raise TypeError(
             f"verify must be Anderson(...), Picard(...) or Broyden(...), got {verify!r}"
         )
-    if constraint is not None and not isinstance(constraint, Constraint):
-        raise TypeError(
-            "constraint must be an L2Ball, LinfBall, L1Ball, Box or Intersection, "
-            f"got {type(constraint).__name__}"
-        )
-    model = _unwrap(model)
+    method, constraint = check_method(method), check_constraint(constraint)
+    model = unwrap(model)
     check_input(x)
     if groups is not None:
         _check_groups(groups, variables, len(x))
@@ -108,7 +101,7 @@ def optimize_input(
     v = feasible.project(flat)
     problem = Problem(variable, objective, len(x), splits=not training_mode)
     # the problem keeps the costs per row; what its layers report one by one would count twice
-    with torch.enable_grad(), _undisturbed(model, training_mode, variable), counting_into(()):
+    with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
         path = method.run(problem, feasible, v, stop, callback)
         solution = _verified(problem, path, v, verify or _default_verifier(v.dtype))
     count(
@@ -125,7 +118,25 @@ def _default_verifier(dtype: torch.dtype) -> Solver:
     return Anderson(max_iter=200, tol=1e-9 if dtype == torch.float64 else 1e-5)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def check_method(method: Method | None) -> Method:
+    """The method, :class:`Joint` for None; TypeError for anything else."""
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method must be Joint(...) or Nested(...), got {method!r}")
+    return method if method is not None else Joint()
+
+
+def check_constraint(constraint: Constraint | None) -> Constraint | None:
+    """The constraint; TypeError for anything else."""
+    if constraint is not None and not isinstance(constraint, Constraint):
+        raise TypeError(
+            "constraint must be an L2Ball, LinfBall, L1Ball, Box or Intersection, "
+            f"got {type(constraint).__name__}"
+        )
+    return constraint
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module whose forward the loop calls: without DistributedDataParallel."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
@@ -174,7 +185,7 @@ def _empty(x: Tensor) -> Solution:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> Iterator[None]:
+def undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> Iterator[None]:
     """Run with eval mode and constant parameters; put everything back, also after an exception."""
     flags = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,255 @@
+"""Adversarial training of an equilibrium classifier: one step, for any training loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from jiio_plugins._session import PenaltySession, SolveSession, StateLayout
+from jiio_plugins.attacks import BALLS, check_inside
+from jiio_plugins.constraints import Box, Constraint, Intersection
+from jiio_plugins.equilibrium import running
+from jiio_plugins.methods import Joint, Method, Progress
+from jiio_plugins.training import (
+    FlatState,
+    JointSolution,
+    envelope_pass,
+    joint_solution,
+    refiner,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    LossRows = Callable[[Any, Tensor], Tensor]
+
+TRAINING_METHOD = Joint(max_iter=10)
+
+
+def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per sample, ``(batch,)``."""
+    return cross_entropy(output, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class AdversarialStep:
+    """What one training step computed.
+
+    Attributes:
+        loss: scalar with a graph: call ``backward()``.
+        robust: attacked samples classified correctly at their adversarial example, ``(attacked,)``;
+            the first ones of the batch.
+        clean: the same at the image itself; None where the step never looked there (random starts
+            without TRADES).
+        solution: of the inner problem; ``solution.x`` are the adversarial examples.
+        penalty: the Jacobian penalty, a detached scalar; None without one.
+    """
+
+    loss: Tensor
+    robust: Tensor
+    clean: Tensor | None
+    solution: JointSolution
+    penalty: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining:
+    """``min_θ mean_i max_{x_i ∈ C_i} L(model_θ(x_i), y_i)``, the inner problem solved jointly.
+
+    ``C_i = {‖x − x_i‖_p ≤ ε, lower ≤ x ≤ upper}``. Where the joint loop ends, the gradient is one
+    more VJP (:func:`jiio_plugins.envelope_loss`). With TRADES the loss is
+    ``L(model(x_i), y_i) + β max_x KL(p(x_i) ‖ p(x))`` instead; its clean pass uses the solver and
+    the gradient rule that the layer carries.
+
+    Args:
+        norm: 1, 2 or inf.
+        eps: ε in the units of x.
+        lower: pixel box, a number; None: no bound.
+        upper: likewise.
+        method: of the inner problem; ``Joint(max_iter=10)`` if not given.
+        random_start: start in the ball at random instead of at the image; TRADES always does.
+        ratio: share of each batch that is attacked; the rest stays clean.
+        trades: β; None: no TRADES.
+        refine: see :func:`jiio_plugins.envelope_loss`.
+        jacobian_weight: weight γ of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate
+            of the joint loop, which keeps the cell easy to solve.
+        jacobian_probes: of that estimate.
+        loss: ``loss(output, labels) -> (batch,)``.
+
+    Example:
+        >>> training = AdversarialTraining(norm=2, eps=1.0, lower=0.0, upper=1.0)
+        >>> step = training(model, x, y)
+        >>> optimizer.zero_grad()
+        >>> step.loss.backward()
+        >>> optimizer.step()
+
+    Raises:
+        TypeError, ValueError: bad parameters or input.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3; Madry et al. (ICLR
+    2018); TRADES: Zhang et al. (ICML 2019), eq. 5; penalty: Bai, Koltun and Kolter (ICML 2021).
+    """
+
+    norm: float
+    eps: float
+    lower: float | None = None
+    upper: float | None = None
+    method: Method = TRAINING_METHOD
+    random_start: bool = False
+    ratio: float = 1.0
+    trades: float | None = None
+    refine: int = 0
+    jacobian_weight: float = 0.0
+    jacobian_probes: int = 1
+    loss: LossRows = cross_entropy_rows
+
+    def __post_init__(self) -> None:
+        if self.norm not in BALLS:
+            raise ValueError(f"norm must be 1, 2 or inf, got {self.norm}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be finite and not negative, got {self.eps}")
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method must be Joint(...) or Nested(...), got {self.method!r}")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+        for name in ("trades", "jacobian_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.jacobian_probes < 1:
+            raise ValueError(f"jacobian_probes must be at least 1, got {self.jacobian_probes}")
+        refiner(self.refine, torch.float32)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        wrapped: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> AdversarialStep:
+        """The loss of one batch.
+
+        Args:
+            model: returns logits ``(batch, classes)``, or what ``loss`` takes. The search runs in
+                eval mode, the passes with gradients keep the flags as they are.
+            x: images ``(batch, ...)`` inside the box.
+            labels: ``(batch,)``, or what ``loss`` takes.
+            wrapped: what the passes with parameter gradients call, if that is not the model itself:
+                a wrapper of it for several processes. A DistributedDataParallel model needs none.
+            generator: of random starts, the Jacobian penalty and its iterate, on x's device; None:
+                the global one.
+        """
+        if len(labels) != len(x):
+            raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {len(labels)}")
+        outer = model if wrapped is None else wrapped
+        attacked = math.ceil(self.ratio * len(x))
+        region = self.region(x, attacked)
+        start = clean = state = None
+        if self.random_start or self.trades is not None:
+            start = region.bind(x.detach()).sample(generator).reshape(x.shape)
+        if self.trades is not None:
+            session = SolveSession()  # each layer's own solver and gradient rule
+            with running(session):
+                clean = outer(x)
+            state = FlatState(StateLayout(session.layouts), torch.cat(session.z, dim=1).detach())
+        search = self.adversary(labels, None if clean is None else clean.detach())
+        iterate = _RandomIterate(self.method.max_iter, generator) if self.jacobian_weight else None
+        solution = joint_solution(
+            model, x, search, method=self.method, constraint=region, start=start, state=state,
+            callback=iterate,
+        )  # fmt: skip
+        values, output = envelope_pass(
+            outer, solution, self.adversary(labels, clean), refine=self.refine
+        )
+        total = -values.mean()
+        if self.trades is not None:
+            total = self.loss(clean, labels).mean() + self.trades * total
+        penalty = None
+        if iterate is not None:
+            states = solution.flat.layout.split(iterate.z)
+            pass_ = PenaltySession(states, self.jacobian_probes, generator)
+            with running(pass_):
+                outer(iterate.x.reshape(x.shape))
+            penalty = pass_.value
+            total = total + self.jacobian_weight * penalty
+        if clean is None and start is None:
+            clean = search.first
+        return AdversarialStep(
+            loss=total,
+            robust=_correct(output, labels)[:attacked],
+            clean=None if clean is None else _correct(clean, labels),
+            solution=solution,
+            penalty=None if penalty is None else penalty.detach(),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters as plain values; the loss by its name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        return {**values, "method": repr(self.method), "loss": name}
+
+    def adversary(self, labels: Tensor, clean: Tensor | None = None) -> _Adversary:
+        """The objective of the inner problem; with clean logits that of TRADES."""
+        if clean is None:
+            return _Adversary(lambda output: self.loss(output, labels))
+        target = log_softmax(clean, dim=1)
+
+        def divergence(output: Tensor) -> Tensor:
+            own = log_softmax(output, dim=1)
+            return kl_div(own, target, reduction="none", log_target=True).sum(1)
+
+        return _Adversary(divergence)
+
+    def region(self, x: Tensor, attacked: int | None = None) -> Constraint:
+        """Ball and box around x; rows from ``attacked`` on have a ball of radius 0."""
+        radius: float | Tensor = self.eps
+        if attacked is not None and attacked < len(x):
+            radius = self.eps * (torch.arange(len(x), device=x.device) < attacked).to(x.dtype)
+        sets: list[Constraint] = [BALLS[self.norm](radius, x.detach())]
+        if self.lower is not None or self.upper is not None:
+            low = -math.inf if self.lower is None else self.lower
+            high = math.inf if self.upper is None else self.upper
+            check_inside(x, low, high)
+            sets.append(Box(low, high))
+        return Intersection(*sets)
+
+
+class _Adversary:
+    """The objective of the inner problem, minus what the adversary maximises.
+
+    Attributes:
+        first: the first output it saw, that of where the search started; None before.
+    """
+
+    def __init__(self, maximised: Callable[[Tensor], Tensor]) -> None:
+        self.maximised = maximised
+        self.first: Tensor | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = output.detach()
+        return -self.maximised(output)
+
+
+class _RandomIterate:
+    """A callback that keeps one iterate of the loop, drawn beforehand."""
+
+    def __init__(self, iterations: int, generator: torch.Generator | None) -> None:
+        device = "cpu" if generator is None else generator.device
+        drawn = torch.randint(iterations, (), generator=generator, device=device)
+        self.chosen = int(drawn)
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.iteration <= self.chosen:  # the loop may end before it
+            self.x, self.z = progress.v.detach(), progress.z.detach()
+
+
+def _correct(output: Tensor, labels: Tensor) -> Tensor:
+    return output.detach().argmax(1) == labels
