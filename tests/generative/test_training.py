@@ -26,10 +26,11 @@ from jiio_plugins.training import envelope_loss, joint_solution
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Architecture(latent=(4,), channels=(4, 4), stride=1)
-OPTIONS = (
-    "--data digits --batch-size 16 --steps 12 --iterations 3 --warmup 2 --step-size 0.3 "
-    "--model.latent 4 --model.channels 4 4 --checkpoint-every 2 --accelerator cpu --latents-kept 64"
-).split()
+OPTIONS = [
+    "--data=digits", "--batch-size=16", "--steps=12", "--iterations=3", "--warmup=2",
+    "--step-size=0.3", "--model.latent", "4", "--model.channels", "4", "4",
+    "--checkpoint-every=2", "--accelerator=cpu", "--latents-kept=64",
+]  # fmt: skip
 
 
 def config(out: Path, **kw: Any) -> TrainConfig:
