@@ -24,10 +24,9 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
@@ -42,6 +41,9 @@ from jiio_plugins.generative import load_generator
 from jiio_plugins.methods import _AdjointEquation
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 from jiio_plugins.solvers import iterate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 RATES = (0.05, 0.1, 0.2, 0.4)
 

@@ -70,9 +70,9 @@ def fit(
     Raises:
         ValueError: images of another shape than the generator's, or outside [0, 1].
     """
-    _check_images(decoder, images)
     if not len(images):
         raise ValueError("no images to fit")
+    _check_images(decoder, images)
     start = decoder.zeros(len(images)) if start is None else start
     model = WithLatent(decoder)
     parts = []
