@@ -268,7 +268,7 @@ def methods(fits: Fits, args: Args) -> Iterator[tuple[str, str, Callable[[], His
             return fits.unrolled(r, d, args.adam_steps)
 
         yield "Adam, unrolled", f"rate {rate:g}, depth {depth}", unrolled
-    for step, memory in itertools.product((0.05, 0.1, 0.2), (5, 8)):
+    for step, memory in itertools.product((0.03, 0.05, 0.1), (5, 10)):
 
         def joint(s: float = step, m: int = memory) -> History:
             return fits.joint(s, m, args.joint_steps)

@@ -15,11 +15,13 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {  # a small run where the default one takes long
     "art_attack.py": ["--images", "10"],
     "torchattacks_attack.py": ["--images", "10"],
+    "train_generator.py": ["--steps", "20"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
 }
 PRINTS = {
     "art_attack.py": ["clean accuracy", "JIIO"],
     "torchattacks_attack.py": ["clean accuracy", "JIIO"],
+    "train_generator.py": ["100 held-out digits"],
     "your_own_deq.py": ["clean", "adversarial", "CONVERGED"],
 }
 
