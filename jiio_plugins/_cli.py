@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jiio_plugins import __version__
+from jiio_plugins._cli_generative import FitImages, Sample, TrainGenerator
 from jiio_plugins.adapters import available_adapters
 
 
@@ -97,6 +98,9 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
+    | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[FitImages, tyro.conf.subcommand("fit")]
 )
 
 
@@ -109,7 +113,7 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Command, args=words, prog="jiio", description=__doc__)
     try:
         command.run()
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise SystemExit(f"jiio: {error}") from error
 
 

@@ -17,6 +17,7 @@ ARGUMENTS = {  # a small run where the default one takes long
     "distributed_training.py": ["--images", "100", "--epochs", "1"],
     "art_attack.py": ["--images", "10"],
     "torchattacks_attack.py": ["--images", "10"],
+    "train_generator.py": ["--steps", "20"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
 }
 PRINTS = {
@@ -24,6 +25,7 @@ PRINTS = {
     "distributed_training.py": ["right under attack", "1 processes"],
     "art_attack.py": ["clean accuracy", "JIIO"],
     "torchattacks_attack.py": ["clean accuracy", "JIIO"],
+    "train_generator.py": ["100 held-out digits"],
     "your_own_deq.py": ["clean", "adversarial", "CONVERGED"],
 }
 

@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
         self.norm3 = _norm(channels, groups)
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
-        """One scale's ``(rows, channels, h, w)``; ``u`` is injected at the first scale only."""
+        """One scale's ``(rows, channels, h, w)``, with what is injected there."""
         out = self.conv2(torch.relu(self.norm1(self.conv1(z))))
         out = self.norm2(out if u is None else out + u)
         mixed: Tensor = self.norm3(torch.relu(out + z))
@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
 
 
 class MDEQCell(nn.Module):
-    """``f((z_1 … z_S), u)``: a residual block per scale, then cross-scale fusion.
+    """``f((z_1 … z_S), u_1, …)``: a residual block per scale, then cross-scale fusion.
 
     Scale s has half the resolution of scale s − 1. Fusion brings every scale to every other one
     (strided 3×3 convolutions down, a 1×1 convolution and nearest upsampling up) and adds them up.
@@ -90,7 +90,7 @@ class MDEQCell(nn.Module):
                 steps.append(nn.ReLU())
         return nn.Sequential(*steps)
 
-    def initial_state(self, u: Tensor) -> tuple[Tensor, ...]:
+    def initial_state(self, u: Tensor, *coarser: Tensor) -> tuple[Tensor, ...]:
         """Zeros at every scale; ``u`` is ``(rows, channels[0], h, w)``."""
         rows, _, height, width = u.shape
         factor = 2 ** (len(self.channels) - 1)
@@ -103,9 +103,9 @@ class MDEQCell(nn.Module):
             u.new_zeros(rows, c, height // 2**s, width // 2**s) for s, c in enumerate(self.channels)
         )
 
-    def forward(self, z: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
-        """One evaluation of f."""
-        out = [block(z[s], u if s == 0 else None) for s, block in enumerate(self.blocks)]
+    def forward(self, z: tuple[Tensor, ...], *u: Tensor) -> tuple[Tensor, ...]:
+        """One evaluation of f; ``u[s]`` is injected at scale s, for as many as there are."""
+        out = [block(z[s], u[s] if s < len(u) else None) for s, block in enumerate(self.blocks)]
         fused = []
         for row, post in zip(self.fuse, self.post, strict=True):
             transfers = cast("nn.ModuleList", row)

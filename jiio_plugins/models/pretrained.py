@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
+from jiio_plugins.models.decoder import MDEQDecoder
 from jiio_plugins.models.mdeq import MDEQClassifier
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "digits": lambda: MDEQClassifier(channels=(16, 16), stride=1),
     "fashion-mnist": lambda: MDEQClassifier(channels=(16, 32), stride=2),
+    "digits-generator": lambda: MDEQDecoder(
+        latent_shape=16, image_shape=(1, 8, 8), channels=(16, 16), stride=1
+    ),
+    "fashion-mnist-generator": lambda: MDEQDecoder(
+        latent_shape=64, image_shape=(1, 28, 28), channels=(16, 32), stride=2
+    ),
 }
 
 
@@ -28,10 +35,12 @@ def available_weights() -> tuple[str, ...]:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """A trained classifier in eval mode, on the CPU.
+    """A trained classifier or generator in eval mode, on the CPU.
 
     Args:
-        name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel); images in [0, 1].
+        name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel), classifiers;
+            "digits-generator" (latent 16) or "fashion-mnist-generator" (latent 64). Images are in
+            [0, 1].
 
     Raises:
         ValueError: an unknown name.

@@ -1,0 +1,132 @@
+"""What a training run is: one frozen dataclass, which is the command line and the run's record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jiio_plugins.models.decoder import MDEQDecoder
+
+Latents = Literal["zero", "table", "encoder"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the decoder; a field left out is chosen by the images' size."""
+
+    latent: tuple[int, ...] = ()
+    """shape of one latent: D for a vector, or C H W for a spatial one"""
+    channels: tuple[int, ...] = ()
+    """channels of each scale, the finest first"""
+    stride: int = 0
+    """the finest scale has image size / stride pixels"""
+    expansion: int = 2
+    """widening inside a residual block"""
+    groups: int = 4
+    """groups of the GroupNorms"""
+
+    def for_images(self, shape: tuple[int, int, int]) -> Architecture:
+        """With every size filled in for images ``(c, h, w)``.
+
+        Up to 16 pixels two scales of 16 channels; up to 32 two of 16 and 32 at half resolution;
+        above, the paper's four of 32 to 256 at full resolution.
+        """
+        side = max(shape[1:])
+        channels: tuple[int, ...]
+        if side <= 16:
+            latent, channels, stride = (16,), (16, 16), 1
+        elif side <= 32:
+            latent, channels, stride = (64,), (16, 32), 2
+        else:
+            latent, channels, stride = (128,), (32, 64, 128, 256), 1
+        return replace(
+            self,
+            latent=self.latent or latent,
+            channels=self.channels or channels,
+            stride=self.stride or stride,
+        )
+
+    def build(self, shape: tuple[int, int, int]) -> MDEQDecoder:
+        """A fresh decoder."""
+        full = self.for_images(shape)
+        return MDEQDecoder(
+            latent_shape=full.latent[0] if len(full.latent) == 1 else full.latent,
+            image_shape=shape,
+            channels=full.channels,
+            stride=full.stride,
+            expansion=full.expansion,
+            groups=full.groups,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a generator by fitting each image's latent inside the training step."""
+
+    data: str
+    """digits, fashion-mnist, or a folder of images"""
+    out: Path
+    """folder of the run: checkpoint, config, TensorBoard, pictures"""
+    folder: Path = Path("data")
+    """where Fashion-MNIST lies: torchvision's root, or Debian's folder"""
+    resize: int | None = None
+    """for a folder: crop images to their central square and scale it to so many pixels"""
+    resume: bool = False
+    """go on with the run in --out; its own settings hold, except epochs, steps and out"""
+    model: Architecture = Architecture()
+    latents: Latents = "zero"
+    """where a step's joint optimisation starts: at zero as in the paper, at the latents of the
+    image's last visit (kept in a table), or at an encoder's guess"""
+    iterations: int = 10
+    """joint iterations a training step"""
+    warmup: int = 6
+    """evaluations of f alone before the first of them"""
+    step_size: float = 0.1
+    """of the latent, in units of u² / squared error"""
+    refine: int = 2
+    """further steps on state and adjoint before the gradient of the weights"""
+    latent_penalty: float = 0.01
+    """weight λ of the latent's prior: squared error + λ ‖u‖² is minimised"""
+    epochs: int = 20
+    steps: int | None = None
+    """stop after so many steps, whatever the epochs"""
+    batch_size: int = 64
+    """images a step, over all processes"""
+    lr: float = 3e-3
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    """largest norm of the parameters' gradient"""
+    jacobian_weight: float = 0.1
+    """weight of the penalty that keeps the cell easy to solve, beside the error per pixel"""
+    ema_decay: float = 0.99
+    """of the averaged weights that pictures, samples and fits use"""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32"""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    checkpoint_every: int = 200
+    """steps between checkpoints"""
+    pictures_every: int = 500
+    """steps between pictures and held-out fits"""
+    latents_kept: int = 4096
+    """training images whose latents are fitted at the end, to sample from"""
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """As text, without what may differ on resuming."""
+        return json.dumps(asdict(self), indent=1, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Inverse of :meth:`to_json`."""
+        values: dict[str, Any] = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown settings in the run's config: {', '.join(unknown)}")
+        model = values.pop("model")
+        for name in ("latent", "channels"):
+            model[name] = tuple(model[name])
+        values["out"], values["folder"] = Path(values["out"]), Path(values["folder"])
+        return cls(model=Architecture(**model), **values)

@@ -1,0 +1,132 @@
+"""Files of a run: checkpoints that survive a kill or a full disk, and the finished generator."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from jiio_plugins import checkpoint
+from jiio_plugins.generative.config import Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from jiio_plugins.models.decoder import MDEQDecoder
+
+CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+GENERATOR, LATENTS = "generator.safetensors", "latents.safetensors"
+FORMAT = "jiio-plugins generator checkpoint 1"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a nested dict of tensors and plain values; the old file stays until the new is whole.
+
+    Raises:
+        OSError: could not be written, such as on a full disk; the checkpoint before is kept.
+    """
+    try:
+        checkpoint.write(path, {"format": FORMAT, **state})
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        kept = f"; the one before is kept ({path})" if path.exists() else ""
+        raise OSError(f"could not write {path.name}{kept}: {error}. Free some space") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read it back, tensors on the CPU; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: truncated, or not a checkpoint of train-generator.
+    """
+    state = checkpoint.read(path)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of jiio train-generator")
+    return state
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    """``module.load_state_dict`` with an error that says which file does not fit, and how."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"{where} belongs to another model: {first} Use the settings of its run ({CONFIG} "
+            "beside it)"
+        ) from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` at once, or leave it as it was."""
+    part = path.with_name(path.name + ".tmp")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_generator(path: Path, decoder: MDEQDecoder, model: Architecture) -> None:
+    """Write the weights together with what is needed to build the decoder again."""
+    about = {"architecture": json.dumps({**asdict(model), "image_shape": decoder.image_shape})}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
+    write_bytes(path, save(tensors, metadata=about))
+
+
+def load_generator(path: str | Path) -> MDEQDecoder:
+    """The generator of a run folder, or of a ``generator.safetensors``; in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: damaged, or not written by :func:`save_generator`.
+    """
+    file = Path(path)
+    file = file / GENERATOR if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no generator {file}: give the --out folder of jiio train-generator, which "
+            "writes one with each checkpoint"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = (opened.metadata() or {}).get("architecture")
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated: {error}") from error
+    if about is None:
+        raise ValueError(f"{file} does not say what it is: jiio train-generator did not write it")
+    sizes = json.loads(about)
+    shape = sizes.pop("image_shape")
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+    decoder = Architecture(**sizes).build((shape[0], shape[1], shape[2]))
+    load_state(decoder, weights, file)
+    return decoder.eval()
+
+
+def save_latents(path: Path, latents: Tensor) -> None:
+    """Write latents ``(n, *latent_shape)``."""
+    write_bytes(path, save({"latents": latents.detach().cpu().contiguous()}))
+
+
+def load_latents(path: Path) -> Tensor:
+    """Read them back.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there are no latents {path}: jiio train-generator writes them when it is done"
+        )
+    try:
+        return load_file(path)["latents"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error

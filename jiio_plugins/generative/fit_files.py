@@ -1,0 +1,73 @@
+"""``jiio fit``: latents and reconstructions of image files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from jiio_plugins.generative.files import LATENTS, load_generator, save_latents
+from jiio_plugins.generative.images import SUFFIXES, read_files, to_unit
+from jiio_plugins.generative.latents import Fit, fit
+from jiio_plugins.generative.pictures import write_sheet
+from jiio_plugins.methods import Joint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def fit_files(
+    run: Path,
+    paths: Sequence[Path],
+    out: Path,
+    iterations: int = 60,
+    latent_penalty: float = 0.01,
+    resize: bool = False,
+) -> Fit:
+    """Fit image files; write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
+
+    Args:
+        run: folder of a run, or a generator.
+        paths: files, or folders that are searched recursively.
+        out: where the results go.
+        iterations: of the joint loop.
+        latent_penalty: λ of :func:`fit`.
+        resize: crop and scale to the generator's size.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or no generator.
+        ValueError: nothing readable, or images of another size.
+    """
+    decoder = load_generator(run)
+    channels, height, width = decoder.image_shape
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files += inside if path.is_dir() else [path]
+    pixels, skipped = read_files(files, height if resize else None, channels)
+    for path in skipped:
+        print(f"skipped, not readable: {path}")
+    files = [p for p in files if p not in set(skipped)]
+    if not files:
+        raise ValueError(f"none of the {len(skipped)} files given can be read as an image")
+    if pixels.shape[2:] != (height, width):
+        raise ValueError(
+            f"the generator makes {width}×{height} pixels, the images have "
+            f"{pixels.shape[3]}×{pixels.shape[2]}: --resize crops and scales them"
+        )
+    images = to_unit(pixels)
+    fitted = fit(
+        decoder, images, method=Joint(max_iter=iterations), latent_penalty=latent_penalty,
+        progress=True,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    save_latents(out / LATENTS, fitted.latents)
+    write_sheet(out / "fits.png", torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
+    for k, path in enumerate(files):
+        write_sheet(out / f"{k:04d}-{path.stem}.png", fitted.images[k : k + 1], 1)
+        print(f"{float(fitted.psnr[k]):6.2f} dB  {path}")
+    print(f"mean {float(fitted.psnr.mean()):.2f} dB; latents in {out / LATENTS}")
+    return fitted

@@ -1,0 +1,168 @@
+"""Latents of images, and images from latents: fitting and sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from jiio_plugins.generative.images import to_unit
+from jiio_plugins.generative.step import SquaredError, WithLatent
+from jiio_plugins.methods import Joint
+from jiio_plugins.optimize import optimize_input
+from jiio_plugins.training import joint_solution
+
+if TYPE_CHECKING:
+    from jiio_plugins.methods import Method
+    from jiio_plugins.models.decoder import MDEQDecoder
+
+Prior = Literal["gaussian", "gmm"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Latents of some images.
+
+    Attributes:
+        latents: ``(n, *latent_shape)``.
+        images: what the generator makes of them, ``(n, c, h, w)`` in [0, 1], by a converged solve.
+        psnr: of each in dB (peak 1), ``(n,)``.
+        status: :class:`jiio_plugins.Status` codes, ``(n,)``.
+        f_evals, vjps: cost of each fit, ``(n,)``.
+    """
+
+    latents: Tensor
+    images: Tensor
+    psnr: Tensor
+    status: Tensor
+    f_evals: Tensor
+    vjps: Tensor
+
+
+def fit(
+    decoder: MDEQDecoder,
+    images: Tensor,
+    *,
+    start: Tensor | None = None,
+    method: Method | None = None,
+    latent_penalty: float = 0.01,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Fit:
+    """The latent of each image: ``argmin_u ‖g(u) − y‖² + λ‖u‖²``.
+
+    Args:
+        decoder: the generator g.
+        images: y, ``(n, c, h, w)`` in [0, 1], on the decoder's device.
+        start: latents to start from, ``(n, *latent_shape)``; None: zero.
+        method: :class:`jiio_plugins.Joint` (default, 60 iterations) or
+            :class:`jiio_plugins.Nested`.
+        latent_penalty: λ.
+        batch_size: images fitted together; no result depends on it.
+        progress: show a bar.
+
+    Returns:
+        A :class:`Fit`; images and PSNR come from an independent solve.
+
+    Raises:
+        ValueError: images of another shape than the generator's, or outside [0, 1].
+    """
+    if not len(images):
+        raise ValueError("no images to fit")
+    _check_images(decoder, images)
+    start = decoder.zeros(len(images)) if start is None else start
+    model = WithLatent(decoder)
+    parts = []
+    batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
+    for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
+        found = optimize_input(
+            model, u, SquaredError(y, latent_penalty), method=method or Joint(max_iter=60)
+        )
+        assert isinstance(found.x, Tensor)
+        made, _ = found.output
+        mse = (made - y).square().flatten(1).mean(1)
+        parts.append(
+            Fit(
+                found.x, made.detach(), -10 * mse.clamp(min=1e-12).log10(), found.status,
+                found.stats.f_evals, found.stats.vjps,
+            )
+        )  # fmt: skip
+    return Fit(*(torch.cat([getattr(p, name) for p in parts]) for name in Fit.__annotations__))
+
+
+def _check_images(decoder: MDEQDecoder, images: Tensor) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != decoder.image_shape:
+        raise ValueError(
+            f"the generator makes images {decoder.image_shape}, got {tuple(images.shape[1:])}"
+        )
+    if not images.is_floating_point() or float(images.min()) < 0 or float(images.max()) > 1:
+        raise ValueError(f"images must be floats in [0, 1], got {images.dtype}")
+
+
+def fit_latents(
+    decoder: MDEQDecoder,
+    images: Tensor,
+    *,
+    iterations: int = 30,
+    latent_penalty: float = 0.01,
+    batch_size: int = 256,
+    desc: str | None = None,
+) -> Tensor:
+    """Latents alone of many images (uint8), without verification; to build a prior from."""
+    model, out = WithLatent(decoder), []
+    device = next(decoder.parameters()).device
+    for part in tqdm(images.split(batch_size), desc=desc, disable=desc is None):
+        objective = SquaredError(to_unit(part.to(device)), latent_penalty)
+        method = Joint(max_iter=iterations)
+        out.append(joint_solution(model, decoder.zeros(len(part)), objective, method=method).x)
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def decode(decoder: MDEQDecoder, latents: Tensor, batch_size: int = 256) -> Tensor:
+    """Images of latents, ``(n, c, h, w)`` in [0, 1]."""
+    return torch.cat([decoder(part) for part in latents.split(batch_size)])
+
+
+def sample_latents(
+    latents: Tensor,
+    count: int,
+    *,
+    prior: Prior = "gmm",
+    components: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    seed: int = 0,
+) -> Tensor:
+    """New latents ``(count, *latent_shape)`` from a density fitted to ``latents``.
+
+    Args:
+        latents: fitted ones, ``(n, *latent_shape)``.
+        count: how many to draw.
+        prior: "gaussian", one Gaussian with full covariance; "gmm", a mixture of them.
+        components: numbers of components tried; the one of least BIC is taken.
+        seed: of the mixture's initialisation and of the draw.
+
+    Raises:
+        ValueError: an unknown prior, or fewer than two latents.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    if prior not in ("gaussian", "gmm"):
+        raise ValueError(f"prior must be 'gaussian' or 'gmm', got {prior!r}")
+    flat = latents.detach().cpu().flatten(1).double()
+    if len(flat) < 2:
+        raise ValueError(f"a prior needs two latents at least, got {len(flat)}")
+    # a component with a full covariance needs more latents than dimensions
+    tried = [k for k in components if k * flat.shape[1] < len(flat)] if prior == "gmm" else []
+    mixtures = [
+        GaussianMixture(k, random_state=seed, reg_covar=1e-4).fit(flat.numpy())
+        for k in tried or [1]
+    ]
+    best = min(mixtures, key=lambda mixture: mixture.bic(flat.numpy()))
+    best.random_state = seed
+    drawn, _ = best.sample(count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    new = torch.from_numpy(drawn)[order].to(latents)
+    return new.reshape(count, *latents.shape[1:])

@@ -1,0 +1,69 @@
+"""Sheets of images as PNG files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from jiio_plugins.generative.latents import Fit, decode, sample_latents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jiio_plugins.models.decoder import MDEQDecoder
+
+
+def write_sheet(path: Path, images: Tensor, columns: int) -> None:
+    """Images ``(n, c, h, w)`` in [0, 1] side by side, small ones enlarged."""
+    from PIL import Image
+
+    n, c, h, w = images.shape
+    rows, gap = -(-n // columns), 1
+    sheet = torch.ones(c, rows * (h + gap) + gap, columns * (w + gap) + gap)
+    for i, image in enumerate(images.detach().cpu().clamp(0, 1)):
+        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        sheet[:, y : y + h, x : x + w] = image
+    pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if c == 1 else pixels)
+    zoom = max(1, 56 // h)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(
+        path, optimize=True
+    )
+
+
+def interpolations(decoder: MDEQDecoder, first: Tensor, last: Tensor, steps: int = 8) -> Tensor:
+    """Images along straight lines between latents, row by row: ``(pairs · steps, c, h, w)``."""
+    t = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype)
+    t = t.reshape(1, -1, *[1] * (first.ndim - 1))
+    between = first.unsqueeze(1) * (1 - t) + last.unsqueeze(1) * t
+    return decode(decoder, between.flatten(0, 1))
+
+
+def write_pictures(
+    out: Path, decoder: MDEQDecoder, images: Tensor, fitted: Fit, latents: Tensor, seed: int
+) -> None:
+    """``reconstructions.png``, ``interpolations.png`` and ``samples.png``, the seed fixed.
+
+    Args:
+        out: folder.
+        decoder: the generator.
+        images: held-out images; the sheet shows them above their fits.
+        fitted: their fits.
+        latents: of training images; the samples are from a Gaussian fitted to them.
+        seed: of the samples.
+    """
+    shown = min(8, len(images))
+    pairs = [
+        torch.cat([images[k : k + shown], fitted.images[k : k + shown]])
+        for k in range(0, len(images) - shown + 1, shown)
+    ]
+    write_sheet(out / "reconstructions.png", torch.cat(pairs), shown)
+    half = min(6, len(images) // 2)
+    if half:
+        lines = interpolations(decoder, fitted.latents[:half], fitted.latents[half : 2 * half])
+        write_sheet(out / "interpolations.png", lines, 8)
+    if len(latents) > 1:
+        drawn = sample_latents(latents, 64, prior="gaussian", seed=seed)
+        write_sheet(out / "samples.png", decode(decoder, drawn), 8)

@@ -1,0 +1,145 @@
+"""One training step: fit the latents of a batch jointly, then the envelope gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.methods import Joint
+from jiio_plugins.regularization import jacobian_penalty
+from jiio_plugins.training import envelope_loss, joint_solution
+
+if TYPE_CHECKING:
+    from jiio_plugins.generative.config import TrainConfig
+    from jiio_plugins.methods import Method
+    from jiio_plugins.models.decoder import MDEQDecoder
+
+
+class WithLatent(nn.Module):
+    """``u → (decoder(u), u)``, so that an objective can hold a prior on the latent."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and latent."""
+        return self.decoder(u), u
+
+
+class SquaredError:
+    """``‖image − y‖² + λ ‖u‖²`` per row, of what :class:`WithLatent` returns."""
+
+    def __init__(self, images: Tensor, penalty: float) -> None:
+        self.images, self.penalty = images, penalty
+
+    def __call__(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        """``(rows,)``."""
+        image, u = output
+        error = (image.to(self.images.dtype) - self.images).square().flatten(1).sum(1)
+        return error + self.penalty * u.square().flatten(1).sum(1)
+
+
+class Encoder(nn.Module):
+    """Image → a first guess of its latent: two strided convolutions and a linear layer."""
+
+    def __init__(
+        self, image_shape: tuple[int, ...], latent_shape: tuple[int, ...], width: int = 16
+    ) -> None:
+        super().__init__()
+        colours, height, width_px = image_shape
+        size = torch.Size(latent_shape).numel()
+        flat = 2 * width * ((height + 3) // 4) * ((width_px + 3) // 4)
+        self.layers = nn.Sequential(
+            nn.Conv2d(colours, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(flat, size),
+            nn.Unflatten(1, latent_shape),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Latents ``(rows, *latent_shape)``."""
+        latents: Tensor = self.layers(images)
+        return latents
+
+
+class StepResult(NamedTuple):
+    """What one step gives: the scalar to call ``backward`` on, and what it saw per image."""
+
+    loss: Tensor
+    latents: Tensor
+    mse: Tensor
+    z_residual: Tensor
+    costate_residual: Tensor
+    f_evals: Tensor
+    vjps: Tensor
+
+
+class TrainingStep(nn.Module):
+    """The step as a module, so that DistributedDataParallel can wrap it as a whole.
+
+    ``loss = mean ℓ(u*) / pixels + w · jacobian_penalty  [+ mean ‖encoder(y) − u*‖²]`` where u* is
+    where the joint loop ended; by the envelope theorem it is held constant.
+
+    Args:
+        decoder: the generator.
+        encoder: makes the first guess, and learns to; None: ``start`` does.
+        config: iterations, penalties.
+        method: what fits the latents; None: :class:`Joint` with the config's iterations.
+    """
+
+    def __init__(
+        self,
+        decoder: MDEQDecoder,
+        encoder: Encoder | None,
+        config: TrainConfig,
+        method: Method | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.encoder = WithLatent(decoder), encoder
+        self.method = method or Joint(
+            max_iter=config.iterations,
+            warmup=config.warmup,
+            step_size=config.step_size,
+            final_step_size=config.step_size,
+        )
+        self.latent_penalty = config.latent_penalty
+        self.jacobian_weight = config.jacobian_weight
+        self.refine = config.refine
+
+    @property
+    def decoder(self) -> MDEQDecoder:
+        """The generator."""
+        decoder: MDEQDecoder = self.model.decoder  # type: ignore[assignment]
+        return decoder
+
+    def forward(self, images: Tensor, start: Tensor, generator: torch.Generator) -> StepResult:
+        """Images in [0, 1], latents to start from (unused with an encoder), source of probes."""
+        objective = SquaredError(images, self.latent_penalty)
+        guess = None if self.encoder is None else self.encoder(images).float()
+        start = start if guess is None else guess.detach()
+        solution = joint_solution(self.model, start, objective, method=self.method)
+        loss = envelope_loss(self.model, solution, objective, refine=self.refine)
+        loss = loss / images[0].numel()
+        if self.jacobian_weight:
+            cell = self.decoder.equilibrium.cell
+            injection = self.decoder.injection(solution.x)
+            penalty = jacobian_penalty(cell, solution.z, *injection, generator=generator)
+            loss = loss + self.jacobian_weight * penalty
+        if guess is not None:
+            loss = loss + (guess - solution.x).square().flatten(1).sum(1).mean()
+        prior = self.latent_penalty * solution.x.square().flatten(1).sum(1)
+        return StepResult(
+            loss,
+            solution.x,
+            (solution.loss - prior) / images[0].numel(),
+            solution.z_residual,
+            solution.costate_residual,
+            solution.f_evals,
+            solution.vjps,
+        )

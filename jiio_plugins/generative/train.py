@@ -1,0 +1,358 @@
+"""The training loop, on one process or on several."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from jiio_plugins.generative import files
+from jiio_plugins.generative.config import TrainConfig
+from jiio_plugins.generative.images import Images, load_images, to_unit
+from jiio_plugins.generative.latents import fit, fit_latents
+from jiio_plugins.generative.pictures import write_pictures
+from jiio_plugins.generative.step import Encoder, TrainingStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from lightning_fabric import Fabric
+
+    from jiio_plugins.generative.step import StepResult
+    from jiio_plugins.methods import Method
+    from jiio_plugins.models.decoder import MDEQDecoder
+
+_RESUMABLE = ("out", "resume", "epochs", "steps", "folder", "accelerator", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: its folder, the averaged decoder, steps done, held-out PSNR in dB."""
+
+    out: Path
+    decoder: MDEQDecoder
+    steps: int
+    psnr: float
+
+
+def train(
+    config: TrainConfig,
+    *,
+    method: Method | None = None,
+    on_step: Callable[[int, StepResult], None] | None = None,
+) -> Trained:
+    """Train a generator by fitting latents inside the step; write the run's folder.
+
+    Minimises ``mean_i min_u ‖g(u) − y_i‖² + λ‖u‖²`` over the weights of ``g``. What is random in a
+    step depends on (seed, step, process) alone, so resuming needs no random state.
+
+    Args:
+        config: everything there is to choose; the same as the command line of
+            ``jiio train-generator``.
+        method: what fits the latents instead of :class:`jiio_plugins.Joint`, such as a
+            :class:`jiio_plugins.Nested` to compare with.
+        on_step: called after every step with its number and result.
+
+    Returns:
+        A :class:`Trained`.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is not set.
+        FileNotFoundError, ValueError: bad data or checkpoint; the message says what to do.
+        FloatingPointError: the loss became NaN or Inf; the last checkpoint is whole.
+        OSError: a checkpoint could not be written; the one before is kept.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
+    """
+    fabric = _launch(config)
+    config = _settle(config, fabric)
+    images = load_images(config.data, config.folder, config.resize)
+    _report(images, config, fabric)
+    run = _Run(config, images, fabric, method)
+    if config.resume:
+        run.load()
+    run.loop(on_step)
+    return run.finish()
+
+
+def _launch(config: TrainConfig) -> Fabric:
+    """One process, or those that torchrun started."""
+    from lightning_fabric import Fabric
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=local,
+        num_nodes=max(1, world // local),
+        strategy="ddp" if world > 1 else "auto",
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
+    """Make the folder, or take the settings of the run that is there."""
+    path = config.out / files.CONFIG
+    if config.resume:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
+        saved = TrainConfig.from_json(path.read_text())
+        config = replace(saved, **{name: getattr(config, name) for name in _RESUMABLE})
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise FileExistsError(
+            f"{config.out} exists and is not empty: choose another --out, or go on with --resume"
+        )
+    fabric.barrier()
+    if config.batch_size % fabric.world_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be divisible by {fabric.world_size} processes"
+        )
+    return config
+
+
+def _report(images: Images, config: TrainConfig, fabric: Fabric) -> None:
+    for path in images.skipped:
+        fabric.print(f"skipped, not readable: {path}")
+    count = f", {len(images.skipped)} files skipped" if images.skipped else ""
+    fabric.print(
+        f"{len(images.train)} training and {len(images.held_out)} held-out images "
+        f"{tuple(images.shape)}{count}; {fabric.world_size} × {fabric.device}; run: {config.out}"
+    )
+
+
+class _Run:
+    """Model, averages, optimiser, latent table and the number of steps done."""
+
+    def __init__(
+        self, config: TrainConfig, images: Images, fabric: Fabric, method: Method | None
+    ) -> None:
+        self.config, self.images, self.fabric = config, images, fabric
+        self.model = config.model.for_images(images.shape)
+        torch.manual_seed(config.seed)
+        decoder = self.model.build(images.shape)
+        encoder = None
+        if config.latents == "encoder":
+            encoder = Encoder(decoder.image_shape, decoder.latent_shape)
+        step = TrainingStep(decoder, encoder, config, method)
+        self.optimizer: Any = torch.optim.AdamW(
+            step.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.ema = AveragedModel(
+            decoder.to(fabric.device), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+        )
+        self.ema.eval()
+        self.wrapped, self.optimizer = fabric.setup(step, self.optimizer)
+        self.inner = step
+        # each process has its own images, and their latents
+        self.mine = torch.arange(fabric.global_rank, len(images.train), fabric.world_size)
+        self.table = torch.zeros(len(self.mine), *decoder.latent_shape)
+        self.batch = min(config.batch_size // fabric.world_size, len(self.mine))
+        self.per_epoch = max(1, len(images.train) // (self.batch * fabric.world_size))
+        self.total = config.epochs * self.per_epoch
+        if config.steps is not None:
+            self.total = min(self.total, config.steps)
+        self.planned = config.epochs * self.per_epoch
+        self.done = 0
+        self.psnr = math.nan
+        self.writer: Any = None
+        if fabric.is_global_zero:
+            config.out.mkdir(parents=True, exist_ok=True)
+            (config.out / files.CONFIG).write_text(config.to_json() + "\n")
+
+    def loop(self, on_step: Callable[[int, StepResult], None] | None) -> None:
+        """Train until the last step."""
+        config, rank_zero = self.config, self.fabric.is_global_zero
+        with tqdm(
+            total=self.total, initial=self.done, desc="training", disable=not rank_zero
+        ) as bar:
+            clock, seen = time.perf_counter(), 0
+            for rows in self._batches():
+                result = self._step(rows)
+                seen += len(rows) * self.fabric.world_size
+                if on_step is not None:
+                    on_step(self.done, result)
+                if self.done % 10 == 0 or self.done == self.total or self.done <= 3:
+                    rate, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
+                    self._log(result, rate, bar)
+                bar.update()
+                if self.done % config.checkpoint_every == 0:
+                    self.save()
+                if self.done % config.pictures_every == 0 and rank_zero:
+                    self._pictures(bar)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Rows of this process's images; the order of an epoch depends on (seed, epoch) alone."""
+        while self.done < self.total:
+            epoch, first = divmod(self.done, self.per_epoch)
+            order = torch.randperm(len(self.mine), generator=self._random(epoch, device="cpu"))
+            for k in range(first, self.per_epoch):
+                if self.done >= self.total:
+                    return
+                yield order[k * self.batch : (k + 1) * self.batch]
+
+    def _random(self, *key: int, device: Any) -> torch.Generator:
+        """A generator for (seed, process, key)."""
+        seed = 0
+        for part in (self.config.seed, self.fabric.global_rank, len(key), *key):
+            seed = (seed * 1_000_003 + part) % 2**63
+        return torch.Generator(device).manual_seed(seed)
+
+    def _step(self, rows: Tensor) -> StepResult:
+        device, config = self.fabric.device, self.config
+        images = to_unit(self.images.train[self.mine[rows]].to(device))
+        start = self.table[rows]
+        if config.latents != "table":
+            start = torch.zeros_like(start)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(self.done, self.planned)
+        self.wrapped.train()
+        probes = self._random(self.done, 1, device=device)
+        result: StepResult = self.wrapped(images, start.to(device), probes)
+        self.optimizer.zero_grad()
+        self.fabric.backward(result.loss)
+        self.fabric.clip_gradients(
+            self.wrapped, self.optimizer, max_norm=config.grad_clip, error_if_nonfinite=False
+        )
+        self.optimizer.step()
+        self.ema.update_parameters(self.inner.decoder)
+        self.table[rows] = result.latents.detach().cpu()
+        self.done += 1
+        return result
+
+    def _log(self, result: StepResult, rate: float, bar: Any) -> None:
+        loss = float(result.loss.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.done}: lower lr, or raise jacobian_weight. The "
+                "last checkpoint is whole"
+            )
+        if not self.fabric.is_global_zero:
+            return
+        values = {
+            "loss": loss,
+            "PSNR": _psnr(float(result.mse.mean())),
+            "residual": float(result.z_residual.mean()),
+            "adjoint": float(result.costate_residual.mean()),
+            "images/s": rate,
+        }
+        bar.set_postfix_str(
+            f"loss {loss:.4f}, PSNR {values['PSNR']:.2f} dB, residual {values['residual']:.0e}, "
+            f"adjoint {values['adjoint']:.0e}, {rate:.0f} images/s"
+        )
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"train/{name}", value, self.done)
+
+    @property
+    def tensorboard(self) -> Any:
+        """The writer, made on first use."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.config.out), purge_step=self.done or None)
+        return self.writer
+
+    @property
+    def averaged(self) -> MDEQDecoder:
+        """The decoder with averaged weights."""
+        return cast("MDEQDecoder", self.ema.module)
+
+    def _pictures(self, bar: Any = None) -> None:
+        """Fit held-out images with the averaged weights; draw."""
+        config = self.config
+        held_out = to_unit(self.images.held_out[:32].to(self.fabric.device))
+        fitted = fit(self.averaged, held_out, latent_penalty=config.latent_penalty)
+        self.psnr = float(fitted.psnr.mean())
+        visited = self.table[self.table.flatten(1).any(1)][-config.latents_kept :]
+        write_pictures(
+            config.out, self.averaged, held_out, fitted, visited.to(self.fabric.device), config.seed
+        )
+        self.tensorboard.add_scalar("held-out/PSNR", self.psnr, self.done)
+        if bar is not None:
+            bar.write(f"step {self.done}: held-out fits {self.psnr:.2f} dB")
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write checkpoint and generator; the table is gathered from all processes."""
+        table = self._gathered()
+        if self.fabric.is_global_zero:
+            state = {
+                "step": self.done,
+                "config": json.dumps(asdict(self.config), default=str),
+                "training": self.inner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(),
+                "table": table,
+            }
+            files.save_checkpoint(self.config.out / files.CHECKPOINT, state)
+            files.save_generator(self.config.out / files.GENERATOR, self.averaged, self.model)
+        self.fabric.barrier()
+
+    def _gathered(self) -> Tensor:
+        """The latents of all training images, in their order."""
+        world = self.fabric.world_size
+        if world == 1:
+            return self.table
+        longest = math.ceil(len(self.images.train) / world)
+        padded = torch.zeros(longest, *self.table.shape[1:])
+        padded[: len(self.table)] = self.table
+        shards = self.fabric.all_gather(padded.to(self.fabric.device)).cpu()  # type: ignore[union-attr]
+        return shards.transpose(0, 1).reshape(-1, *self.table.shape[1:])[: len(self.images.train)]
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
+        path = self.config.out / files.CHECKPOINT
+        state = files.load_checkpoint(path)
+        files.load_state(self.inner, state["training"], path)
+        files.load_state(self.ema, state["ema"], path)
+        table = state["table"]
+        if table.shape != (len(self.images.train), *self.table.shape[1:]):
+            raise ValueError(
+                f"{path} holds latents {tuple(table.shape)} for {len(self.images.train)} training "
+                f"images with latents {tuple(self.table.shape[1:])}: the data has changed"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.table = table[self.mine].clone()
+        self.done = int(state["step"])
+
+    def finish(self) -> Trained:
+        """Last checkpoint, pictures, and latents of training images to sample from."""
+        self.save()
+        out, config = self.config.out, self.config
+        if self.fabric.is_global_zero:
+            self._pictures()
+            some = self.images.train[: config.latents_kept]
+            latents = fit_latents(
+                self.averaged, some, latent_penalty=config.latent_penalty, desc="final latents"
+            )
+            files.save_latents(out / files.LATENTS, latents)
+            self.tensorboard.close()
+            self.fabric.print(
+                f"{self.done} steps, held-out fits {self.psnr:.2f} dB, written to {out}"
+            )
+        self.fabric.barrier()
+        return Trained(out, self.averaged, self.done, self.psnr)
+
+
+def _schedule(step: int, total: int) -> float:
+    """Linear warm-up over 2 %, then a cosine down to a twentieth."""
+    warm = max(1, total // 50)
+    if step < warm:
+        return (step + 1) / warm
+    share = min(1.0, (step - warm) / max(1, total - warm))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _psnr(mse: float) -> float:
+    return -10 * math.log10(max(mse, 1e-12))
