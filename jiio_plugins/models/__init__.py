@@ -1,6 +1,7 @@
 """Equilibrium models in sizes for tests, demos and benchmarks."""
 
 from jiio_plugins.models.conv import ConvDEQClassifier
+from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
 from jiio_plugins.models.pretrained import available_weights, load_pretrained
 
@@ -8,6 +9,8 @@ __all__ = [
     "ConvDEQClassifier",
     "MDEQCell",
     "MDEQClassifier",
+    "MDEQFewShot",
+    "SinusoidDEQ",
     "available_weights",
     "load_pretrained",
 ]

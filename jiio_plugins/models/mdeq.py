@@ -105,7 +105,12 @@ class MDEQCell(nn.Module):
 
     def forward(self, z: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
         """One evaluation of f."""
-        out = [block(z[s], u if s == 0 else None) for s, block in enumerate(self.blocks)]
+        return self.fusion(
+            [block(z[s], u if s == 0 else None) for s, block in enumerate(self.blocks)]
+        )
+
+    def fusion(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Every scale to every other one."""
         fused = []
         for row, post in zip(self.fuse, self.post, strict=True):
             transfers = cast("nn.ModuleList", row)
