@@ -53,10 +53,11 @@ class FiLM(nn.Module):
 
 
 class FiLMCell(MDEQCell):
-    """:class:`MDEQCell` whose residual blocks are modulated: ``(1 + γ_s) · block_s + β_s``.
+    """:class:`MDEQCell` with modulated blocks: ``(1 + γ_s) · block_s(z_s / 2, u_s) + β_s``.
 
-    There is an injection for every scale, and the weights start where f is a contraction: small
-    residual and cross-scale convolutions, and identities after the fusion.
+    There is an injection u_s for every scale, and the weights start where f is a contraction: small
+    residual and cross-scale convolutions, and identities after the fusion. Halving z weakens the
+    skip around a block: with it, f stays a contraction at contexts of a few units' length.
     """
 
     def __init__(self, channels: Sequence[int], expansion: int = 1, groups: int = 4) -> None:
@@ -80,7 +81,7 @@ class FiLMCell(MDEQCell):
         parts = film[:, :, None, None].split([k for c in self.channels for k in (c, c)], dim=1)
         out = []
         for s, block in enumerate(self.blocks):
-            plain = block(z[s], u[s])
+            plain = block(0.5 * z[s], u[s])
             out.append(torch.addcmul(plain + parts[2 * s + 1], parts[2 * s], plain))
         return self.fusion(out)
 
@@ -192,7 +193,7 @@ class MDEQFewShot(nn.Module):
     def decode(self, z: tuple[Tensor, ...]) -> Tensor:
         """Logits of a state: the head h."""
         features = torch.cat([self.pool(part).flatten(1) for part in z], dim=1)
-        logits: Tensor = self.head(features * features.shape[1] ** -0.5)
+        logits: Tensor = self.head(features * (4 * features.shape[1] ** -0.5))
         return logits
 
 
