@@ -46,6 +46,7 @@ class Path:
         doubt_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
         iterations: per row.
         mu_residual: relative residual of the adjoint equation at the end, ``(rows,)``.
+        w: ``J_zᵀμ`` at the end, where the method carries it: with it a run can be continued.
     """
 
     v: Tensor
@@ -58,6 +59,7 @@ class Path:
     doubt_first: Tensor
     iterations: Tensor
     mu_residual: Tensor
+    w: Tensor | None = None
 
 
 Stop = Callable[[object], Tensor]
@@ -197,11 +199,13 @@ class _Tracker:
         ok = torch.isfinite(v_next).all(1) & ~self.holding
         return torch.where(ok[:, None], v_next, v)
 
-    def path(self, v: Tensor, z: Tensor, mu: Tensor, mu_residual: Tensor) -> Path:
+    def path(
+        self, v: Tensor, z: Tensor, mu: Tensor, mu_residual: Tensor, w: Tensor | None = None
+    ) -> Path:
         """The record of the whole run."""
         return Path(
             v, z, mu, self.v_best, self.loss_best, self.loss_first, self.loss_last, self.doubt,
-            self.iterations, mu_residual,
+            self.iterations, mu_residual, w,
         )  # fmt: skip
 
 
@@ -264,17 +268,15 @@ class Joint(Method):
         v: Tensor,
         stop: Stop | None = None,
         callback: Callback | None = None,
+        warm: tuple[Tensor, Tensor] | None = None,
     ) -> Path:
-        """See :class:`Method`."""
-        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
-        problem.pay(f_evals=warm.evals)
-        z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
+        """See :class:`Method`; ``warm``: the ``(z, w)`` to start from instead of warming up."""
+        z, w = self._warm_up(problem, v) if warm is None else warm
         mix = None
         if feasible.radius is None and self.acceleration:
             mix = BlockAnderson(self.acceleration, problem.groups)
         omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
         track = _Tracker(problem, v, stop)
-        w = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active_rows()
             r_before = None
@@ -311,7 +313,14 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
-        return track.path(v, z, mu, mu_residual)
+        return track.path(v, z, mu, mu_residual, w)
+
+    def _warm_up(self, problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A state near its fixed point, and no adjoint yet."""
+        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2))
+        problem.pay(f_evals=warm.evals)
+        z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
+        return z, torch.zeros_like(z)
 
 
 def _finite(step: Tensor) -> Tensor:
