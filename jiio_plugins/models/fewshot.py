@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from jiio_plugins.solvers import Solver
 
 
+_SKIP = 0.3  # weight of the state in a block, against the injection
+_BOUND = 0.5  # of the modulation
+_INJECTION = 3.0  # and how much larger than usual the injection starts
+
+
 class FiLM(nn.Module):
     """``v -> (γ_1, β_1, …, γ_S, β_S)``: each scale's part of the context, through a linear map.
 
-    Without a bias, so that v = 0 modulates nothing.
+    Without a bias, so that v = 0 modulates nothing, and bounded, so that no v takes the cell far
+    from a contraction: fitting a support set drives v to where f is hardest to solve.
 
     Args:
         channels: channels of each scale.
@@ -49,19 +55,20 @@ class FiLM(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """All scales' γ and β side by side."""
         parts = v.split(self.sizes, dim=1)
-        return torch.cat([to(part) for to, part in zip(self.maps, parts, strict=True)], dim=1)
+        film = torch.cat([to(part) for to, part in zip(self.maps, parts, strict=True)], dim=1)
+        return _BOUND * torch.tanh(film / _BOUND)
 
 
 class FiLMCell(MDEQCell):
-    """:class:`MDEQCell` with modulated blocks: ``(1 + γ_s) · block_s(z_s / 2, u_s) + β_s``.
+    """:class:`MDEQCell` with modulated blocks: ``(1 + γ_s) · block_s(0.3 z_s, u_s) + β_s``.
 
     There is an injection u_s for every scale, and the weights start where f is a contraction: small
-    residual and cross-scale convolutions, and identities after the fusion. Halving z weakens the
-    skip around a block: with it, f stays a contraction at contexts of a few units' length.
+    residual and cross-scale convolutions, identities after the fusion, a weak skip around a block.
+    The non-linearity is smooth, since a meta-gradient differentiates f twice.
     """
 
-    def __init__(self, channels: Sequence[int], expansion: int = 1, groups: int = 4) -> None:
-        super().__init__(channels, expansion, groups)
+    def __init__(self, channels: Sequence[int], expansion: int = 1, groups: int = 1) -> None:
+        super().__init__(channels, expansion, groups, nn.SiLU)
         with torch.no_grad():
             for block in self.blocks:
                 _rescale(cast("ResidualBlock", block).conv2, 0.1)
@@ -81,7 +88,7 @@ class FiLMCell(MDEQCell):
         parts = film[:, :, None, None].split([k for c in self.channels for k in (c, c)], dim=1)
         out = []
         for s, block in enumerate(self.blocks):
-            plain = block(0.5 * z[s], u[s])
+            plain = block(_SKIP * z[s], u[s])
             out.append(torch.addcmul(plain + parts[2 * s + 1], parts[2 * s], plain))
         return self.fusion(out)
 
@@ -145,7 +152,7 @@ class MDEQFewShot(nn.Module):
         context: int = 64,
         stride: int = 4,
         expansion: int = 1,
-        groups: int = 4,
+        groups: int = 1,
         solver: Solver | None = None,
         adjoint: Adjoint | None = None,
     ) -> None:
@@ -157,9 +164,11 @@ class MDEQFewShot(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, first, 5, stride=2 if stride > 1 else 1, padding=2, bias=False),
             _norm(first, groups),
-            nn.ReLU(),
+            nn.SiLU(),
             nn.Conv2d(first, first, 3, stride=max(1, stride // 2), padding=1, bias=False),
         )
+        with torch.no_grad():
+            cast("Tensor", self.encoder[-1].weight).mul_(_INJECTION)
         self.inject = nn.ModuleList(
             nn.Sequential(nn.AvgPool2d(2**s), nn.Conv2d(first, c, 1, bias=False))
             for s, c in enumerate(channels)
@@ -233,7 +242,7 @@ class SinusoidDEQ(nn.Module):
         adjoint: Adjoint | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width))
+        self.encoder = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width))
         self.context = nn.Parameter(torch.zeros(1, context))
         self.equilibrium = Equilibrium(SinusoidCell(width, context), solver=solver, adjoint=adjoint)
         self.head = nn.Linear(width, 1)
