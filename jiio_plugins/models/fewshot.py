@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _SKIP = 0.3  # weight of the state in a block, against the injection
+_FEATURES = 4.0  # about the length of a feature vector
 _BOUND = 0.5  # of the modulation
 _INJECTION = 3.0  # and how much larger than usual the injection starts
 
@@ -193,17 +194,19 @@ class MDEQFewShot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(rows, ways)``."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head is linear in: the equilibrium, averaged to 2 × 2 at each scale."""
         bottom, right = (-n % self.multiple for n in x.shape[2:])
         top, left = bottom // 2, right // 2
         u = self.encoder(pad(x, (left, right - left, top, bottom - top)))
         film = self.film(self.context).expand(len(u), -1)
-        return self.decode(self.equilibrium(film, u, *(to(u) for to in self.inject)))
-
-    def decode(self, z: tuple[Tensor, ...]) -> Tensor:
-        """Logits of a state: the head h."""
-        features = torch.cat([self.pool(part).flatten(1) for part in z], dim=1)
-        logits: Tensor = self.head(features * (4 * features.shape[1] ** -0.5))
-        return logits
+        z = self.equilibrium(film, u, *(to(u) for to in self.inject))
+        pooled = torch.cat([self.pool(part).flatten(1) for part in z], dim=1)
+        scale: float = _FEATURES / pooled.shape[1] ** 0.5
+        return pooled * scale
 
 
 class SinusoidCell(nn.Module):
