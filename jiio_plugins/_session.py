@@ -236,15 +236,31 @@ class Linearization:
         self._f = [f for parts in session.f for f in parts]
         self.f = session.flat.to(z[0].dtype)
 
-    def gradient(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors of z and then v, as the pass saw them: what its derivatives are taken by."""
+        return [*self._leaves, self._v]
+
+    @property
+    def live_f(self) -> Tensor:
+        """``f(z, v)`` with its graph, flat ``(rows, n)``."""
+        return flatten(self._f).to(self.f.dtype)
+
+    def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """``∂ℓ/∂z`` ``(rows, n)`` and the direct ``∂ℓ/∂v``, with f held constant (head only)."""
         with running(self._session):
             grads = torch.autograd.grad(
-                loss.sum(), [*self._leaves, self._v], retain_graph=True, allow_unused=True
+                loss.sum(),
+                self.leaves,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
             )
         return self._pack(grads)
 
-    def vjp(self, mu: Tensor, *, last: bool = True) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, mu: Tensor, *, last: bool = True, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """``J_zᵀ μ`` ``(rows, n)`` and ``J_vᵀ μ``: one vector-Jacobian product."""
         parts = mu.split([leaf[0].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
@@ -256,13 +272,18 @@ class Linearization:
             return torch.zeros_like(mu), torch.zeros_like(self._v)
         with running(self._session):
             grads = torch.autograd.grad(
-                outputs, [*self._leaves, self._v], weights, retain_graph=not last, allow_unused=True
+                outputs,
+                self.leaves,
+                weights,
+                retain_graph=create_graph or not last,
+                create_graph=create_graph,
+                allow_unused=True,
             )
         return self._pack(grads)
 
     def _pack(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         filled = [
             torch.zeros_like(leaf) if grad is None else grad
-            for grad, leaf in zip(grads, [*self._leaves, self._v], strict=True)
+            for grad, leaf in zip(grads, self.leaves, strict=True)
         ]
         return flatten(filled[:-1]).to(self.f.dtype), filled[-1]

@@ -77,6 +77,43 @@ class FeasibleSet:
         delta = delta * (self.radius / size.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
         return self.clip(self.center + delta)
 
+    def project_smoothly(self, v: Tensor) -> Tensor:
+        """:meth:`project` with the derivative of its active piece, in v and in the set's own data.
+
+        :meth:`project` itself is no function to differentiate: it searches for what is active.
+        """
+        with torch.no_grad():
+            p = self.project(v)
+            free = torch.ones_like(p, dtype=torch.bool) if self.mask is None else self.mask
+            low = torch.zeros_like(free) if self.lower is None else free & (p <= self.lower)
+            high = torch.zeros_like(free) if self.upper is None else free & (p >= self.upper)
+            free = free & ~low & ~high
+        at_bound = self.center
+        if self.lower is not None:
+            at_bound = torch.where(low, self.lower, at_bound)
+        if self.upper is not None:
+            at_bound = torch.where(high, self.upper, at_bound)
+        if self.radius is None or self.norm not in (1, 2):
+            return torch.where(free, v, at_bound)
+        d = torch.where(free, v - self.center, 0)
+        fixed = torch.where(free, 0, at_bound - self.center)
+        with torch.no_grad():
+            outside = torch.linalg.vector_norm(d + fixed, ord=self.norm, dim=1, keepdim=True)
+            curved = (outside > self.radius) & free.any(1, keepdim=True)
+        if self.norm == 2:
+            size = torch.where(curved, d.square().sum(1, keepdim=True), 1).sqrt()
+            room = self.radius.square() - fixed.square().sum(1, keepdim=True)
+            on_ball = d / size * torch.where(curved, room, 1).sqrt()
+        else:  # the entries that the threshold leaves share what it takes
+            with torch.no_grad():
+                kept = free & (p != self.center)
+            room = self.radius - fixed.abs().sum(1, keepdim=True)
+            over = (torch.where(kept, d.abs(), 0).sum(1, keepdim=True) - room) / kept.sum(
+                1, keepdim=True
+            ).clamp(min=1)
+            on_ball = torch.where(kept, d - d.sign() * over, 0)
+        return torch.where(free, self.center + torch.where(curved, on_ball, d), at_bound)
+
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A random point: uniform in the ball (or box), then projected on the whole set."""
 

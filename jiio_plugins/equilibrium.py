@@ -42,6 +42,11 @@ def running(session: Session) -> Iterator[None]:
         _session.reset(token)
 
 
+def in_joint_mode() -> bool:
+    """Whether a session decides here what equilibrium layers do."""
+    return _session.get() is not None
+
+
 def _full_precision(state: Any) -> Any:
     """Under autocast an encoder answers in half precision; a solve needs its state in float32."""
     tensors = as_tensors(state)

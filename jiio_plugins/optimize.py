@@ -201,8 +201,8 @@ def undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> It
                 stacklevel=4,
             )
         # setting instance attributes shadows the methods for this call only
-        variable.call = _same_randomness(call)  # type: ignore[method-assign]
-        variable.call_rows = _same_randomness(call_rows)  # type: ignore[method-assign]
+        variable.call = same_randomness(call)  # type: ignore[method-assign]
+        variable.call_rows = same_randomness(call_rows)  # type: ignore[method-assign]
     else:
         model.eval()
     for p in frozen:
@@ -219,7 +219,7 @@ def undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> It
                 buffer.copy_(value)
 
 
-def _same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
+def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` with the same random numbers every time, the global generators left as they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     cpu = torch.get_rng_state()

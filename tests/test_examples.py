@@ -16,23 +16,29 @@ ARGUMENTS = {  # a small run where the default one takes long
     "art_adversarial_training.py": ["--images", "100", "--test-images", "20", "--epochs", "1"],
     "distributed_training.py": ["--images", "100", "--epochs", "1"],
     "art_attack.py": ["--images", "10"],
+    "learn2learn_fewshot.py": ["--iterations", "2", "--meta-batch-size", "2"],
+    "learn2learn_sinusoid.py": ["--iterations", "5", "--meta-batch-size", "2"],
     "torchattacks_attack.py": ["--images", "10"],
     "train_generator.py": ["--steps", "20"],
+    "train_fewshot.py": ["--steps", "2", "--tasks", "2", "--test-tasks", "2"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
 }
 PRINTS = {
     "art_adversarial_training.py": ["before: clean accuracy", "after: clean accuracy"],
     "distributed_training.py": ["right under attack", "1 processes"],
     "art_attack.py": ["clean accuracy", "JIIO"],
+    "learn2learn_fewshot.py": ["iteration", "valid", "unseen scripts: accuracy"],
+    "learn2learn_sinusoid.py": ["before", "after"],
     "torchattacks_attack.py": ["clean accuracy", "JIIO"],
     "train_generator.py": ["100 held-out digits"],
+    "train_fewshot.py": ["tasks of unseen classes"],
     "your_own_deq.py": ["clean", "adversarial", "CONVERGED"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_example(script: Path, tmp_path: Path) -> None:
+def test_example(script: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     paths = [str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -40,6 +46,7 @@ def test_example(script: Path, tmp_path: Path) -> None:
         "PYTHONIOENCODING": "utf-8",
         "MPLBACKEND": "agg",
         "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"),  # glyphs are drawn once
     }
     run = subprocess.run(
         [sys.executable, str(script), *ARGUMENTS.get(script.name, [])],

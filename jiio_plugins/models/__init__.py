@@ -2,6 +2,7 @@
 
 from jiio_plugins.models.conv import ConvDEQClassifier
 from jiio_plugins.models.decoder import MDEQDecoder
+from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
 from jiio_plugins.models.pretrained import available_weights, load_pretrained
 
@@ -10,6 +11,8 @@ __all__ = [
     "MDEQCell",
     "MDEQClassifier",
     "MDEQDecoder",
+    "MDEQFewShot",
+    "SinusoidDEQ",
     "available_weights",
     "load_pretrained",
 ]

@@ -11,10 +11,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from jiio_plugins.equilibrium import Equilibrium
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jiio_plugins.adjoints import Adjoint
     from jiio_plugins.solvers import Solver
+
+    Activation = Callable[[], nn.Module]
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
@@ -33,8 +35,11 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """``GN(relu(z + GN(conv(relu(GN(conv z))) + u)))`` at one scale."""
 
-    def __init__(self, channels: int, expansion: int, groups: int) -> None:
+    def __init__(
+        self, channels: int, expansion: int, groups: int, activation: Activation = nn.ReLU
+    ) -> None:
         super().__init__()
+        self.activation = activation()
         wide = channels * expansion
         self.conv1 = _conv(channels, wide, 3)
         self.norm1 = _norm(wide, groups)
@@ -44,9 +49,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
         """One scale's ``(rows, channels, h, w)``, with what is injected there."""
-        out = self.conv2(torch.relu(self.norm1(self.conv1(z))))
+        out = self.conv2(self.activation(self.norm1(self.conv1(z))))
         out = self.norm2(out if u is None else out + u)
-        mixed: Tensor = self.norm3(torch.relu(out + z))
+        mixed: Tensor = self.norm3(self.activation(out + z))
         return mixed
 
 
@@ -60,18 +65,27 @@ class MDEQCell(nn.Module):
         channels: channels of each scale.
         expansion: widening inside a residual block (the paper: 5).
         groups: groups of every GroupNorm.
+        activation: class of the non-linearity.
     """
 
-    def __init__(self, channels: Sequence[int], expansion: int = 2, groups: int = 4) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        expansion: int = 2,
+        groups: int = 4,
+        activation: Activation = nn.ReLU,
+    ) -> None:
         super().__init__()
-        self.channels = tuple(channels)
-        self.blocks = nn.ModuleList(ResidualBlock(c, expansion, groups) for c in channels)
+        self.channels, self.activation = tuple(channels), activation
+        self.blocks = nn.ModuleList(
+            ResidualBlock(c, expansion, groups, activation) for c in channels
+        )
         self.fuse = nn.ModuleList(
             nn.ModuleList(self._transfer(i, j) for i in range(len(channels)))
             for j in range(len(channels))
         )
         self.post = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), _conv(c, c, 1), _norm(c, groups)) for c in channels
+            nn.Sequential(activation(), _conv(c, c, 1), _norm(c, groups)) for c in channels
         )
 
     def _transfer(self, source: int, target: int) -> nn.Module:
@@ -87,7 +101,7 @@ class MDEQCell(nn.Module):
             last = k + 1 == target - source
             steps.append(_conv(a, b if last else a, 3, stride=2))
             if not last:
-                steps.append(nn.ReLU())
+                steps.append(self.activation())
         return nn.Sequential(*steps)
 
     def initial_state(self, u: Tensor, *coarser: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +119,12 @@ class MDEQCell(nn.Module):
 
     def forward(self, z: tuple[Tensor, ...], *u: Tensor) -> tuple[Tensor, ...]:
         """One evaluation of f; ``u[s]`` is injected at scale s, for as many as there are."""
-        out = [block(z[s], u[s] if s < len(u) else None) for s, block in enumerate(self.blocks)]
+        return self.fusion(
+            [block(z[s], u[s] if s < len(u) else None) for s, block in enumerate(self.blocks)]
+        )
+
+    def fusion(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Every scale to every other one."""
         fused = []
         for row, post in zip(self.fuse, self.post, strict=True):
             transfers = cast("nn.ModuleList", row)

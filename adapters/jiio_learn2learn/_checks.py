@@ -1,0 +1,167 @@
+"""What a learner accepts, and the errors that say so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import Equilibrium
+from jiio_plugins.recording import tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jiio_learn2learn._task import Slots
+    from jiio_plugins.recording import Recorded
+
+
+def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The parameters to adapt; by default those called ``context``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(names, str):
+        raise TypeError(f"adapt must be a list of names, got the string {names!r}: [{names!r}]")
+    there = [name for name, _ in model.named_parameters()]
+    if names is None:
+        names = [name for name in there if name.rpartition(".")[2] == "context"]
+        if not names:
+            raise ValueError(
+                "the model has no parameter called 'context': say which parameters to adapt, "
+                f"adapt=[...]. There are {', '.join(there)}"
+            )
+    missing = [name for name in names if name not in there]
+    if missing or not names:
+        raise ValueError(
+            f"adapt must name parameters of the model; {missing or 'an empty list'} given, there "
+            f"are {', '.join(there)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless ``loss`` is one finite number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss must be one number, got shape {tuple(loss.shape)}: use reduction='mean'"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no gradient: it was detached, or computed under torch.no_grad(), or no "
+            "parameter of the model requires a gradient"
+        )
+    if not bool(torch.isfinite(loss.detach())):
+        raise ValueError(
+            f"the loss is {loss.detach().item()}: nothing can be adapted to it. Check the support "
+            "set and the weights"
+        )
+
+
+def check_replay(loss: Recorded) -> None:
+    """Raise where computing the recorded loss again does not give the same value."""
+    with torch.no_grad():
+        again = loss.tape.replay(loss)
+    was = loss.detach()
+    slack = torch.finfo(was.dtype).eps ** 0.5
+    if not torch.allclose(again, was, rtol=slack, atol=slack, equal_nan=True):
+        raise ValueError(
+            "computing the recorded loss again gives another value: it draws random numbers, or "
+            "tensors that it uses were changed since. Keep them as they are, or give a function, "
+            "adapt(lambda: loss_function(learner(x), y))"
+        )
+
+
+def check_constants(loss: Recorded, slots: Slots) -> None:
+    """Raise where the recorded loss holds something that depends on the adapted parameters."""
+    current = slots.get()
+    for constant in loss.tape.constants():
+        if not constant.requires_grad:
+            continue
+        found = [n for n, r in zip(slots.names, reaches(constant, current), strict=True) if r]
+        if found:
+            raise ValueError(
+                f"the loss holds a term that was computed from the adapted {', '.join(found)} "
+                "outside the model's output, such as a weight decay, and would stay what it was "
+                "while they change: use reg=, or give a function, "
+                "adapt(lambda: loss_function(learner(x), y) + penalty(learner))"
+            )
+
+
+def influential(
+    loss: Tensor, slots: Slots, allow_unused: bool, allow_nograd: bool
+) -> tuple[str, ...]:
+    """The adapted names that can and do influence the loss."""
+    current = slots.get()
+    constant = [n for n, t in zip(slots.names, current, strict=True) if not t.requires_grad]
+    if constant and not allow_nograd:
+        raise ValueError(
+            f"adapt names {', '.join(constant)}, which requires no gradient: requires_grad_(True), "
+            "or leave it as it is with allow_nograd=True"
+        )
+    reached = reaches(loss, current)
+    unused = [n for n, r in zip(slots.names, reached, strict=True) if not r and n not in constant]
+    if unused and not allow_unused:
+        raise ValueError(
+            f"adapt names {', '.join(unused)}, which does not influence the loss: name others, or "
+            "leave it as it is with allow_unused=True"
+        )
+    names = tuple(n for n, r in zip(slots.names, reached, strict=True) if r)
+    if not names:
+        raise ValueError("none of the parameters named in adapt can change the loss")
+    return names
+
+
+def check_cells(module: nn.Module) -> None:
+    """Raise or warn where a cell is not the same function at every call."""
+    for layer in module.modules():
+        if not isinstance(layer, Equilibrium):
+            continue
+        for name, part in layer.cell.named_modules():
+            if not part.training:
+                continue
+            if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+                raise ValueError(
+                    f"the cell holds active dropout ({name}): it is another function at every "
+                    "call and has no fixed point. Put it in eval mode, set p=0, or move it out of "
+                    "the cell"
+                )
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                warnings.warn(
+                    f"the cell holds BatchNorm in train mode ({name}): its batch statistics couple "
+                    "the samples and differ between support and query. Use GroupNorm, or put it "
+                    "in eval mode",
+                    stacklevel=3,
+                )
+
+
+def same_inputs(first: Any, second: Any) -> bool:
+    """Whether two calls got the same tensors."""
+    if first is None:
+        return False
+    ours, theirs = list(tensors_in(first)), list(tensors_in(second))
+    return len(ours) == len(theirs) and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def reaches(result: Tensor, targets: Sequence[Tensor]) -> list[bool]:
+    """Which of ``targets`` the graph of ``result`` leads to."""
+    wanted = [_node(t) for t in targets]
+    todo = [_node(result)]
+    seen: set[torch.autograd.graph.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return [node is not None and node in seen for node in wanted]
+
+
+def _node(tensor: Tensor) -> torch.autograd.graph.Node | None:
+    """The graph's node of a tensor; that of a leaf is its gradient accumulator."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None

@@ -1,0 +1,124 @@
+"""One task: its adapted parameters, where they stand in the module, and its objective."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins._problem import Groups, Problem, Variable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+
+class Slots:
+    """Named parameters of a module, in every place where the module holds them.
+
+    After an adaptation they are results of a computation, not ``nn.Parameter``s, as with MAML.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        everywhere = list(_places(module))
+        self.names = tuple(names)
+        self._places = []
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            value = module.get_submodule(owner)._parameters[leaf]
+            self._places.append([(m, k) for m, k in everywhere if m._parameters[k] is value])
+
+    def get(self) -> list[Tensor]:
+        """The tensors that stand there now."""
+        return [place[0][0]._parameters[place[0][1]] for place in self._places]  # type: ignore[misc]
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Put others there."""
+        for place, value in zip(self._places, values, strict=True):
+            for module, key in place:
+                module._parameters[key] = value  # type: ignore[assignment]
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for owner in module.modules():
+        for key, value in owner._parameters.items():
+            if value is not None:
+                yield owner, key
+
+
+@contextmanager
+def kept(module: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """Put all parameters back afterwards; ``frozen``: meanwhile they are constants."""
+    before = [(owner, key, owner._parameters[key]) for owner, key in _places(module)]
+    constants: dict[int, Tensor] = {}
+    try:
+        if frozen:
+            for owner, key, value in before:
+                assert value is not None
+                constant = constants.setdefault(id(value), value.detach())
+                owner._parameters[key] = constant  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, key, value in before:
+            owner._parameters[key] = value
+
+
+class TaskVariable(Variable):
+    """``v -> loss + reg/2 ‖v − v0‖²`` for the adapted parameters v, flat ``(1, d)``.
+
+    Args:
+        slots: where v goes.
+        loss: the support loss at whatever stands in the slots.
+        anchor: v0, a live function of the meta-parameters.
+        reg: in units of loss / v².
+        states: of each equilibrium layer at the current v, flat; all rows belong to this one
+            problem.
+        module: what holds the slots.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        loss: Callable[[], Tensor],
+        anchor: Sequence[Tensor],
+        reg: float,
+        states: Sequence[Tensor],
+        module: nn.Module,
+    ) -> None:
+        rows = len(states[0])
+        if any(len(z) != rows for z in states):
+            raise ValueError(
+                "the model's equilibrium layers see batches of different size, "
+                f"{[len(z) for z in states]}: the loss must come from one support batch"
+            )
+        self.slots, self.loss, self.reg, self.module = slots, loss, reg, module
+        self.z = torch.cat(list(states), dim=1)
+        self.anchor = _flat(anchor)
+        now = slots.get()
+        self.like = [(t.shape, t.dtype) for t in now]
+        self.start = _flat(now).detach()
+        self.groups = Groups(rows, torch.zeros(rows, dtype=torch.long, device=self.start.device))
+
+    def call(self, v: Tensor) -> Tensor:
+        """The task's objective at ``v``."""
+        self.slots.put(self.parts(v))
+        # with reg = 0 the term still connects v to v0, whose gradient then is 0 and not None
+        return self.loss() + 0.5 * self.reg * (v - self.anchor).square().sum()
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """``v`` as the parameters it is made of."""
+        flats = v.split([shape.numel() for shape, _ in self.like], dim=1)
+        return [
+            flat.reshape(shape).to(dtype)
+            for flat, (shape, dtype) in zip(flats, self.like, strict=True)
+        ]
+
+    def problem(self) -> Problem:
+        """The task as the engine takes it; its objective is one number for all rows."""
+        rows = len(self.z)
+        return Problem(self, lambda value: (value / rows).expand(rows), rows)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(1, -1) for t in tensors], dim=1)

@@ -1,0 +1,325 @@
+"""``JIIOLearner``: a learn2learn learner that adapts a deep equilibrium model by JIIO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from learn2learn.algorithms.base_learner import BaseLearner
+from learn2learn.utils import clone_module
+from torch import Tensor, nn
+
+from jiio_learn2learn._checks import (
+    check_cells,
+    check_constants,
+    check_loss,
+    check_names,
+    check_replay,
+    influential,
+    same_inputs,
+)
+from jiio_learn2learn._task import Slots, TaskVariable, kept
+from jiio_plugins._counting import count, counting_into
+from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
+from jiio_plugins.constraints import FeasibleSet
+from jiio_plugins.equilibrium import in_joint_mode, running
+from jiio_plugins.implicit import Residuals, attach, warn_if_loose
+from jiio_plugins.methods import Joint
+from jiio_plugins.recording import Recorded, Tape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from jiio_plugins.methods import Path
+    from jiio_plugins.solvers import Solver
+
+
+@dataclass
+class _TaskState:
+    """What a clone knows of its task. Not in the module: clones share parts of that.
+
+    Attributes:
+        initial: v0, functions of the meta-parameters.
+        version: how often v has changed.
+        support: what the model was called with at the last adaptation.
+        z, w: where that ended.
+        called_with: the model's last arguments inside a closure.
+    """
+
+    initial: dict[str, Tensor]
+    version: int = 0
+    support: Any = None
+    z: list[Tensor] = field(default_factory=list)
+    jz_mu: Tensor | None = None
+    called_with: Any = None
+
+
+@dataclass
+class _Forward:
+    """One pass of a clone: its task and v, what went in, the states that its layers ended in."""
+
+    task: _TaskState
+    version: int
+    inputs: Any
+    session: SolveSession
+
+
+class JIIOLearner(BaseLearner):
+    """learn2learn's ``MAML(model, lr)`` for a deep equilibrium model with a task context.
+
+    A clone's ``adapt(loss)`` lets the context v, the state z and the adjoint μ of the whole support
+    set advance together towards ``v* = argmin_v loss(v) + reg/2 ‖v − v0‖²``, v0 being what the
+    parameters are in the learner that was cloned. Gradients of a later loss flow through v* by
+    implicit differentiation of the joint fixed point: the meta-gradient of the optimum itself,
+    whatever iterations found it, at a memory that does not depend on their number.
+
+    Args:
+        model: reaches at least one :class:`jiio_plugins.Equilibrium` in its forward.
+        lr: step size on v, in units of v² / loss; it changes the way to v*, not v*. A loss summed
+            over n samples wants ``lr / n``.
+        adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
+            after it; None: those called ``context``.
+        reg: pulls v to v0, in units of loss / v². With 0 the optimum does not depend on v0, whose
+            meta-gradient is then 0, and has to exist: a cross-entropy of separable data has none.
+        iters: iterations at most, per call of ``adapt``; it ends at ``tol``.
+        first_order: take v* for a constant, and for v0 the identity in place of ``dv*/dv0``:
+            FOMAML's gradient, not the gradient of anything. It saves the implicit differentiation.
+        allow_unused: leave names that do not influence the loss as they are, instead of an error;
+            None: as ``allow_nograd``.
+        allow_nograd: leave names whose parameter requires no gradient as they are, likewise.
+        tol: relative residual of z, μ and v at which the iteration ends; None: 1e-4, in float64
+            1e-9.
+        memory: of Anderson's mixing of (z, μ, v); 0 switches it off.
+        adjoint: solver of the implicit differentiation; None:
+            :func:`jiio_plugins.implicit.adjoint_solver`.
+
+    Example:
+        >>> maml = JIIOLearner(model, lr=0.5)
+        >>> learner = maml.clone()
+        >>> learner.adapt(loss(learner(support_x), support_y))
+        >>> loss(learner(query_x), query_y).backward()
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what was given, what is accepted and what to do.
+
+    Not for: support minibatches that change between calls of ``adapt`` (the optimum of the last one
+    would forget the others), and second derivatives of the query loss.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.4, where the
+    meta-gradient is the first-order one; the implicit one as in Rajeswaran, Finn, Kakade and
+    Levine, "Meta-Learning with Implicit Gradients" (NeurIPS 2019).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        adapt: Sequence[str] | None = None,
+        reg: float = 0.1,
+        iters: int = 50,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+        *,
+        tol: float | None = None,
+        memory: int = 5,
+        adjoint: Solver | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.names = check_names(model, adapt)
+        for name, value, least in (("lr", lr, 0.0), ("reg", reg, 0.0), ("iters", iters, 1)):
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be finite and at least {least}, got {value}")
+        self.lr, self.reg, self.iters = lr, reg, iters
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        self.tol, self.memory, self.adjoint = tol, memory, adjoint
+        self.residuals: Residuals | None = None
+        self._task: _TaskState | None = None
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> JIIOLearner:
+        """A learner for one task; gradients flow back from it to this one's parameters.
+
+        Args:
+            first_order: of the clone; None: as here.
+            allow_unused: likewise.
+            allow_nograd: likewise.
+        """
+        learner: JIIOLearner = clone_module(self)
+        settings = {
+            "first_order": first_order,
+            "allow_unused": allow_unused,
+            "allow_nograd": allow_nograd,
+        }
+        for name, value in settings.items():
+            if value is not None:
+                setattr(learner, name, value)
+        learner.residuals = None
+        slots = Slots(learner.module, self.names)
+        learner._task = _TaskState(dict(zip(self.names, slots.get(), strict=True)))
+        return learner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model at the current v, with every fixed point solved as the model itself does.
+
+        A clone's output is a :class:`jiio_plugins.recording.Recorded` tensor (or holds such).
+        """
+        task = self._task
+        if task is None:
+            return self.module(*args, **kwargs)
+        if in_joint_mode():  # a closure's call
+            task.called_with = (args, kwargs)
+            return self.module(*args, **kwargs)
+        warm = task.z if task.version and same_inputs(task.support, (args, kwargs)) else None
+        session = SolveSession(start=warm)
+        with running(session):
+            output = self.module(*args, **kwargs)
+        if not session.z:
+            raise ValueError(NO_LAYER)
+        tape = Tape(output, _Forward(task, task.version, (args, kwargs), session))
+        return tape.wrap(output)
+
+    def adapt(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """Minimise the support loss over v, from where v is; a further call goes on from there.
+
+        Args:
+            loss: one number, computed from this clone's output by functions of torch, such as
+                ``cross_entropy(learner(x), y)``; or a function without arguments that returns it,
+                which may use the adapted parameters as well.
+            first_order: for this call; None: as the learner has it.
+            allow_unused: likewise.
+            allow_nograd: likewise.
+
+        Raises:
+            ValueError: the loss is not one finite number, or comes from elsewhere or from before
+                the last adaptation; a name does not influence it; the support set has changed.
+            RuntimeError: called on a learner that is no clone, or without gradients.
+        """
+        if self._task is None:
+            raise RuntimeError(
+                "adapt() would change the meta-parameters themselves: adapt a clone, "
+                "learner = maml.clone(), then learner.adapt(loss)"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "adapt() needs gradients, and they are switched off here: call it outside "
+                "torch.no_grad() and torch.inference_mode(), for validation too"
+            )
+        check_cells(self.module)
+        objective, value, forward = self._objective(loss)
+        check_loss(value)
+        names = influential(
+            value,
+            self._task_slots(self.names),
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+        anchor = [self._task.initial[name] for name in names]
+        states = [z.detach() for z in forward.session.z]
+        variable = TaskVariable(
+            self._task_slots(names), objective, anchor, self.reg, states, self.module
+        )
+        first_order = self.first_order if first_order is None else first_order
+        self._solve(variable, forward, first_order)
+
+    def _solve(self, variable: TaskVariable, forward: _Forward, first_order: bool) -> None:
+        """Run the joint iteration and put its end in the module, differentiable."""
+        task, z = forward.task, variable.z
+        problem = variable.problem()
+        problem.layout = StateLayout(forward.session.layouts)
+        feasible = FeasibleSet(variable.start)
+        problem.z_start, problem.jz_mu_start = z, task.jz_mu
+        with kept(self.module, frozen=True), counting_into(()):
+            path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
+        count(f_evals=problem.f_evals, vjps=problem.vjps)
+        if first_order:
+            self.residuals = None
+            found = path.v + (variable.anchor - variable.anchor.detach())
+        else:
+            step = path.v.new_full((1, 1), self.lr)
+            with kept(self.module):
+                found, self.residuals = attach(
+                    problem, feasible, step, path.z, path.mu, path.v, solver=self.adjoint
+                )
+            warn_if_loose(self.residuals)
+        variable.slots.put(variable.parts(found))
+        task.version += 1
+        task.support, task.jz_mu = forward.inputs, path.jz_mu
+        task.z = problem.layout.split(path.z)
+
+    def _method(self, dtype: torch.dtype) -> Joint:
+        tol = self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)
+        return Joint(max_iter=self.iters, step_size=self.lr, acceleration=self.memory, tol=tol)
+
+    def _task_slots(self, names: Sequence[str]) -> Slots:
+        return Slots(self.module, names)
+
+    def _objective(
+        self, loss: Tensor | Callable[[], Tensor]
+    ) -> tuple[Callable[[], Tensor], Tensor, _Forward]:
+        """The support loss as a function of what stands in the module, its value, its origin."""
+        task = self._task
+        objective: Callable[[], Tensor]
+        value: Tensor
+        assert task is not None
+        if isinstance(loss, Tensor):
+            tape = getattr(loss, "tape", None)
+            forward = getattr(tape, "source", None)
+            if not isinstance(loss, Recorded) or not isinstance(forward, _Forward):
+                raise ValueError(
+                    "the loss was not computed from one output of this learner by functions of "
+                    "torch, so it cannot be computed again at another v: give "
+                    "adapt(loss_function(learner(x), y)), or a function, "
+                    "adapt(lambda: loss_function(learner(x), y))"
+                )
+            if forward.task is not task:
+                raise ValueError(
+                    "the loss was computed from the output of another learner: give each clone "
+                    "the loss of its own output"
+                )
+            if forward.version != task.version:
+                raise ValueError(
+                    "the loss is from before the last adapt(): call learner(x) again and compute "
+                    "it anew, as every step of a loop does"
+                )
+            check_replay(loss)
+            check_constants(loss, self._task_slots(self.names))
+            objective, value = partial(self._replay, loss, forward.inputs), loss
+        elif callable(loss):
+            session = SolveSession()
+            with running(session):
+                value = loss()
+            if not session.z:
+                raise ValueError(NO_LAYER)
+            objective = loss
+            forward = _Forward(task, task.version, task.called_with, session)
+        else:
+            raise TypeError(
+                f"loss must be a tensor or a function that returns one, got {type(loss).__name__}"
+            )
+        if task.version and not same_inputs(task.support, forward.inputs):
+            raise ValueError(
+                "the support set has changed since the last adapt() of this clone. adapt() finds "
+                "the optimum of one support set, so a second one would undo the first: give the "
+                "whole support set each time, or take a new clone for another task"
+            )
+        return objective, value, forward
+
+    def _replay(self, loss: Recorded, inputs: Any) -> Tensor:
+        args, kwargs = inputs
+        return loss.tape.replay(loss, self.module(*args, **kwargs))

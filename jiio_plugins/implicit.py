@@ -1,0 +1,263 @@
+"""The derivative of a joint solution, by implicit differentiation of the whole fixed point.
+
+State, adjoint and variable of a smooth problem solve ``w = F(w, θ)`` for ``w = (z, μ, v)`` and
+
+    F(w, θ) = ( f(z, v),  J_zᵀμ + ∂ℓ/∂z,  Π(v − α (J_vᵀμ + ∂ℓ/∂v)) ),
+
+θ standing for every tensor that model, objective or constraint uses. For a loss ``L(v)`` with
+``g = ∂L/∂v`` the gradient is ``dL/dθ = (∂F/∂θ)ᵀ λ`` where ``λ = (∂F/∂w)ᵀ λ + (0, 0, g)``. F always
+takes the plain gradient, whatever steps found the solution: normalised steps never settle, and α
+cancels. One evaluation of F is kept with its graph, so memory does not depend on how many
+iterations found the solution or solve for λ; autograd finds θ in that graph, closures included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from jiio_plugins._counting import count, count_rows, counting_into, open_counters
+from jiio_plugins._state import row_norm
+from jiio_plugins.solvers import Anderson, FlatSolution, Picard, Solver, iterate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jiio_plugins._problem import Groups, Problem
+    from jiio_plugins.constraints import FeasibleSet
+
+WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
+_SCALING = 5  # plain iterations after which the blocks of λ have their sizes
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def adjoint_solver(dtype: torch.dtype) -> Solver:
+    """The default for λ; a long memory pays, since the equation is linear."""
+    return Anderson(max_iter=300, memory=30, tol=1e-10 if dtype == torch.float64 else 1e-5)
+
+
+@dataclass
+class Residuals:
+    """How far an implicit gradient can be trusted; one entry per problem.
+
+    Attributes:
+        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution, the largest of the three
+            blocks, ``(problems,)``.
+        adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ; None before a gradient was taken.
+        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took; None likewise.
+    """
+
+    joint: Tensor
+    adjoint: Tensor | None = None
+    adjoint_evals: Tensor | None = None
+
+
+class Blocks:
+    """z and μ of all rows, and v, as one flat vector per problem, ``(problems, N)``.
+
+    A problem with fewer rows than the largest is padded with zeros. Each block can be measured in
+    units of its own, or the largest would decide alone in a least squares over all of them.
+    """
+
+    def __init__(self, groups: Groups, n: int, d: int) -> None:
+        self.groups, self.n, self.d = groups, n, d
+        self.units: Parts | None = None
+        self.place: tuple[Tensor, Tensor] | None = None
+        index = groups.index
+        if index is not None:
+            rows = torch.arange(len(index), device=index.device)
+            order = torch.argsort(index, stable=True)
+            counts = torch.bincount(index, minlength=groups.problems)
+            slot = torch.empty_like(rows)
+            slot[order] = rows - (counts.cumsum(0) - counts)[index[order]]
+            self.place, self.width = (index, slot), int(counts.max())
+
+    def measure(self, z: Tensor, mu: Tensor, v: Tensor) -> None:
+        """Take the norms of these blocks as units from now on."""
+        self.units = tuple(torch.where(n > 0, n, 1.0)[:, None] for n in self.norms(z, mu, v))  # type: ignore[assignment]
+
+    def norms(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
+        """Euclidean norm of each block, ``(problems,)`` each."""
+        by_row = [self.groups.sum(row_norm(t).square()).sqrt() for t in (z, mu)]
+        return by_row[0], by_row[1], row_norm(v)
+
+    def pack(self, z: Tensor, mu: Tensor, v: Tensor) -> Tensor:
+        """Blocks -> flat."""
+        if self.units is not None:
+            z = z / self.groups.spread(self.units[0])
+            mu = mu / self.groups.spread(self.units[1])
+            v = v / self.units[2]
+        rows = torch.cat([z, mu], dim=1)
+        if self.place is not None:
+            empty = rows.new_zeros(self.groups.problems, self.width, 2 * self.n)
+            rows = empty.index_put(self.place, rows).flatten(1)
+        return torch.cat([rows, v], dim=1)
+
+    def unpack(self, flat: Tensor) -> Parts:
+        """Flat -> blocks."""
+        rows, v = flat.split([flat.shape[1] - self.d, self.d], dim=1)
+        if self.place is not None:
+            rows = rows.reshape(len(flat), self.width, 2 * self.n)[self.place]
+        z, mu = rows.split(self.n, dim=1)
+        if self.units is not None:
+            z = z * self.groups.spread(self.units[0])
+            mu = mu * self.groups.spread(self.units[1])
+            v = v * self.units[2]
+        return z, mu, v
+
+
+class JointMap:
+    """F at the θ of ``problem``, for α = ``step`` ``(1 or problems, 1)``."""
+
+    def __init__(self, problem: Problem, feasible: FeasibleSet, step: Tensor) -> None:
+        self.problem, self.feasible, self.step = problem, feasible, step
+
+    @torch.enable_grad()
+    def evaluate(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
+        """``F(z, μ, v)`` without a graph: one evaluation of f and one VJP."""
+        lin = self.problem.linearize(v, z)
+        b, direct = lin.gradient(self.problem.loss(lin.output))
+        jz_mu, jv_mu = lin.vjp(mu)
+        moved = v - self.step * (direct + jv_mu)
+        return lin.f, jz_mu + b, self.feasible.project(moved)
+
+    @torch.enable_grad()
+    def linearize(self, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Parts, list[Tensor]]:
+        """``F(z, μ, v)`` with its graph, and the leaves of z, μ and v in it."""
+        lin = self.problem.linearize(v, z)
+        mu = mu.detach().requires_grad_()
+        b, direct = lin.gradient(self.problem.loss(lin.output), create_graph=True)
+        jz_mu, jv_mu = lin.vjp(mu, create_graph=True)
+        *z_leaves, v_leaf = lin.leaves
+        moved = v_leaf - self.step * (direct + jv_mu)
+        images = (lin.live_f, jz_mu + b, self.feasible.project_smoothly(moved))
+        return images, [*z_leaves, mu, v_leaf]
+
+
+def attach(
+    problem: Problem,
+    feasible: FeasibleSet,
+    step: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    v: Tensor,
+    *,
+    solver: Solver | None = None,
+) -> tuple[Tensor, Residuals]:
+    """``v`` ``(problems, d)`` as a differentiable function of θ, and how accurate its gradient is.
+
+    Args:
+        problem: with every tensor of θ as it is to be differentiated.
+        feasible: likewise.
+        step: α, ``(1 or problems, 1)``; it only sets how fast the equation for λ converges.
+        z: state of the solution, ``(rows, n)``.
+        mu: its adjoint, ``(rows, n)``.
+        v: its variable.
+        solver: for λ; None: :func:`adjoint_solver`.
+    """
+    images, leaves = JointMap(problem, feasible, step).linearize(z, mu, v)
+    blocks = Blocks(problem.groups, z.shape[1], v.shape[1])
+    with torch.no_grad():
+        moved = [image.detach() - t for image, t in zip(images, (z, mu, v), strict=True)]
+        sizes = zip(blocks.norms(*moved), blocks.norms(z, mu, v), strict=True)
+        tiny = torch.finfo(v.dtype).tiny
+        residual = torch.stack([size / scale.clamp(min=tiny) for size, scale in sizes]).amax(0)
+    residuals = Residuals(residual)
+    equation = _Adjoint(blocks, images, leaves, problem.rows)
+    attached: Tensor = _Gate.apply(
+        *images, v.detach(), equation, solver or adjoint_solver(v.dtype), residuals
+    )
+    return attached, residuals
+
+
+class _Adjoint:
+    """``λ -> (∂F/∂w)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F."""
+
+    def __init__(self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], rows: int) -> None:
+        self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, rows
+        self.g: Tensor | None = None
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        assert self.g is not None
+        grads = torch.autograd.grad(
+            self.images,
+            self.leaves,
+            self.blocks.unpack(flat),
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        *z_grads, mu_grad, v_grad = grads
+        z_grad = torch.cat([t.reshape(self.rows, -1) for t in z_grads], dim=1)
+        return self.blocks.pack(z_grad.to(mu_grad.dtype), mu_grad, v_grad + self.g)
+
+    def restrict(self, rows: Tensor) -> None:
+        return None
+
+    def solve(self, g: Tensor, solver: Solver) -> tuple[Parts, FlatSolution]:
+        """λ for ``g`` ``(problems, d)``."""
+        self.g, self.blocks.units = g, None
+        z, mu, _ = self.images
+        start = self.blocks.pack(torch.zeros_like(z), torch.zeros_like(mu), g)
+        plain = iterate(self, start, Picard(max_iter=_SCALING, tol=0.0, abs_tol=0.0))
+        parts = self.blocks.unpack(plain.fz)
+        self.blocks.measure(*parts)
+        found = iterate(self, self.blocks.pack(*parts), solver)
+        found.evals = found.evals + plain.evals
+        return self.blocks.unpack(found.fz), found
+
+
+class _Gate(torch.autograd.Function):
+    """v, whose backward sends λ into the graph of F, and on to θ."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z_image: Tensor, mu_image: Tensor, v_image: Tensor, v: Tensor,
+        equation: _Adjoint, solver: Solver, residuals: Residuals,
+    ) -> Tensor:  # fmt: skip
+        # attributes, not saved tensors: they are the graph that backward differentiates, and none
+        # refers to this node, so nothing is kept alive beyond it
+        ctx.equation, ctx.solver, ctx.residuals = equation, solver, residuals
+        ctx.counters = open_counters()
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the solution of a joint optimisation gives first derivatives only, but "
+                "create_graph=True asks for a gradient that can be differentiated again"
+            )
+        (z, mu, v), found = ctx.equation.solve(g, ctx.solver)
+        ctx.residuals.adjoint, ctx.residuals.adjoint_evals = found.residual, found.evals
+        with counting_into(ctx.counters):
+            # one pass through F's graph differentiates f and its VJP: two products a row
+            rows = count_rows(ctx.equation.rows, g.device)
+            per_row = ctx.equation.blocks.groups.spread(found.evals)
+            count(vjps=2 * (per_row + 1) * rows)
+        worst = float(found.residual.max())
+        if not worst <= WARN_ABOVE:
+            warnings.warn(
+                f"the equation for the implicit gradient was solved to a relative residual of "
+                f"{worst:.1e} only: the gradient is about as inexact. The optimum may not be "
+                "unique (add a proximal term or a penalty on the variables), or give the adjoint "
+                "solver more iterations",
+                stacklevel=2,
+            )
+        return z, mu, v, None, None, None, None
+
+
+def warn_if_loose(residuals: Residuals) -> None:
+    """Warn when the point is not accurate enough for its implicit gradient."""
+    worst = float(residuals.joint.max())
+    if not worst <= WARN_ABOVE:
+        warnings.warn(
+            f"the joint solution has a relative residual of {worst:.1e}, and its implicit gradient "
+            "is about as inexact: allow more iterations, change the step size, or add a penalty on "
+            "the variables",
+            stacklevel=3,
+        )
