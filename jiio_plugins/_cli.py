@@ -41,6 +41,45 @@ class Demo:
 
 
 @dataclass
+class Evaluate:
+    """Robust accuracy of a DEQ classifier: a suite of attacks, judged by converged solves."""
+
+    weights: str = "digits"
+    """shipped weights (digits, fashion-mnist) or a .safetensors file"""
+    model: str | None = None
+    """your own classifier: module:function, which returns it; a --weights FILE is loaded into it"""
+    dataset: Literal["digits", "fashion-mnist"] | None = None
+    """what to judge it on; default: what the weights are for"""
+    data: Path = Path("data")
+    """folder of Fashion-MNIST: torchvision's root, or Debian's"""
+    out: Path = Path("out/evaluate")
+    """where the JSON and the plot go"""
+    images: int = 500
+    """test images, from the first on"""
+    norm: Literal["2", "inf", "1"] = "2"
+    """norm of the ball; 1 needs --suite quick"""
+    eps: tuple[float, ...] = ()
+    """radii; default: a half and the whole of what jiio demo takes"""
+    suite: Literal["default", "quick"] = "default"
+    """default needs torchattacks"""
+    steps: int = 20
+    """gradient steps of APGD, half of them of PGD; 100 for a result to be published"""
+    queries: int = 50
+    """queries of Square; 1000 or more for a result to be published"""
+    batch_size: int = 128
+    audit: int = 48
+    """images the gradients are audited on, at the first radius; 0 switches it off"""
+    seed: int = 0
+    device: str = "cpu"
+
+    def run(self) -> None:
+        """Do it."""
+        from jiio_plugins._evaluate import run_evaluation
+
+        run_evaluation(**vars(self))
+
+
+@dataclass
 class Adapters:
     """List the adapters and whether their host library is installed."""
 
@@ -57,6 +96,7 @@ class Adapters:
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
     | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]

@@ -200,13 +200,16 @@ class PenaltySession:
         """The state as it is."""
         state = f.layout.unpack(self.z[self.visits])
         self.visits += 1
-        self.value = self.value + jacobian_penalty(
+        penalty = jacobian_penalty(
             layer.cell, state, *f.injection, probes=self.probes, generator=self.generator
         )
+        self.value = self.value + penalty
         rows = count_rows(len(self.z[0]), self.z[0].device)
         # the gradient of a probe's VJP costs about one more
         count(f_evals=rows, vjps=2 * self.probes * rows)
-        return state
+        # DistributedDataParallel looks for unused parameters from the output: it must find f's
+        tensors = tuple(t + 0 * penalty for t in as_tensors(state))
+        return tensors if f.layout.is_tuple else tensors[0]
 
 
 class Linearization:

@@ -74,6 +74,19 @@ def solve_counted(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
     return result
 
 
+def _counting_backward(z: Tensor, steps: int) -> Tensor:
+    """``z``, whose backward pass counts its ``steps`` vector-Jacobian products a row."""
+    counters = open_counters()  # backward may run in another thread
+
+    def report(g: Tensor) -> None:
+        with counting_into(counters):
+            count(vjps=steps * count_rows(len(g), g.device))
+
+    if z.requires_grad:
+        z.register_hook(report)
+    return z
+
+
 @dataclass(frozen=True, kw_only=True)
 class Implicit(Adjoint):
     """The exact gradient: solves ``μ = J_zᵀ μ + g`` to the solver's tolerance.
@@ -234,7 +247,7 @@ class Phantom(Adjoint):
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping)
         count(f_evals=self.steps * count_rows(len(z), z.device))
-        return z
+        return _counting_backward(z, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,4 +287,4 @@ class Unrolled(Adjoint):
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)
         count(f_evals=self.steps * count_rows(len(z), z.device))
-        return z
+        return _counting_backward(z, self.steps)

@@ -26,6 +26,8 @@ from jiio_plugins.training import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jiio_plugins.solvers import Solver
+
     LossRows = Callable[[Any, Tensor], Tensor]
 
 TRAINING_METHOD = Joint(max_iter=10)
@@ -69,7 +71,7 @@ class AdversarialTraining:
     Args:
         norm: 1, 2 or inf.
         eps: ε in the units of x.
-        lower: pixel box, a number; None: no bound.
+        lower: pixel box, a number or broadcastable to x; None: no bound.
         upper: likewise.
         method: of the inner problem; ``Joint(max_iter=10)`` if not given.
         random_start: start in the ball at random instead of at the image; TRADES always does.
@@ -97,13 +99,13 @@ class AdversarialTraining:
 
     norm: float
     eps: float
-    lower: float | None = None
-    upper: float | None = None
+    lower: float | Tensor | None = None
+    upper: float | Tensor | None = None
     method: Method = TRAINING_METHOD
     random_start: bool = False
     ratio: float = 1.0
     trades: float | None = None
-    refine: int = 0
+    refine: int | Solver = 0
     jacobian_weight: float = 0.0
     jacobian_probes: int = 1
     loss: LossRows = cross_entropy_rows
@@ -193,7 +195,9 @@ class AdversarialTraining:
         """The parameters as plain values; the loss by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
-        return {**values, "method": repr(self.method), "loss": name}
+        for key in ("method", "lower", "upper", "refine"):
+            values[key] = repr(values[key])
+        return {**values, "loss": name}
 
     def adversary(self, labels: Tensor, clean: Tensor | None = None) -> _Adversary:
         """The objective of the inner problem; with clean logits that of TRADES."""

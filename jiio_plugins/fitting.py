@@ -34,7 +34,11 @@ Metrics = dict[str, float]
 
 
 class Batches(Protocol):
-    """Training data as batches, the same for every run of the same seed."""
+    """Training data as batches, the same for every run of the same seed.
+
+    Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
+    that a resumed training has seen; it is called, if there is one, before the first epoch.
+    """
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -80,6 +84,7 @@ def fit_adversarially(
     epochs: int,
     validation: tuple[Tensor, Tensor] | None = None,
     validation_batch: int = 128,
+    wrapped: nn.Module | None = None,
     scheduler: Any = None,
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
@@ -101,6 +106,7 @@ def fit_adversarially(
         validation: images and labels judged after each epoch: clean accuracy by ``model(x)``, and
             robust accuracy by ``model(x')`` at the examples the training's own search finds.
         validation_batch: images judged together.
+        wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
         scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
             robust accuracy with mode "max", the training loss with mode "min".
         scheduler_interval: when it steps.
@@ -132,9 +138,8 @@ def fit_adversarially(
                 break
             model.train()
             for x, y in batches.epoch(epoch, run.step):
-                step = training(
-                    model, x, y, generator=_generator((seed, epoch, run.step), x.device)
-                )
+                generator = _generator((seed, epoch, run.step), x.device)
+                step = training(model, x, y, wrapped=wrapped, generator=generator)
                 optimizer.zero_grad()
                 step.loss.backward()
                 if max_grad_norm is not None:

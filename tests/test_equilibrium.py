@@ -410,7 +410,7 @@ def test_counted_evaluations_are_those_that_happened(adjoint: Any) -> None:
     if isinstance(adjoint, Implicit):
         assert counter.vjps > 1
     else:
-        assert counter.vjps == 0
+        assert counter.vjps == getattr(adjoint, "steps", 1)  # one for each step with a graph
 
 
 def test_counted_vjps_are_those_that_happened() -> None:

@@ -13,12 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 ARGUMENTS = {  # a small run where the default one takes long
+    "art_adversarial_training.py": ["--images", "100", "--test-images", "20", "--epochs", "1"],
+    "distributed_training.py": ["--images", "100", "--epochs", "1"],
     "art_attack.py": ["--images", "10"],
     "torchattacks_attack.py": ["--images", "10"],
     "train_generator.py": ["--steps", "20"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
 }
 PRINTS = {
+    "art_adversarial_training.py": ["before: clean accuracy", "after: clean accuracy"],
+    "distributed_training.py": ["right under attack", "1 processes"],
     "art_attack.py": ["clean accuracy", "JIIO"],
     "torchattacks_attack.py": ["clean accuracy", "JIIO"],
     "train_generator.py": ["100 held-out digits"],

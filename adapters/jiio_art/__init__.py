@@ -2,5 +2,6 @@
 
 from jiio_art.attack import JIIOAttack
 from jiio_art.record import AttackRecord
+from jiio_art.trainer import JIIOAdversarialTrainer
 
-__all__ = ["AttackRecord", "JIIOAttack"]
+__all__ = ["AttackRecord", "JIIOAdversarialTrainer", "JIIOAttack"]

@@ -32,10 +32,10 @@ class RawInput(nn.Module):
         autocast: run the model in this precision; None: as it is.
     """
 
-    def __init__(self, classifier: PyTorchClassifier) -> None:
+    def __init__(self, classifier: PyTorchClassifier, *, keep_wrapper: bool = False) -> None:
         super().__init__()
         model = classifier.model
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_wrapper:
             model = model.module  # the loop makes no parameter gradients
         self.model = model
         self.classifier = classifier

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from jiio_plugins.attacks import LOSSES
 from jiio_plugins.methods import Method
 
 if TYPE_CHECKING:
+    from art.estimators.classification import PyTorchClassifier
+
     from jiio_art.attack import JIIOAttack
 
 
@@ -41,6 +44,36 @@ def check_params(attack: JIIOAttack) -> None:
     if attack.autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
             f"autocast must be torch.bfloat16, torch.float16 or None, got {attack.autocast!r}"
+        )
+
+
+def check_trainable(classifier: PyTorchClassifier, attack: JIIOAttack) -> None:
+    """Check that ``attack`` can be the adversary in a training of ``classifier``.
+
+    Raises:
+        TypeError, ValueError: it cannot; the message says what is accepted.
+        NotImplementedError: a targeted attack.
+    """
+    if attack.estimator is not classifier:
+        raise ValueError(
+            "the attack is bound to another classifier than the one to be trained: build it with "
+            "JIIOAttack(classifier, ...)"
+        )
+    check_params(attack)
+    if attack.targeted:
+        raise NotImplementedError("adversarial training with a targeted attack: untargeted only")
+    for name in ("eps", "eps_step"):
+        if isinstance(getattr(attack, name), np.ndarray):
+            raise ValueError(f"{name} of the attack must be a number for training, got an array")
+    if attack.random_eps or attack.loss != "cross-entropy":
+        raise ValueError(
+            "the attack must have random_eps=False and loss='cross-entropy' for training, got "
+            f"{attack.random_eps} and {attack.loss!r}"
+        )
+    if not isinstance(classifier.loss, nn.CrossEntropyLoss):
+        raise TypeError(
+            "the classifier's loss must be nn.CrossEntropyLoss, got "
+            f"{type(classifier.loss).__name__}"
         )
 
 

@@ -1,0 +1,297 @@
+"""Adversarial training inside ART, with the joint iteration as the adversary."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from art.config import ART_NUMPY_DTYPE
+from art.defences.trainer.trainer import Trainer
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor
+
+from jiio_art import _inputs
+from jiio_art._model import Autocast, RawInput
+from jiio_art._params import check_trainable
+from jiio_art.attack import JIIOAttack
+from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
+from jiio_plugins.fitting import TensorBatches, fit_adversarially
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy.typing as npt
+    from art.data_generators import DataGenerator
+
+    from jiio_plugins.fitting import Batches, Interval, Metrics
+    from jiio_plugins.methods import Method
+
+logger = logging.getLogger(__name__)
+
+
+class JIIOAdversarialTrainer(Trainer):
+    """Adversarial training of a deep equilibrium classifier.
+
+    ``min_θ mean_i max_{‖x − x_i‖_p ≤ ε} L(model_θ(x), y_i)``
+
+    A step solves for the adversarial examples, the state and its adjoint in one iteration, and
+    takes the gradient of the parameters from where that iteration ended. Norm, ε, first step,
+    iterations, method, random starts and autocast are those of ``attack``; attacks of ART would
+    solve the model's fixed point anew at each of their steps.
+
+    Args:
+        classifier: a :class:`PyTorchClassifier` with an optimiser, ``nn.CrossEntropyLoss`` and a
+            model that holds a :class:`jiio_plugins.Equilibrium` layer and returns logits. Trained
+            in place.
+        attack: a :class:`JIIOAttack` on this classifier, untargeted. Where it names neither method
+            nor max_iter, the training takes 10 iterations instead of the attack's 30: a hard
+            example is enough, it need not be the worst.
+        ratio: share of each batch that is attacked; the rest stays clean.
+        trades: β of the TRADES loss ``L(model(x_i), y_i) + β max KL(p(x_i) ‖ p(x))``; None: off.
+        refine: steps on the state and the adjoint before the gradient, warm-started.
+        jacobian_weight: of the Jacobian penalty at a random iterate of the search; 0 switches it
+            off. It keeps the cell easy to solve while it is trained.
+        max_grad_norm: clip the gradient's norm; None: do not.
+        scheduler_interval: "epoch", as ART's trainers do, or "step".
+        patience: stop after so many epochs without a better robust accuracy on the validation data,
+            and put the best weights back; None: train to the end.
+        checkpoint: file written after every epoch; a training that was killed goes on from it.
+        checkpoint_every: and after so many steps.
+        resume: go on from ``checkpoint`` where it exists; without it an existing file is an error.
+        seed: of the order of the images, random starts and the penalty.
+        verbose: show a progress bar with loss, clean and robust accuracy, and residual of z.
+
+    Attributes:
+        history: one dict per epoch of the last :meth:`fit`; see
+            :func:`jiio_plugins.fitting.fit_adversarially`.
+
+    Raises:
+        TypeError, ValueError: bad parameters; the message says what is accepted.
+        NotImplementedError: a targeted attack.
+
+    Example:
+        >>> attack = JIIOAttack(classifier, norm=2, eps=1.0)
+        >>> trainer = JIIOAdversarialTrainer(classifier, attack)
+        >>> trainer.fit(x, y, validation_data=(x_val, y_val), nb_epochs=20)
+
+    Not for: models without a fixed point, which ART's own trainers handle. Preprocessing of the
+    classifier is applied as in ``predict``.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
+    """
+
+    _classifier: PyTorchClassifier
+
+    def __init__(
+        self,
+        classifier: PyTorchClassifier,
+        attack: JIIOAttack,
+        *,
+        ratio: float = 1.0,
+        trades: float | None = None,
+        refine: int = 0,
+        jacobian_weight: float = 0.0,
+        max_grad_norm: float | None = None,
+        scheduler_interval: Interval = "epoch",
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        if not isinstance(classifier, PyTorchClassifier):
+            raise TypeError(
+                f"classifier must be a PyTorchClassifier, got {type(classifier).__name__}"
+            )
+        super().__init__(classifier=classifier)
+        self.attack = attack
+        self.ratio, self.trades, self.refine = ratio, trades, refine
+        self.jacobian_weight = jacobian_weight
+        self.max_grad_norm, self.scheduler_interval = max_grad_norm, scheduler_interval
+        self.patience = patience
+        self.checkpoint, self.checkpoint_every, self.resume = checkpoint, checkpoint_every, resume
+        self.seed, self.verbose = seed, verbose
+        self.history: list[Metrics] = []
+        self._training(RawInput(classifier))  # its errors now
+
+    def fit(
+        self,
+        x: npt.NDArray[Any],
+        y: npt.NDArray[Any],
+        validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
+        batch_size: int = 128,
+        nb_epochs: int = 20,
+        scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Train on arrays.
+
+        Args:
+            x: images ``(n, *input_shape)`` within the classifier's clip values.
+            y: true classes, one-hot ``(n, classes)`` or indices ``(n,)``.
+            validation_data: ``(x, y)`` of the same kinds, judged after each epoch.
+            batch_size: images a step.
+            nb_epochs: of the whole training; a resumed one counts those before it.
+            scheduler: any of torch's, built for the classifier's optimiser.
+            **kwargs: ``drop_last``: leave out an incomplete last batch.
+
+        Raises:
+            TypeError, ValueError: bad input, an unknown keyword, or a checkpoint of another
+                training; nothing is changed then.
+        """
+        drop_last = kwargs.pop("drop_last", False)
+        images, labels = self.tensors(x, y)
+        batches = TensorBatches(images, labels, batch_size, seed=self.seed, drop_last=drop_last)
+        self._fit(batches, validation_data, batch_size, nb_epochs, scheduler, kwargs)
+
+    def fit_generator(
+        self,
+        generator: DataGenerator,
+        nb_epochs: int = 20,
+        scheduler: Any = None,
+        validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Train on the batches of one of ART's data generators.
+
+        An epoch is ``ceil(size / batch_size)`` batches. A resumed training draws and drops the
+        batches before, so it is exact if a new generator yields the same batches again.
+
+        Args:
+            generator: see above.
+            nb_epochs: see :meth:`fit`.
+            scheduler: likewise.
+            validation_data: likewise.
+            **kwargs: none.
+        """
+        if generator.size is None:
+            raise ValueError("the generator must know its size: give it size=")
+        batches = _GeneratorBatches(self, generator)
+        self._fit(batches, validation_data, generator.batch_size, nb_epochs, scheduler, kwargs)
+
+    def predict(self, x: npt.NDArray[Any], **kwargs: Any) -> npt.NDArray[np.float32]:
+        """The trained classifier's logits; keywords go to its ``predict``."""
+        logits: npt.NDArray[np.float32] = self._classifier.predict(x, **kwargs)
+        return logits
+
+    def _fit(
+        self,
+        batches: Batches,
+        validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None,
+        batch_size: int,
+        nb_epochs: int,
+        scheduler: Any,
+        unknown: dict[str, Any],
+    ) -> None:
+        if unknown:
+            raise TypeError(f"unknown keywords: {', '.join(unknown)}")
+        if self._classifier.optimizer is None:
+            raise ValueError(
+                "the classifier has no optimizer: PyTorchClassifier(..., optimizer=...)"
+            )
+        module = RawInput(self._classifier)
+        wrapped = RawInput(self._classifier, keep_wrapper=True)
+        logger.info("Adversarial training with %r", self.attack)
+        self.history = fit_adversarially(
+            module,
+            self._training(module),
+            self._classifier.optimizer,
+            batches,
+            epochs=nb_epochs,
+            validation=None if validation_data is None else self.tensors(*validation_data),
+            validation_batch=batch_size,
+            wrapped=wrapped,
+            scheduler=scheduler,
+            scheduler_interval=self.scheduler_interval,
+            max_grad_norm=self.max_grad_norm,
+            patience=self.patience,
+            checkpoint=self.checkpoint,
+            checkpoint_every=self.checkpoint_every,
+            resume=self.resume,
+            seed=self.seed,
+            verbose=self.verbose,
+        )
+
+    def _training(self, module: RawInput) -> AdversarialTraining:
+        """The engine's step, from what the attack says now."""
+        attack = self.attack
+        if not isinstance(attack, JIIOAttack):
+            raise TypeError(
+                "attack must be a JIIOAttack (ART's AdversarialTrainer takes others), got "
+                f"{type(attack).__name__}"
+            )
+        check_trainable(self._classifier, attack)
+        method: Method = attack.method or TRAINING_METHOD
+        if attack.max_iter is not None:
+            method = replace(method, max_iter=attack.max_iter)
+        if attack.eps_step is not None and attack.eps > 0:
+            method = replace(method, step_size=float(attack.eps_step / attack.eps))
+        if attack.autocast is not None:
+            method = Autocast(
+                inner=method, module=module, dtype=attack.autocast, max_iter=method.max_iter
+            )
+        clip = self._classifier.clip_values
+        lower, upper = (None, None) if clip is None else clip
+        loss = copy.copy(self._classifier.loss)
+        loss.reduction = "none"
+        return AdversarialTraining(
+            norm=float(attack.norm),
+            eps=float(attack.eps),
+            lower=self._bound(lower),
+            upper=self._bound(upper),
+            method=method,
+            random_start=attack.num_random_init > 0,
+            ratio=self.ratio,
+            trades=self.trades,
+            refine=self.refine,
+            jacobian_weight=self.jacobian_weight,
+            loss=loss,
+        )
+
+    def _bound(self, value: Any) -> float | Tensor | None:
+        if value is None or np.ndim(value) == 0:
+            return None if value is None else float(value)
+        return torch.tensor(np.asarray(value, dtype=ART_NUMPY_DTYPE), device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._classifier.device
+        return device
+
+    def tensors(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        """Images and class indices, checked, on the classifier's device."""
+        classifier = self._classifier
+        images = _inputs.as_images(x, classifier)
+        if not images.ndim or not len(images):
+            raise ValueError(f"x holds no images, its shape is {images.shape}")
+        labels = _inputs.class_indices(y, len(images), classifier.nb_classes)
+        # a copy: training must not see what the caller does to the arrays meanwhile
+        return torch.tensor(images, device=self._device), torch.tensor(labels, device=self._device)
+
+
+class _GeneratorBatches:
+    """One of ART's data generators as the engine's batches."""
+
+    def __init__(self, trainer: JIIOAdversarialTrainer, generator: DataGenerator) -> None:
+        self.trainer, self.generator = trainer, generator
+
+    def __len__(self) -> int:
+        assert self.generator.size is not None
+        return math.ceil(self.generator.size / self.generator.batch_size)
+
+    def skip(self, batches: int) -> None:
+        """Draw and drop them: a resumed training has seen them."""
+        for _ in range(batches):
+            self.generator.get_batch()
+
+    def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next batches; what to skip has been dropped by then."""
+        for _ in range(len(self) - skip):
+            yield self.trainer.tensors(*self.generator.get_batch())

@@ -1,0 +1,44 @@
+"""Robustness figures that a sceptical reader accepts: several attacks, an independent judge."""
+
+from jiio_plugins.evaluation.gradients import (
+    Backpropagated,
+    layers_as,
+    through_intermediate,
+    through_unrolled,
+)
+from jiio_plugins.evaluation.report import (
+    AttackResult,
+    Interval,
+    RobustnessReport,
+    Suspicion,
+    paired_difference,
+    paired_shares,
+    wilson,
+)
+from jiio_plugins.evaluation.robustness import Attack, robust_accuracy
+from jiio_plugins.evaluation.suites import (
+    default_suite,
+    engine_attack,
+    host_attack,
+    quick_suite,
+)
+
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "Backpropagated",
+    "Interval",
+    "RobustnessReport",
+    "Suspicion",
+    "default_suite",
+    "engine_attack",
+    "host_attack",
+    "layers_as",
+    "paired_difference",
+    "paired_shares",
+    "quick_suite",
+    "robust_accuracy",
+    "through_intermediate",
+    "through_unrolled",
+    "wilson",
+]

@@ -1,0 +1,277 @@
+"""Signs that accuracy under attack is high because the attacks fail, not because the model holds.
+
+Two kinds. The *passive* ones are read off what a suite has found. The *active* ones are a
+controlled experiment on a few samples: the same projected gradient steps, from the same start,
+where nothing but the gradient, the number of steps or the radius differs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from jiio_plugins.adjoints import Implicit
+from jiio_plugins.attacks import attack, attack_objective, is_adversarial
+from jiio_plugins.evaluation.gradients import (
+    Backpropagated,
+    layers_as,
+    through_intermediate,
+    through_unrolled,
+)
+from jiio_plugins.evaluation.report import Suspicion, paired_shares, wilson
+from jiio_plugins.methods import Joint
+from jiio_plugins.solvers import Anderson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jiio_plugins.evaluation.judge import Verdict
+    from jiio_plugins.evaluation.robustness import Attack
+    from jiio_plugins.solution import Solution
+    from jiio_plugins.solvers import Solver
+
+Found = tuple[dict[str, Any], list[Suspicion]]
+
+_DIFFER = 0.02  # share of samples on which model and converged solve may give different losses
+_RESIDUAL = 1e-2  # relative residual, in the median, at which a model has not reached its state
+_COSINE = 0.95  # between the model's own input gradient and the exact one, in the median
+_EXTRA = 0.02  # share of samples that another kind of gradient may break besides, lower 95 % bound
+_LOSS = 0.1  # share of the rise in loss by which another kind of gradient may be better
+_STEPS = (1, 3, 10)
+
+
+def passive(
+    history: Mapping[str, Verdict], suite: Sequence[Attack],
+    attempts: Mapping[str, tuple[Tensor, Tensor]], undecided: int = 0,
+) -> Found:  # fmt: skip
+    """What the suite's own results tell; ``undecided`` samples hang on an unverified example."""
+    found = []
+    differ = torch.cat([v.differ for v in history.values()])
+    residual = torch.cat([v.residual for v in history.values()])
+    unconverged = torch.cat([~v.converged for v in history.values()])
+    share, middle = float(differ.double().mean()), float(residual.median())
+    checks: dict[str, Any] = {
+        "disagreement": share,
+        "own_residual_median": middle,
+        "own_residual_max": float(residual.max()),
+        "unconverged_solves": int(unconverged.sum()),
+        "undecided": undecided,
+    }
+    if share > _DIFFER:
+        found.append(
+            Suspicion(
+                "disagreement",
+                f"on {100 * share:.0f} % of the judged images the model's own answer differs from "
+                "that of a converged solve (loss by more than 1 %, or right against wrong): what "
+                "looks robust may be the solver's error. Tighten the solver of the model's "
+                "Equilibrium layers, and judge again",
+            )
+        )
+    if not middle <= _RESIDUAL:
+        found.append(
+            Suspicion(
+                "inexact-solve",
+                f"the model stops at a relative residual of {middle:.2g} in the median (largest "
+                f"{float(residual.max()):.2g}): it is not at its fixed point, and gradients taken "
+                "there are not its gradients. Raise max_iter or lower tol",
+            )
+        )
+    if undecided:
+        found.append(
+            Suspicion(
+                "unverified",
+                f"{undecided} samples count as robust only because the verification of an example "
+                "that may break them did not converge: the accuracy is an upper bound. Raise "
+                "max_iter of verify=, or use float64",
+            )
+        )
+    for kinds, against, kind, words in (
+        (("unrolled", "intermediate"), ("implicit", "own"), "gradient-kind",
+         "gradients through unrolled or intermediate states"),
+        (("none",), ("implicit", "own", "unrolled", "intermediate"), "black-box",
+         "attacks that use no gradient"),
+    ):  # fmt: skip
+        extra, asked = _only_broken_by(kinds, against, suite, attempts)
+        if not asked:
+            continue
+        checks[f"only_broken_by_{kind}"] = [extra, asked]
+        if wilson(extra, asked).low > _EXTRA:
+            found.append(
+                Suspicion(
+                    kind,
+                    f"{words} broke {extra} of {asked} images that withstood all attacks of the "
+                    f"kinds {', '.join(against)} they were given to: those gradients are masked. "
+                    "Trust the accuracy of the whole suite only, and attack harder",
+                )
+            )
+    return checks, found
+
+
+def _only_broken_by(
+    kinds: Sequence[str], against: Sequence[str], suite: Sequence[Attack],
+    attempts: Mapping[str, tuple[Tensor, Tensor]],
+) -> tuple[int, int]:  # fmt: skip
+    """Samples given to both sides; those of them that only ``kinds`` broke."""
+    tried: dict[bool, set[int]] = {True: set(), False: set()}
+    broke: dict[bool, set[int]] = {True: set(), False: set()}
+    for a in suite:
+        if a.name in attempts and a.gradient in (*kinds, *against):
+            rows, broken = attempts[a.name]
+            tried[a.gradient in kinds].update(rows.tolist())
+            broke[a.gradient in kinds].update(rows[broken].tolist())
+    return len((broke[True] & tried[False]) - broke[False]), len(tried[False] | tried[True])
+
+
+def active(
+    model: nn.Module, x: Tensor, y: Tensor, verify: Solver, limits: Mapping[str, Any],
+    progress: bool,
+) -> Found:  # fmt: skip
+    """The controlled experiment on correctly classified samples ``x``."""
+    if len(x) < 8:
+        return {"audit": f"skipped: only {len(x)} correctly classified samples"}, []
+    checks: dict[str, Any] = {"audited": len(x)}
+    warnings: list[Suspicion] = []
+    with tqdm(total=8, desc="audit", unit="test", disable=not progress) as bar:
+
+        def search(
+            method: Any, radius: float = limits["eps"], norm: float = limits["norm"]
+        ) -> Solution:
+            box = {k: limits[k] for k in ("lower", "upper")}
+            bar.update()
+            return attack(model, x, y, norm=norm, eps=radius, method=method, verify=verify, **box)
+
+        bar.update()
+        cosine = _gradient_cosine(model, x, y, verify)
+        checks["gradient_cosine_median"] = cosine
+        if not cosine >= _COSINE:
+            warnings.append(
+                Suspicion(
+                    "inexact-gradient",
+                    f"the model's own input gradient has a cosine of {cosine:.2f} (median) to the "
+                    "exact one at the fixed point: attacks that use the model's backward pass "
+                    "follow a wrong direction. Judge it with adjoint=Implicit() and a tight solver "
+                    "(layers_as does it from outside)",
+                )
+            )
+        if limits["eps"] == 0:
+            return checks, warnings
+        paths = {k: search(Backpropagated(max_iter=k)) for k in _STEPS}
+        checks["loss_by_steps"] = {k: _mean_loss(s) for k, s in paths.items()}
+        warnings += _steps(paths)
+        steps = _STEPS[-1]
+        others = {
+            "exact": search(
+                Backpropagated(
+                    views=(Implicit(),), solver=Anderson(max_iter=200, tol=1e-5), max_iter=steps
+                )
+            ),
+            "unrolled": search(through_unrolled(max_iter=steps)),
+            "intermediate": search(through_intermediate(max_iter=steps)),
+        }
+        own = paths[steps]
+        checks["accuracy_by_gradient"] = {
+            name: 1 - float(is_adversarial(s, y).double().mean())
+            for name, s in {"own": own, **others}.items()
+        }
+        checks["loss_by_gradient"] = {n: _mean_loss(s) for n, s in {"own": own, **others}.items()}
+        warnings += _kinds(own, others, model, x, y)
+        if limits["lower"] is not None and limits["upper"] is not None:
+            large = float(
+                (torch.as_tensor(limits["upper"]) - torch.as_tensor(limits["lower"])).max()
+            )
+            survivors = ~is_adversarial(search(Joint(max_iter=20), large, math.inf), y)
+            checks["accuracy_at_large_eps"] = float(survivors.double().mean())
+            if bool(survivors.any()):
+                warnings.append(
+                    Suspicion(
+                        "large-eps",
+                        f"{int(survivors.sum())} of {len(x)} images withstand an attack that may "
+                        "change every pixel to anything: the attack fails, the model does not "
+                        "hold. Its gradients are masked, or model and converged solve disagree",
+                    )
+                )
+    return checks, warnings
+
+
+def _mean_loss(solution: Solution) -> float:
+    assert solution.value is not None
+    return float(-solution.value.double().mean())
+
+
+def _gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> float:
+    """Median cosine of ``∇_x`` margin by the model's backward pass and by exact solves.
+
+    The margin's gradient, because that of the cross-entropy vanishes where the model is sure.
+    """
+    margin = attack_objective("margin", y)
+
+    def gradient() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            total = margin(model(leaf)).sum()
+        if not total.requires_grad:  # no gradient at all is as wrong as it gets
+            return torch.zeros_like(x).flatten(1)
+        return torch.autograd.grad(total, leaf)[0].flatten(1)
+
+    own = gradient()
+    with layers_as(solver=verify, adjoint=Implicit()):
+        exact = gradient()
+    return float(cosine_similarity(own, exact, dim=1).nan_to_num(0.0).median())
+
+
+def _steps(paths: Mapping[int, Solution]) -> list[Suspicion]:
+    one, many = paths[_STEPS[0]].value, paths[_STEPS[-1]].value
+    assert one is not None
+    assert many is not None
+    # counted, not averaged: a few images of high loss would hide what happens to the others
+    rose = int((-many > -one + 1e-3 * one.abs()).sum())
+    if 2 * rose > len(one):
+        return []
+    return [
+        Suspicion(
+            "steps",
+            f"{_STEPS[-1]} gradient steps reach a higher loss than {_STEPS[0]} on only {rose} of "
+            f"{len(one)} images: more steps do not strengthen the attack, so the gradients lead "
+            "nowhere",
+        )
+    ]
+
+
+def _paired(a: Solution, b: Solution) -> tuple[float, float]:
+    """How much higher b's loss is in the mean, and its standard error."""
+    assert a.value is not None
+    assert b.value is not None
+    difference = (a.value - b.value).double()
+    return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+
+
+def _kinds(
+    own: Solution, others: Mapping[str, Solution], model: nn.Module, x: Tensor, y: Tensor
+) -> list[Suspicion]:
+    with torch.no_grad():
+        start = -attack_objective("cross-entropy", y)(model(x)).double().mean()
+    rise = _mean_loss(own) - float(start)
+    own_broke = is_adversarial(own, y).tolist()
+    better = []
+    for name, other in others.items():
+        more = paired_shares(is_adversarial(other, y).tolist(), own_broke)
+        gain, error = _paired(own, other)
+        if more.low > 0 or gain > max(2 * error, _LOSS * max(rise, 0.0)):
+            better.append(
+                f"{name} gradients break {100 * more.value:.0f} points more images and reach a "
+                f"loss {gain:.2g} higher"
+            )
+    if not better:
+        return []
+    return [
+        Suspicion(
+            "gradient-kind",
+            f"with the same {_STEPS[-1]} steps as the model's own gradients, {'; '.join(better)}: "
+            "its backward pass hides the direction",
+        )
+    ]

@@ -1,0 +1,331 @@
+"""``robust_accuracy``: a suite of attacks, judged by something else than themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from jiio_plugins._counting import count_evaluations
+from jiio_plugins.attacks import BALLS, check_inside
+from jiio_plugins.evaluation import audit as auditing
+from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
+from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
+from jiio_plugins.optimize import check_input, unwrap
+from jiio_plugins.solvers import Anderson, Solver
+
+GRADIENTS = ("implicit", "own", "unrolled", "intermediate", "none", "unknown")
+Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack of a suite.
+
+    Attributes:
+        name: unique in its suite.
+        run: ``run(model, x, y) -> x_adv``, for images and true labels. It gets the model in eval
+            mode with frozen parameters, and must stay in the ball and the box.
+        gradient: where its gradients come from: "implicit" (solves of its own: JIIO, the nested
+            loop), "own" (the model's backward pass), "unrolled", "intermediate", "none" (black box)
+            or "unknown". Warnings compare these.
+    """
+
+    name: str
+    run: Run
+    gradient: str = "unknown"
+
+    def __post_init__(self) -> None:
+        if not callable(self.run):
+            raise TypeError(f"run must be callable as run(model, x, y), got {self.run!r}")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(
+                f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}"
+            )
+
+
+def robust_accuracy(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attacks: Sequence[Attack | Run] | Mapping[str, Run],
+    *,
+    eps: float,
+    norm: float,
+    lower: float | Tensor | None = 0.0,
+    upper: float | Tensor | None = 1.0,
+    batch_size: int = 128,
+    verify: Solver | None = None,
+    known: Tensor | None = None,
+    skip_broken: bool = True,
+    audit: int = 48,
+    progress: bool = True,
+) -> RobustnessReport:
+    """Accuracy under the worst verified case of a suite of attacks, per sample.
+
+    ``1/n Σ_i min_a [x_a,i does not break i]``, ``‖x_a,i − x_i‖_p ≤ ε, l ≤ x_a,i ≤ u``. An example
+    breaks its sample if the model's own answer is wrong and so is that of an independent solve,
+    started from the layers' initial state, which converged.
+
+    Args:
+        model: returns logits ``(batch, classes)``; has an equilibrium layer.
+        x: images ``(batch, ...)``, finite, inside the box.
+        y: true classes, integers ``(batch,)``.
+        attacks: :class:`Attack` values, callables ``(model, x, y) -> x_adv`` or a dict name ->
+            callable; :func:`default_suite` has a strong selection.
+        eps: radius of the ball in the units of x.
+        norm: 1, 2 or inf.
+        lower: pixel box, a number or a tensor that broadcasts over the batch; None: no bound.
+        upper: likewise.
+        batch_size: samples an attack gets at a time.
+        verify: solver of the independent solves; None: Anderson to relative residual 1e-5 (1e-9 in
+            float64) within 300 evaluations.
+        known: images that may be adversarial, shape of x, judged before any attack is run: of a
+            smaller radius (``report.worst``), or of another model.
+        skip_broken: do not give an attack what earlier ones have broken: same worst case, much
+            cheaper, but then only the first attack's own accuracy is known.
+        audit: number of samples on which model and gradients are audited (see
+            :mod:`jiio_plugins.evaluation.audit`); 0 switches it off, and with it the warnings that
+            rest on it.
+        progress: show progress bars.
+
+    Returns:
+        A :class:`RobustnessReport`; ``print`` it, or ``save`` it as JSON.
+
+    Raises:
+        TypeError, ValueError: bad input, no equilibrium layer, or an attack that returns anything
+            but images within ball and box; the message names the attack.
+
+    A misclassified sample counts as broken and is never attacked. Nothing of the model, nor the
+    global random generators, is changed.
+
+    Source: Croce and Hein (ICML 2020) for the worst case over a suite; Carlini et al., "On
+    Evaluating Adversarial Robustness" (2019) for the checks.
+    """
+    begin = time.perf_counter()
+    model = unwrap(model)
+    suite = _as_suite(attacks)
+    norm, eps = float(norm), float(eps)
+    _check_arguments(x, y, eps, norm, lower, upper, batch_size, verify, audit)
+    if known is not None and (not isinstance(known, Tensor) or known.shape != x.shape):
+        got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
+        raise ValueError(f"known must hold images of the shape of x, {tuple(x.shape)}, got {got}")
+    if verify is None:
+        verify = Anderson(max_iter=300, tol=1e-9 if x.dtype == torch.float64 else 1e-5)
+    x, y = x.detach(), y.long()
+    limits: dict[str, Any] = {"norm": norm, "eps": eps, "lower": lower, "upper": upper}
+    with undisturbed(model):
+        state = _State(model, x, y, verify, batch_size)
+        given = [] if known is None else [Attack("known", lambda model, x, y: x)]
+        results = []
+        for attack in given + suite:
+            rows = (state.correct & ~(state.broken & skip_broken)).nonzero().squeeze(1)
+            examples = known if attack in given else None
+            results.append(_run(attack, state, rows, limits, skip_broken, progress, examples))
+        undecided = int((state.doubtful & ~state.broken).sum())
+        checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided)
+        if audit:
+            chosen = state.correct.nonzero().squeeze(1)[:audit]
+            more, found = auditing.active(model, x[chosen], y[chosen], verify, limits, progress)
+            checks, warnings = {**checks, **more}, warnings + found
+    n = len(x)
+    return RobustnessReport(
+        eps=eps,
+        norm=norm,
+        images=n,
+        tolerance=verify.tol,
+        skip_broken=skip_broken,
+        clean=_share(state.correct),
+        accuracy=_share(~state.broken),
+        model_accuracy=_share(~state.model_wrong),
+        converged_accuracy=_share(~state.tight_wrong),
+        attacks=tuple(results),
+        unverified=int(state.unverified.sum()),
+        warnings=tuple(warnings),
+        checks=checks,
+        correct=tuple(state.correct.tolist()),
+        robust=tuple((~state.broken).tolist()),
+        broken_by=tuple(state.broken_by),
+        worst_loss=tuple(state.worst_loss.tolist()),
+        seconds=time.perf_counter() - begin,
+        fingerprint=_fingerprint(x, y),
+        worst=state.worst,
+    )
+
+
+class _State:
+    """The worst case so far; every tensor has one entry per sample."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, y: Tensor, verify: Solver, batch_size: int
+    ) -> None:
+        self.model, self.x, self.y, self.verify = model, x, y, verify
+        self.batch_size = batch_size
+        self.worst = x.clone()
+        parts = [
+            judge(model, x[rows], y[rows], verify) for rows in self.batches(torch.arange(len(x)))
+        ]
+        clean = Verdict.join(parts)
+        self.correct = ~clean.broken
+        self.broken = clean.broken.clone()
+        self.model_wrong, self.tight_wrong = clean.model_wrong.clone(), clean.tight_wrong.clone()
+        self.unverified, self.doubtful = ~clean.converged, clean.doubtful.clone()
+        self.worst_loss = torch.where(clean.converged, clean.loss, -torch.inf)
+        self.broken_by: list[str | None] = ["clean" if b else None for b in self.broken.tolist()]
+        self.history = {"clean": clean}
+        self.attempts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Sample indices, split."""
+        parts: tuple[Tensor, ...] = rows.to(self.x.device).split(self.batch_size)
+        return parts
+
+    def take(self, rows: Tensor, found: Tensor, verdict: Verdict, name: str) -> None:
+        """Take in one batch of examples."""
+        self.model_wrong[rows] |= verdict.model_wrong
+        self.tight_wrong[rows] |= verdict.tight_wrong & verdict.converged
+        self.unverified[rows] |= ~verdict.converged
+        self.doubtful[rows] |= verdict.doubtful
+        new = verdict.broken & ~self.broken[rows]
+        # a broken case beats any unbroken one; among equals the higher loss, if it is verified
+        same = verdict.broken == self.broken[rows]
+        higher = verdict.converged & (verdict.loss > self.worst_loss[rows])
+        better = new | (same & higher)
+        at = rows[better]
+        self.worst[at] = found[better]
+        self.worst_loss[at] = verdict.loss[better]
+        self.broken[rows] |= verdict.broken
+        for i in rows[new].tolist():
+            self.broken_by[i] = name
+
+
+def _run(
+    attack: Attack, state: _State, rows: Tensor, limits: dict[str, Any], skip: bool,
+    progress: bool, known: Tensor | None,
+) -> AttackResult:  # fmt: skip
+    verdicts, f_evals, vjps, seconds = [], 0.0, 0.0, 0.0
+    with tqdm(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
+        for batch in state.batches(rows) if len(rows) else ():
+            x, y = state.x[batch], state.y[batch]
+            with count_evaluations() as counter, undisturbed(state.model):
+                start = time.perf_counter()
+                try:
+                    if known is None:
+                        found = attack.run(state.model, x.clone(), y.clone())
+                    else:
+                        found = known[batch]
+                except Exception as error:
+                    error.add_note(
+                        f"raised by the attack {attack.name!r}, images {int(batch[0])} … "
+                        f"{int(batch[-1])}"
+                    )
+                    raise
+                # an attack of the engine judges itself before it returns; others do not
+                seconds += time.perf_counter() - start - counter.verification_seconds
+            f_evals, vjps = f_evals + counter.f_evals, vjps + counter.vjps
+            found = check_feasible(attack.name, found, x, **limits)
+            verdicts.append(judge(state.model, found, y, state.verify))
+            state.take(batch, found, verdicts[-1], attack.name)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"accuracy {100 * float((~state.broken).double().mean()):.1f} %")
+    n, total = max(1, len(rows)), len(state.x)
+    if verdicts:
+        verdict = Verdict.join(verdicts)
+        state.history[attack.name] = verdict
+        state.attempts[attack.name] = (rows, verdict.broken)
+    broken = int(verdict.broken.sum()) if verdicts else 0
+    # one that was given every correctly classified sample knows its own accuracy
+    complete = not skip or len(rows) == int(state.correct.sum())
+    return AttackResult(
+        name=attack.name,
+        gradient=attack.gradient,
+        attacked=len(rows),
+        broken=broken,
+        alone=wilson(int(state.correct.sum()) - broken, total) if complete else None,
+        together=_share(~state.broken),
+        loss=float(verdict.loss.double().mean()) if verdicts else None,
+        f_evals=f_evals / n,
+        vjps=vjps / n,
+        seconds=seconds / n,
+    )
+
+
+def _share(flags: Tensor) -> Interval:
+    return wilson(int(flags.sum()), len(flags))
+
+
+def _fingerprint(x: Tensor, y: Tensor) -> str:
+    digest = hashlib.sha256(x.cpu().contiguous().numpy().tobytes())
+    digest.update(y.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attack]:
+    if isinstance(attacks, Mapping):
+        suite = [Attack(name, run) for name, run in attacks.items()]
+    elif isinstance(attacks, (Attack, str)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list of attacks or a dict of them, got {attacks!r}")
+    else:
+        suite = [
+            a if isinstance(a, Attack) else Attack(getattr(a, "__name__", type(a).__name__), a)
+            for a in attacks
+        ]
+    names = [a.name for a in suite]
+    if not names:
+        raise ValueError("attacks is empty: there is no robust accuracy without an attack")
+    twice = sorted(
+        {name for name in names if names.count(name) > 1} | ({"clean", "known"} & set(names))
+    )
+    if twice:
+        raise ValueError(
+            f"every attack needs a name of its own, other than 'clean' and 'known'; got "
+            f"{', '.join(names)}: pass a dict or Attack(name, run)"
+        )
+    return suite
+
+
+def _check_arguments(
+    x: Tensor, y: Tensor, eps: float, norm: float, lower: Any, upper: Any, batch_size: int,
+    verify: Solver | None, audit: int,
+) -> None:  # fmt: skip
+    check_input(x)
+    if not len(x):
+        raise ValueError("x holds no images: there is nothing to judge")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of classes, got {type(y).__name__}")
+    if y.ndim == 2 and len(y) == len(x):
+        raise ValueError(
+            f"y must hold class indices, shape ({len(x)},), got shape {tuple(y.shape)}; for "
+            "one-hot labels give y.argmax(1)"
+        )
+    if y.dtype.is_floating_point or y.dtype == torch.bool:
+        raise TypeError(f"y must hold integer classes, got {y.dtype}")
+    if y.shape != (len(x),):
+        raise ValueError(f"y must hold one class per image ({len(x)},), got {tuple(y.shape)}")
+    if norm not in BALLS:
+        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    for name, bound in (("lower", lower), ("upper", upper)):
+        shape = torch.as_tensor(0.0 if bound is None else bound).shape
+        if torch.broadcast_shapes(shape, x[:1].shape) != x[:1].shape:
+            raise ValueError(
+                f"{name} must be a number or broadcast over the batch, as shape "
+                f"{(1, *x.shape[1:])} does, got {tuple(shape)}"
+            )
+    check_inside(x, -math.inf if lower is None else lower, math.inf if upper is None else upper)
+    if batch_size < 1 or audit < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and audit not negative, got {batch_size} and {audit}"
+        )
+    if verify is not None and not isinstance(verify, Solver):
+        raise TypeError(
+            f"verify must be Anderson(...), Picard(...) or Broyden(...), got {verify!r}"
+        )

@@ -1,0 +1,187 @@
+"""Ready suites. The engine's own attacks need nothing; the default one uses torchattacks too.
+
+torchattacks and not ART for APGD and Square: ART's APGD evaluates the model twice a step and keeps
+the last iterate where torchattacks keeps the adversarial one, and on a DEQ every evaluation is a
+solve.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from jiio_plugins.adapters import load_adapter
+from jiio_plugins.attacks import BALLS, attack
+from jiio_plugins.evaluation.gradients import (
+    Backpropagated,
+    through_intermediate,
+    through_unrolled,
+)
+from jiio_plugins.evaluation.robustness import Attack
+from jiio_plugins.methods import Joint, Method, Nested
+from jiio_plugins.solvers import Anderson
+
+if TYPE_CHECKING:
+    from jiio_plugins.attacks import Loss
+
+HOST_NORMS = {2.0: "L2", float("inf"): "Linf"}
+Bound = float | Tensor | None
+
+
+def engine_attack(
+    name: str,
+    method: Method,
+    gradient: str,
+    *,
+    eps: float,
+    norm: float,
+    lower: Bound = 0.0,
+    upper: Bound = 1.0,
+    loss: Loss = "cross-entropy",
+    random_starts: int = 0,
+) -> Attack:
+    """An attack of this package as a member of a suite; arguments as in :func:`attack`.
+
+    Bounds are numbers, or tensors that broadcast over the batch.
+    """
+    if float(norm) not in BALLS:
+        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        found = attack(
+            model, x, y, norm=norm, eps=eps, lower=lower, upper=upper, loss=loss, method=method,
+            random_starts=random_starts,
+        ).x  # fmt: skip
+        assert isinstance(found, Tensor)
+        return found
+
+    return Attack(name, run, gradient)
+
+
+def quick_suite(
+    *, eps: float, norm: float, lower: Bound = 0.0, upper: Bound = 1.0
+) -> tuple[Attack, ...]:
+    """A first look, without a host library: JIIO, PGD through the model's own backward pass, DLR.
+
+    About 600 evaluations of f and VJPs for each sample that withstands. Any of the three norms.
+    """
+    ball: dict[str, Any] = {"eps": eps, "norm": norm, "lower": lower, "upper": upper}
+    return (
+        engine_attack("JIIO", Joint(), "implicit", **ball),
+        engine_attack("PGD", Backpropagated(max_iter=10), "own", **ball),
+        engine_attack("JIIO, DLR", Joint(), "implicit", loss="dlr", **ball),
+    )
+
+
+def default_suite(
+    *,
+    eps: float,
+    norm: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    steps: int = 20,
+    queries: int = 50,
+    seed: int = 0,
+) -> tuple[Attack, ...]:
+    """JIIO, nested PGD, APGD-CE, APGD-DLR, PGD through unrolled and intermediate states, Square.
+
+    Cheap attacks come first: with ``skip_broken`` the others see only what withstands. An image
+    that withstands all costs about 4,000 evaluations of f and VJPs.
+
+    Args:
+        eps: radius of the ball, in the units of the images.
+        norm: 2 or inf (those that torchattacks knows).
+        lower: least pixel value; images are rescaled to [0, 1] for torchattacks.
+        upper: largest pixel value.
+        steps: of APGD. JIIO, whose steps are cheap, takes 50 at least; the three PGDs, whose steps
+            fall to a twentieth and need no tuning, half as many. To publish a result take 100.
+        queries: of Square, each one a solve. To publish a result take 1,000 or more.
+        seed: of the random starts and of Square.
+
+    Raises:
+        ValueError: another norm, no steps, an empty range.
+        ImportError: torchattacks is missing; the message has the command that installs it.
+    """
+    if float(norm) not in HOST_NORMS:
+        raise ValueError(
+            f"torchattacks knows norm 2 and inf, got {norm}; quick_suite takes the L1 norm too"
+        )
+    if steps < 1 or queries < 1:
+        raise ValueError(f"steps and queries must be at least 1, got {steps} and {queries}")
+    load_adapter("torchattacks")  # says what to install before anything is run
+    ball: dict[str, Any] = {"eps": eps, "norm": norm, "lower": lower, "upper": upper}
+    half = max(1, steps // 2)
+    jiio = Joint(max_iter=max(50, steps))
+    nested = Nested(max_iter=half, solver=Anderson(max_iter=200, tol=1e-4))
+    unrolled, between = through_unrolled(max_iter=half), through_intermediate(max_iter=half)
+    apgd: dict[str, Any] = {"steps": steps, "seed": seed, **ball}
+    return (
+        engine_attack("JIIO", jiio, "implicit", **ball),
+        engine_attack("JIIO, DLR", jiio, "implicit", loss="dlr", **ball),
+        engine_attack("PGD nested, tight", nested, "implicit", **ball),
+        host_attack("APGD-CE", "own", "APGD", loss="ce", **apgd),
+        host_attack("APGD-DLR", "own", "APGD", loss="dlr", **apgd),
+        engine_attack("PGD unrolled", unrolled, "unrolled", **ball),
+        engine_attack("PGD intermediate", between, "intermediate", **ball),
+        host_attack("Square", "none", "Square", n_queries=queries, seed=seed, **ball),
+    )
+
+
+def host_attack(
+    name: str, gradient: str, kind: str, *, eps: float, norm: float, lower: float = 0.0,
+    upper: float = 1.0, **settings: Any,
+) -> Attack:  # fmt: skip
+    """Torchattacks' ``kind`` (APGD, Square, …) as a member of a suite.
+
+    Args:
+        name: as in :class:`Attack`.
+        gradient: likewise.
+        kind: class name in torchattacks; one that takes ``norm`` and ``eps``.
+        eps: as in :func:`default_suite`.
+        norm: likewise.
+        lower: likewise.
+        upper: likewise.
+        settings: of that class.
+    """
+    if not isinstance(lower, (int, float)) or not isinstance(upper, (int, float)):
+        raise TypeError(
+            f"torchattacks needs a pixel range of two numbers, got {lower!r} and {upper!r}"
+        )
+    scale = upper - lower
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"torchattacks needs a bounded pixel range, got [{lower}, {upper}]")
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        import torchattacks
+
+        if settings.get("loss") == "dlr" and model(x[:1]).shape[1] < 3:
+            raise ValueError("the DLR loss needs 3 classes or more: leave this attack out")
+        if x.ndim != 4:
+            raise ValueError(
+                f"torchattacks needs images (batch, channels, height, width), got {tuple(x.shape)}"
+            )
+        if eps == 0:  # some of its attacks divide by ε
+            return x
+        unit = x if (lower, upper) == (0, 1) else ((x - lower) / scale).clamp(0, 1)
+        wrapped = model if (lower, upper) == (0, 1) else _Rescaled(model, lower, scale).eval()
+        host = getattr(torchattacks, kind)(
+            wrapped, norm=HOST_NORMS[float(norm)], eps=eps / scale, **settings
+        )
+        host.set_device(x.device)
+        found: Tensor = host(unit, y)
+        return found if wrapped is model else (lower + scale * found).clamp(lower, upper)
+
+    return Attack(name, run, gradient)
+
+
+class _Rescaled(nn.Module):
+    """The model as a function of images in [0, 1]."""
+
+    def __init__(self, model: nn.Module, lower: float, scale: float) -> None:
+        super().__init__()
+        self.model, self.lower, self.scale = model, lower, scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.lower + self.scale * t)
+        return logits

@@ -1,0 +1,175 @@
+"""One step of adversarial training: its loss, its gradient, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from jiio_plugins import Joint, Nested, count_evaluations, jacobian_penalty
+from jiio_plugins.adversarial import AdversarialTraining
+from tests.helpers import TIGHT, Net, rand
+
+Y = torch.tensor([0, 2, 1, 2])
+BOX: dict[str, Any] = {"norm": 2, "eps": 0.5}
+
+
+def flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+@pytest.mark.parametrize("method", [Joint(max_iter=10), Nested(max_iter=10, warm_start=True)])
+def test_loss_and_gradient_are_those_at_the_adversarial_examples(norm: float, method: Any) -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1).clamp(-1, 1)
+    training = AdversarialTraining(
+        norm=norm, eps=0.5, lower=-1.0, upper=1.0, method=method, refine=TIGHT
+    )
+    step = training(model, x, Y)
+    found = step.solution.x
+    assert float(torch.linalg.vector_norm(found - x, norm, dim=1).max()) <= 0.5 * (1 + 1e-9)
+    assert float(found.abs().max()) <= 1
+    exact = cross_entropy(model(found), Y)
+    torch.testing.assert_close(step.loss, exact, rtol=1e-9, atol=1e-12)
+    mine, theirs = flat_gradient(model, step.loss), flat_gradient(model, exact)
+    torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+    assert bool(exact > cross_entropy(model(x), Y))
+    assert torch.equal(step.robust, model(found).argmax(1) == Y)
+    assert step.clean is not None
+    assert torch.equal(step.clean, model(x).argmax(1) == Y)
+    assert step.penalty is None
+
+
+def test_without_refinement_it_costs_one_evaluation_and_one_vjp_more_than_the_search() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    with count_evaluations() as counter:
+        step = AdversarialTraining(**BOX)(model, x, Y)
+        step.loss.backward()
+    assert counter.f_evals == float(step.solution.f_evals.sum()) + 4
+    assert counter.vjps == float(step.solution.vjps.sum()) + 4
+
+
+def test_trades() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    step = AdversarialTraining(**BOX, trades=3.0, refine=TIGHT)(model, x, Y, generator=generator())
+    clean, adversarial = model(x), model(step.solution.x)
+    divergence = kl_div(
+        log_softmax(adversarial, 1), log_softmax(clean, 1), reduction="batchmean", log_target=True
+    )
+    exact = cross_entropy(clean, Y) + 3.0 * divergence
+    assert bool(divergence > 0.01)
+    torch.testing.assert_close(step.loss, exact, rtol=1e-8, atol=1e-11)
+    mine, theirs = flat_gradient(model, step.loss), flat_gradient(model, exact)
+    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+    assert step.clean is not None
+    assert torch.equal(step.clean, clean.argmax(1) == Y)
+
+
+def test_a_share_of_the_batch_stays_clean() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    step = AdversarialTraining(**BOX, ratio=0.5, refine=TIGHT)(model, x, Y)
+    assert torch.equal(step.solution.x[2:], x[2:])
+    assert bool(((step.solution.x - x)[:2].norm(dim=1) > 0.4).all())
+    assert step.robust.shape == (2,)
+    torch.testing.assert_close(
+        step.loss, cross_entropy(model(step.solution.x), Y), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_random_starts_follow_the_generator() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    training = AdversarialTraining(**BOX, random_start=True, method=Joint(max_iter=2))
+    state = torch.get_rng_state()
+    steps = [training(model, x, Y, generator=generator(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(steps[0].solution.x, steps[1].solution.x)
+    assert not torch.equal(steps[0].solution.x, steps[2].solution.x)
+    assert steps[0].clean is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_jacobian_penalty_is_added_and_training_on_it_lowers_it() -> None:
+    model, x = Net(seed=3, rate=0.9), rand(4, 5, seed=1)
+    plain = AdversarialTraining(**BOX)(model, x, Y)
+    training = AdversarialTraining(**BOX, jacobian_weight=2.0, jacobian_probes=50)
+    step = training(model, x, Y, generator=generator())
+    assert step.penalty is not None
+    torch.testing.assert_close(step.loss, plain.loss + 2.0 * step.penalty, rtol=1e-9, atol=0)
+    # near the equilibrium at the image, so of the size that it has there
+    layer, u = model.equilibrium, model.encoder(x)
+    there = jacobian_penalty(layer.cell, layer(u), u, probes=500, generator=generator())
+    assert float(step.penalty) == pytest.approx(float(there.detach()), rel=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for k in range(20):
+        optimizer.zero_grad()
+        training(model, x, Y, generator=generator(k)).loss.backward()
+        optimizer.step()
+    after = training(model, x, Y, generator=generator()).penalty
+    assert after is not None
+    assert float(after) < 0.8 * float(step.penalty)
+
+
+def test_a_plain_loop_makes_a_network_robust() -> None:
+    model, x = Net(seed=3), rand(60, 5, seed=5)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    training = AdversarialTraining(norm=2, eps=0.3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    robust, losses = [], []
+    for _ in range(30):
+        step = training(model, x, y)
+        optimizer.zero_grad()
+        step.loss.backward()
+        optimizer.step()
+        robust.append(float(step.robust.double().mean()))
+        losses.append(float(step.loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert robust[-1] > robust[0] + 0.2
+
+
+def test_nothing_of_the_callers_is_changed() -> None:
+    model, x = Net(seed=3).train(), rand(4, 5, seed=1)
+    state, kept = torch.get_rng_state(), x.clone()
+    AdversarialTraining(**BOX)(model, x, Y)
+    assert model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(kept, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"norm": 3}, ValueError, "1, 2 or inf"),
+        ({"eps": -1.0}, ValueError, "eps must be"),
+        ({"eps": math.nan}, ValueError, "eps must be"),
+        ({"method": "joint"}, TypeError, "Joint"),
+        ({"ratio": 0.0}, ValueError, "ratio must be"),
+        ({"ratio": 1.5}, ValueError, "ratio must be"),
+        ({"trades": -1.0}, ValueError, "trades must be"),
+        ({"jacobian_weight": math.inf}, ValueError, "jacobian_weight must be"),
+        ({"jacobian_probes": 0}, ValueError, "jacobian_probes"),
+        ({"refine": -1}, ValueError, "refine must be"),
+    ],
+)
+def test_bad_parameters(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        AdversarialTraining(**{**BOX, **options})
+
+
+def test_bad_input() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    with pytest.raises(ValueError, match="one entry per sample"):
+        AdversarialTraining(**BOX)(model, x, Y[:3])
+    with pytest.raises(ValueError, match="within the box"):
+        AdversarialTraining(**BOX, lower=0.0, upper=1.0)(model, x, Y)
+    with pytest.raises(ValueError, match="one value per row"):
+        AdversarialTraining(**BOX, loss=cross_entropy)(model, x, Y)
