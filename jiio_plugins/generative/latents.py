@@ -58,7 +58,7 @@ def fit(
         decoder: the generator g.
         images: y, ``(n, c, h, w)`` in [0, 1], on the decoder's device.
         start: latents to start from, ``(n, *latent_shape)``; None: zero.
-        method: :class:`jiio_plugins.Joint` (default, 60 iterations) or
+        method: :class:`jiio_plugins.Joint` (default, 60 iterations, memory 10) or
             :class:`jiio_plugins.Nested`.
         latent_penalty: λ.
         batch_size: images fitted together; no result depends on it.
@@ -79,7 +79,10 @@ def fit(
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
     for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
         found = optimize_input(
-            model, u, SquaredError(y, latent_penalty), method=method or Joint(max_iter=60)
+            model,
+            u,
+            SquaredError(y, latent_penalty),
+            method=method or Joint(max_iter=60, acceleration=10),
         )
         assert isinstance(found.x, Tensor)
         made, _ = found.output
