@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins._state import row_norm
-from jiio_plugins.mixing import BlockAnderson
+from jiio_plugins.mixing import Descent
 from jiio_plugins.solvers import Anderson, HostFlag, Solver, iterate
 
 if TYPE_CHECKING:
@@ -236,7 +236,8 @@ class Joint(Method):
 
     Without a ball v takes plain gradient steps and settles; then z, μ and v are mixed by
     Anderson's method (``acceleration``), with one set of weights per problem and each block of the
-    residual divided by its own norm.
+    residual divided by its own norm; an iterate that makes a problem's objective worse is taken
+    back (:class:`jiio_plugins.mixing.Descent`).
 
     Args:
         state_steps: evaluations of f an iteration.
@@ -279,10 +280,11 @@ class Joint(Method):
         z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
         mix = None
         if feasible.radius is None and self.acceleration:
-            mix = BlockAnderson(self.acceleration, problem.groups)
+            mix = Descent(self.acceleration, problem.groups)
         omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
         track = _Tracker(problem, v, stop)
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
+        mu_accepted = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active_rows()
             size_before = None
@@ -313,7 +315,11 @@ class Joint(Method):
                 z = _step(z, omega, r, size)
                 w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
             else:
-                z_next, w_next, v_next = mix(z, r, w, jz_mu - w, v, v_next - v)
+                change = jz_mu - w
+                value = problem.groups.sum(loss.detach() + ((jz_mu + b) * r).sum(1))
+                doubt = problem.groups.sum(row_norm(change) * row_norm(r))
+                z_next, w_next, v_next = mix((z, w, v), (r, change, v_next - v), value, doubt)
+                mu_accepted = torch.where(mix.worse_rows, mu_accepted, mu)
                 track.settle(mix.below(self.tol))
                 keep = problem.groups.spread(track.finished)[:, None]
                 z, w = torch.where(keep, z, z_next), torch.where(keep, w, w_next)
@@ -323,6 +329,9 @@ class Joint(Method):
                 break
         ratio = size / row_norm(lin.f).clamp(min=_tiny(z))
         mu_residual = row_norm(jz_mu - w_before) / row_norm(mu).clamp(min=_tiny(mu))
+        if mix is not None:  # the last trial has not been evaluated: it may be worse
+            z, w, v = mix.accepted
+            mu = mu_accepted
         return track.path(v, z, mu, w, ratio, mu_residual)
 
 
