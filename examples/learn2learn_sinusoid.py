@@ -64,7 +64,7 @@ def main(args: Args) -> None:
 
     unseen = Sinusoids(tasks=100, seed=1)
     grid = torch.linspace(-5, 5, 200)[:, None]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
     errors: list[tuple[float, float]] = []
     for task in range(len(unseen.x)):
         x, y = unseen.x[task, : args.shots], unseen.y[task, : args.shots]
@@ -81,7 +81,7 @@ def main(args: Args) -> None:
             axis.plot(grid, after, label="after adaptation")
             axis.plot(x, y, "k.", label="support points")
             axis.set(xlabel="x", title=f"amplitude {unseen.amplitude[task]:.1f}")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(args.out, dpi=150)
     before_mean, after_mean = torch.tensor(errors).mean(0).tolist()
     print(
