@@ -52,6 +52,7 @@ class Variable:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self.shape = model, x.shape
         self.groups = Groups(len(x))
+        self.origin = x  # with its graph, where it has one
         self.start = x.detach()
 
     def call(self, v: Tensor) -> Any:
@@ -64,7 +65,7 @@ class Variable:
 
     def unflatten(self, v: Tensor) -> Any:
         """``v`` as the caller knows it."""
-        return v.reshape(self.shape).detach()
+        return v.reshape(self.shape)
 
 
 class ParameterVariable(Variable):
@@ -80,12 +81,12 @@ class ParameterVariable(Variable):
                 f"variables must name parameters of the model; {missing or 'an empty list'} given, "
                 f"there are {', '.join(parameters)}"
             )
-        self.model, self.x, self.names = model, x.detach(), tuple(names)
+        self.model, self.x, self.names = model, x, tuple(names)
         self.groups = Groups(
             len(x),
             torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
         )
-        chosen = [parameters[name].detach() for name in self.names]
+        chosen = [parameters[name] for name in self.names]
         problems = self.groups.problems
         if problems > 1:
             wrong = [
@@ -98,7 +99,8 @@ class ParameterVariable(Variable):
                     f"rows; {', '.join(wrong)} does not"
                 )
         self.shapes = [p.shape[1:] if problems > 1 else p.shape for p in chosen]
-        self.start = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
+        self.origin = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
+        self.start = self.origin.detach()
 
     def _replace(self, v: Tensor) -> dict[str, Tensor]:
         parts = v.split([shape.numel() for shape in self.shapes], dim=1)
@@ -119,7 +121,7 @@ class ParameterVariable(Variable):
 
     def unflatten(self, v: Tensor) -> Mapping[str, Tensor]:
         """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
-        return {name: part.detach() for name, part in self._replace(v).items()}
+        return self._replace(v)
 
 
 class Problem:

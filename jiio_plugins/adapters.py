@@ -11,6 +11,14 @@ if TYPE_CHECKING:
 
 GROUP = "jiio_plugins.adapters"
 
+# An extra cannot carry a build option, and without this one learn2learn 0.2.0 compiles stale C code
+# that needs Python 3.10 or older.
+_INSTALL = {
+    "learn2learn": (
+        "pip install --config-settings='--build-option=build_ext' learn2learn==0.2.0 'jiio-plugins'"
+    )
+}
+
 
 def available_adapters() -> dict[str, str]:
     """Adapter name -> import package, as installed."""
@@ -21,7 +29,7 @@ def load_adapter(name: str) -> ModuleType:
     """Import an adapter package.
 
     Args:
-        name: "art" or "torchattacks" (see :func:`available_adapters`).
+        name: "art", "learn2learn", "torchattacks" (see :func:`available_adapters`).
 
     Returns:
         The module, e.g. ``jiio_art``.
@@ -41,5 +49,5 @@ def load_adapter(name: str) -> ModuleType:
             raise
         raise ImportError(
             f"the adapter {name!r} needs {error.name}, which is not installed: "
-            f"pip install 'jiio-plugins[{name}]'"
+            + _INSTALL.get(name, f"pip install 'jiio-plugins[{name}]'")
         ) from error

@@ -251,7 +251,7 @@ class _Ball(Constraint):
 
     def _parts(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         center = start if self.center is None else self.center
-        flat = _like("center", center, start, start.dtype).detach().clone()
+        flat = _like("center", center, start, start.dtype).clone()
         if not bool(torch.isfinite(flat).all()):
             raise ValueError("center holds NaN or Inf")
         radius = _per_problem("radius", self.radius, start)
@@ -308,7 +308,7 @@ class Box(Constraint):
         upper = _like("upper", self.upper, start, start.dtype)
         if not bool((lower <= upper).all()):
             raise ValueError(f"Box needs lower <= upper, got {self.lower} and {self.upper}")
-        return FeasibleSet(start.flatten(1).detach().clone(), lower, upper)
+        return FeasibleSet(start.flatten(1).clone(), lower, upper)
 
 
 class Intersection(Constraint):

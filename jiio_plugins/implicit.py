@@ -14,7 +14,7 @@ iterations found the solution or solve for λ; autograd finds θ in that graph, 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins._problem import Groups, Problem
     from jiio_plugins.constraints import FeasibleSet
+    from jiio_plugins.methods import Path
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 _SCALING = 5  # plain iterations after which the blocks of λ have their sizes
@@ -139,6 +140,77 @@ class JointMap:
         return images, [*z_leaves, mu, v_leaf]
 
 
+class _FlatJointMap:
+    """F on flat vectors."""
+
+    def __init__(self, joint: JointMap, blocks: Blocks) -> None:
+        self.joint, self.blocks = joint, blocks
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        return self.blocks.pack(*self.joint.evaluate(*self.blocks.unpack(flat)))
+
+    def restrict(self, rows: Tensor) -> None:
+        return None
+
+
+@torch.enable_grad()
+def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``ℓ(z) + μᵀ(f(z, v) − z)``, which is ``ℓ(z*)`` to second order, and its gradient in v."""
+    lin = problem.linearize(v, z)
+    loss = problem.loss(lin.output)
+    _, direct = lin.gradient(loss)
+    _, jv_mu = lin.vjp(mu)
+    value = problem.groups.sum(loss.detach() + (mu * (lin.f - z)).sum(1))
+    return value, (direct + jv_mu).reshape(v.shape)
+
+
+def plain_step(
+    problem: Problem, feasible: FeasibleSet, start: Tensor, path: Path, step: Tensor
+) -> Tensor:
+    """α for F, ``(1 or problems, 1)``: ``step``, or with a ball one of the problem's own scale.
+
+    Normalised steps have none. For a solution on the ball that is ``ε / ‖gradient‖``, for one
+    inside it the inverse curvature, taken from the way here: ``‖v − v0‖² / 2 (φ(v0) − φ(v))``.
+    """
+    if feasible.radius is None:
+        return step
+    value, gradient = _estimate(problem, path.z, path.mu, path.v)
+    tiny = torch.finfo(value.dtype).tiny
+    size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    way = (path.v - start).square().sum(1, keepdim=True)
+    gain = (path.loss_first - value)[:, None]
+    curved = torch.where((gain > 0) & (way > 0), way / (2 * gain).clamp(min=tiny), torch.inf)
+    return torch.minimum(feasible.radius / size.clamp(min=tiny), curved)
+
+
+def settle(problem: Problem, feasible: FeasibleSet, step: Tensor, path: Path) -> Path:
+    """Go on from the end of ``path`` with F, accelerated, until all three blocks stand still.
+
+    A problem whose objective that would make worse keeps its end.
+    """
+    blocks = Blocks(problem.groups, path.z.shape[1], path.v.shape[1])
+    blocks.measure(path.z, path.mu, path.v)
+    joint = _FlatJointMap(JointMap(problem, feasible, step), blocks)
+    tol = 1e-11 if path.v.dtype == torch.float64 else 1e-5
+    solver = Anderson(max_iter=300, memory=10, tol=tol)
+    found = iterate(joint, blocks.pack(path.z, path.mu, path.v), solver)
+    z, mu, v = blocks.unpack(found.z)
+    before, _ = _estimate(problem, path.z, path.mu, path.v)
+    after, _ = _estimate(problem, z, mu, v)
+    evals = problem.groups.spread(found.evals) + 2
+    problem.pay(f_evals=evals, vjps=evals)
+    better = after <= before + 1e-3 * before.abs()
+    rows = problem.groups.spread(better)[:, None]
+    v = torch.where(better[:, None], v, path.v)
+    return replace(
+        path,
+        z=torch.where(rows, z, path.z),
+        mu=torch.where(rows, mu, path.mu),
+        v=v,
+        loss_last=torch.where(better, after, path.loss_last),
+    )
+
+
 def attach(
     problem: Problem,
     feasible: FeasibleSet,
@@ -168,11 +240,35 @@ def attach(
         tiny = torch.finfo(v.dtype).tiny
         residual = torch.stack([size / scale.clamp(min=tiny) for size, scale in sizes]).amax(0)
     residuals = Residuals(residual)
+    if not _leads_elsewhere(images, leaves):
+        return v.detach(), residuals
     equation = _Adjoint(blocks, images, leaves, problem.rows)
     attached: Tensor = _Gate.apply(
         *images, v.detach(), equation, solver or adjoint_solver(v.dtype), residuals
     )
     return attached, residuals
+
+
+def graph_of(*tensors: Tensor) -> set[torch.autograd.graph.Node]:
+    """All nodes of the tensors' graphs; a leaf is there as its gradient accumulator."""
+    edge = torch.autograd.graph.get_gradient_edge
+    todo = [edge(t).node for t in tensors if t.requires_grad]
+    seen: set[torch.autograd.graph.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return seen
+
+
+def _leads_elsewhere(images: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether the graph holds a leaf that is none of ``leaves``."""
+    own = graph_of(*leaves)
+    return any(
+        getattr(node, "variable", None) is not None or not node.next_functions
+        for node in graph_of(*images) - own
+    )
 
 
 class _Adjoint:

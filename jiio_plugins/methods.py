@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins._state import row_norm
-from jiio_plugins.mixing import BlockAnderson
+from jiio_plugins.mixing import Descent
 from jiio_plugins.solvers import Anderson, HostFlag, Solver, iterate
 
 if TYPE_CHECKING:
@@ -232,7 +232,8 @@ class Joint(Method):
 
     Without a ball v takes plain gradient steps and settles; then z, μ and v are mixed by
     Anderson's method (``acceleration``), with one set of weights per problem and each block of the
-    residual divided by its own norm.
+    residual divided by its own norm; an iterate that makes a problem's objective worse is taken
+    back (:class:`jiio_plugins.mixing.Descent`).
 
     Args:
         state_steps: evaluations of f an iteration.
@@ -274,9 +275,10 @@ class Joint(Method):
         z, w = self._warm_up(problem, v) if warm is None else warm
         mix = None
         if feasible.radius is None and self.acceleration:
-            mix = BlockAnderson(self.acceleration, problem.groups)
+            mix = Descent(self.acceleration, problem.groups)
         omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
         track = _Tracker(problem, v, stop)
+        mu_accepted = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active_rows()
             r_before = None
@@ -305,7 +307,11 @@ class Joint(Method):
                 z = z + _finite(omega * r)
                 w = w + _finite(jz_mu - w)
             else:
-                z_next, w_next, v_next = mix(z, r, w, jz_mu - w, v, v_next - v)
+                change = jz_mu - w
+                value = problem.groups.sum(loss.detach() + ((jz_mu + b) * r).sum(1))
+                doubt = problem.groups.sum(row_norm(change) * row_norm(r))
+                z_next, w_next, v_next = mix((z, w, v), (r, change, v_next - v), value, doubt)
+                mu_accepted = torch.where(mix.worse_rows, mu_accepted, mu)
                 track.settle(mix.below(self.tol))
                 keep = problem.groups.spread(track.finished)[:, None]
                 z, w = torch.where(keep, z, z_next), torch.where(keep, w, w_next)
@@ -313,6 +319,9 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
+        if mix is not None:  # the last trial has not been evaluated: it may be worse
+            z, w, v = mix.accepted
+            mu = mu_accepted
         return track.path(v, z, mu, mu_residual, w)
 
     def _warm_up(self, problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,70 +12,85 @@ from jiio_plugins._state import row_norm
 if TYPE_CHECKING:
     from jiio_plugins._problem import Groups
 
+Blocks = tuple[Tensor, Tensor, Tensor]
+
+_BY_ROW = (True, True, False)  # z and w are per row, v per problem
+_REGROW = 1.2  # of the step, each time an iterate is accepted
+_NOISE = 2.0  # times the product of the residuals: how wrong the estimate of the objective may be
+
 
 class BlockAnderson:
-    """One set of weights per problem over the blocks (z, μ, v), each residual block scaled.
+    """One set of weights per problem over the blocks (z, w, v), each residual block scaled.
 
-    Each block is divided by its own current norm before the least squares: otherwise the largest
-    decides alone. A problem whose summed relative residual grows tenfold over its best forgets its
-    history and takes a plain step.
+    With Y the last ``memory`` differences of residuals and D those of images, it takes
+    ``γ = argmin ‖r − Yγ‖²`` and ``t⁺ = t + r − Dγ``. Each block is divided by its own current norm
+    before the least squares: otherwise the largest decides alone. The residual of v is its plain
+    step; only ``step`` times that is taken, ``v⁺ = v + s r − (ΔV + s Y) γ``.
+
+    A problem takes a plain step (γ = 0) where the mixed one would turn v against it: near a maximum
+    or a saddle, which to a root finder are as good as a minimum. One whose summed relative residual
+    grows tenfold over its best forgets its history.
     """
 
-    def __init__(self, memory: int, groups: Groups, ridge: float = 1e-4) -> None:
+    def __init__(self, memory: int, groups: Groups, ridge: float = 1e-3) -> None:
         self.memory, self.groups, self.ridge = memory, groups, ridge
         self.count = 0
-        self.last_t: tuple[Tensor, ...] = ()
-        self.last_r: tuple[Tensor, ...] = ()
         self.size: Tensor | None = None
+        self.last_t: Blocks | None = None
+        self.last_r: Blocks | None = None
 
-    def __call__(
-        self, z: Tensor, rz: Tensor, mu: Tensor, rmu: Tensor, v: Tensor, rv: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next ``(z, μ, v)`` from the iterates and their residuals."""
-        iterates, residuals = (z, mu, v), (rz, rmu, rv)
-        norms = [
-            self._problem_norm(r, by_row) for r, by_row in zip(residuals, _BY_ROW, strict=True)
-        ]
-        scales = [
-            self._problem_norm(t, by_row) for t, by_row in zip(iterates, _BY_ROW, strict=True)
-        ]
-        tiny = torch.finfo(z.dtype).tiny
-        self.size = sum(n / s.clamp(min=tiny) for n, s in zip(norms, scales, strict=True))  # type: ignore[assignment]
-        assert self.size is not None
-        if self.count == 0:
+    def __call__(self, t: Blocks, r: Blocks, step: Tensor, restart: Tensor) -> Blocks:
+        """The next iterate.
+
+        Args:
+            t: iterate (z, w, v).
+            r: its residuals.
+            step: s, ``(problems, 1)``.
+            restart: problems that forget their history, ``(problems,)``.
+        """
+        norms = self._norms(r)
+        tiny = torch.finfo(t[0].dtype).tiny
+        ratios = [n / s.clamp(min=tiny) for n, s in zip(norms, self._norms(t), strict=True)]
+        self.size = torch.stack(ratios).sum(0)
+        if self.last_t is None or self.last_r is None:
             self.best = self.size
-            self.y = [r.new_zeros(len(r), self.memory, r.shape[1]) for r in residuals]
-            self.d = [r.new_zeros(len(r), self.memory, r.shape[1]) for r in residuals]
+            self.y = [x.new_zeros(len(x), self.memory, x.shape[1]) for x in r]
+            self.d = [x.new_zeros(len(x), self.memory, x.shape[1]) for x in r]
         else:
-            restart = ~torch.isfinite(self.size) | (self.size > 10 * self.best)
+            restart = restart | ~torch.isfinite(self.size) | (self.size > 10 * self.best)
             slot = (self.count - 1) % self.memory
             for i, by_row in enumerate(_BY_ROW):
                 drop = (self.groups.spread(restart) if by_row else restart)[:, None, None]
-                self.y[i][:, slot] = residuals[i] - self.last_r[i]
-                self.d[i][:, slot] = self.y[i][:, slot] + iterates[i] - self.last_t[i]
+                self.y[i][:, slot] = r[i] - self.last_r[i]
+                self.d[i][:, slot] = self.y[i][:, slot] + t[i] - self.last_t[i]
                 self.y[i].masked_fill_(drop, 0)
                 self.d[i].masked_fill_(drop, 0)
             self.best = torch.where(restart, self.size, torch.minimum(self.best, self.size))
-        self.last_t, self.last_r = iterates, residuals
+        self.last_t, self.last_r = t, r
         self.count += 1
+        z, w, v = t[0] + r[0], t[1] + r[1], t[2] + step * r[2]
         if self.count == 1:
-            return z + rz, mu + rmu, v + rv
-        gamma = self._weights(residuals, norms)
-        z_next, mu_next, v_next = (
-            self._mixed(i, iterates[i] + residuals[i], gamma) for i in range(3)
-        )
-        return z_next, mu_next, v_next
+            return z, w, v
+        gamma = self._weights(r, norms)
+        turn = _mixed(r[2], gamma, self.d[2]) * r[2]
+        gamma = torch.where((turn.sum(1) > 0)[:, None, None], gamma, 0.0)
+        per_row = self.groups.spread(gamma)
+        d_v = self.d[2] - (1 - step).unsqueeze(2) * self.y[2]
+        return _mixed(z, per_row, self.d[0]), _mixed(w, per_row, self.d[1]), _mixed(v, gamma, d_v)
 
     def below(self, tol: float) -> Tensor:
         """Problems whose residual was below ``tol`` at the last call, ``(problems,)``."""
         assert self.size is not None
         return self.size < tol
 
-    def _problem_norm(self, t: Tensor, by_row: bool) -> Tensor:
-        size = row_norm(t)
-        return self.groups.sum(size.square()).sqrt() if by_row else size
+    def _norms(self, blocks: Blocks) -> list[Tensor]:
+        sizes = [row_norm(x) for x in blocks]
+        return [
+            self.groups.sum(size.square()).sqrt() if by_row else size
+            for size, by_row in zip(sizes, _BY_ROW, strict=True)
+        ]
 
-    def _weights(self, residuals: tuple[Tensor, ...], norms: list[Tensor]) -> Tensor:
+    def _weights(self, residuals: Blocks, norms: list[Tensor]) -> Tensor:
         """γ, ``(problems, 1, memory)``."""
         gram: Tensor | float = 0.0
         rhs: Tensor | float = 0.0
@@ -97,10 +112,63 @@ class BlockAnderson:
         ok = (info == 0) & torch.isfinite(gamma).all(1).squeeze(1)
         return torch.where(ok[:, None, None], gamma, 0.0).transpose(1, 2)
 
-    def _mixed(self, i: int, plain: Tensor, gamma: Tensor) -> Tensor:
-        weights = self.groups.spread(gamma) if _BY_ROW[i] else gamma
-        weights = weights.to(plain.dtype)
-        return torch.baddbmm(plain.unsqueeze(1), weights, self.d[i], alpha=-1).squeeze(1)
+
+def _mixed(plain: Tensor, gamma: Tensor, d: Tensor) -> Tensor:
+    return torch.baddbmm(plain.unsqueeze(1), gamma.to(plain.dtype), d, alpha=-1).squeeze(1)
 
 
-_BY_ROW = (True, True, False)  # z and μ are per row, v per problem
+class Descent:
+    """:class:`BlockAnderson` that takes back every iterate whose objective got worse.
+
+    The objective at v is ``φ(v) = ℓ(z*)``; at a state that is not yet z* the loss may rise while φ
+    falls. Its estimate ``ℓ(z) + μᵀ(f(z, v) − z)`` is free, and exact up to products of the
+    residuals of z and μ. A problem whose estimate has risen beyond those goes back to its last
+    accepted v with half the plain step and no history, moves z and w there once, and goes on.
+    """
+
+    def __init__(self, memory: int, groups: Groups) -> None:
+        self.groups, self.mix = groups, BlockAnderson(memory, groups)
+        self.first = True
+
+    @property
+    def worse_rows(self) -> Tensor:
+        """Rows of the problems whose iterate was taken back at the last call, ``(rows, 1)``."""
+        return self.groups.spread(self.again)[:, None]
+
+    def below(self, tol: float) -> Tensor:
+        """Problems whose last accepted iterate has a residual below ``tol``, ``(problems,)``."""
+        return self.mix.below(tol)
+
+    def __call__(self, t: Blocks, r: Blocks, value: Tensor, doubt: Tensor) -> Blocks:
+        """The next iterate.
+
+        Args:
+            t: iterate (z, w, v).
+            r: its residuals, that of v being its plain step.
+            value: estimate of φ, ``(problems,)``.
+            doubt: by how much it may be wrong, ``(problems,)``.
+        """
+        if self.first:
+            self.accepted, self.residuals = t, r
+            self.limit = torch.full_like(value, torch.inf)
+            self.again = torch.ones_like(value, dtype=torch.bool)
+            self.step = torch.ones_like(t[2][:, :1])
+            self.first = False
+        doubt = _NOISE * doubt + 10 * torch.finfo(value.dtype).eps * value.abs()
+        worse = ~(value - doubt <= self.limit) & ~self.again
+        self.limit = torch.where(worse, self.limit, value + doubt)
+        self.accepted = self._where(worse, self.accepted, t)
+        self.residuals = self._where(worse, self.residuals, r)
+        self.step = torch.where(worse[:, None], self.step / 2, (self.step * _REGROW).clamp(max=1.0))
+        z, w, v = self.mix(self.accepted, self.residuals, self.step, worse)
+        self.again = worse
+        v = torch.where(worse[:, None], self.accepted[2], v)
+        return z, w, v
+
+    def _where(self, condition: Tensor, first: Blocks, second: Blocks) -> Blocks:
+        rows, problems = self.groups.spread(condition)[:, None], condition[:, None]
+        return (
+            torch.where(rows, first[0], second[0]),
+            torch.where(rows, first[1], second[1]),
+            torch.where(problems, first[2], second[2]),
+        )

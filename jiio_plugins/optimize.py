@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from jiio_plugins._counting import RowCounter, count, counting_into
 from jiio_plugins._problem import Objective, ParameterVariable, Problem, Variable
 from jiio_plugins.constraints import Constraint, FeasibleSet
+from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
 from jiio_plugins.methods import Callback, Joint, Method, Path, Stop
 from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.solvers import Anderson, Solver
@@ -36,6 +38,7 @@ def optimize_input(
     constraint: Constraint | None = None,
     variables: Sequence[str] | None = None,
     groups: Tensor | None = None,
+    differentiable: bool = False,
     verify: Solver | None = None,
     training_mode: bool = False,
     stop: Stop | None = None,
@@ -58,6 +61,11 @@ def optimize_input(
         groups: with ``variables``: which problem each row belongs to, ``(batch,)`` integers
             ``0 … P−1``; None: all rows share one. With P > 1 a parameter needs a leading dimension
             of 1 that the model broadcasts over rows.
+        differentiable: attach ``x`` of the result to every tensor requiring grad that model,
+            objective or constraint uses, closures included (a ball's default centre is x itself),
+            by implicit differentiation of the whole joint fixed point
+            (:mod:`jiio_plugins.implicit`). It needs plain gradient steps to settle: the result is
+            refined until they do, and a warning says when they do not. First derivatives only.
         verify: solver of the final check, started from the model's own solution; None: Anderson
             with relative tolerance 1e-5 (1e-9 in float64).
         training_mode: leave the model's train/eval flags as they are (default: eval mode while the
@@ -104,13 +112,21 @@ def optimize_input(
     )
     start = variable.start
     flat = start.reshape(len(start), -1)
-    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start)
+    with torch.no_grad():
+        feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start)
     v = feasible.project(flat)
     problem = Problem(variable, objective, len(x), splits=not training_mode)
     # the problem keeps the costs per row; what its layers report one by one would count twice
     with torch.enable_grad(), _undisturbed(model, training_mode, variable), counting_into(()):
         path = method.run(problem, feasible, v, stop, callback)
-        solution = _verified(problem, path, v, verify or _default_verifier(v.dtype))
+        if differentiable:
+            step = plain_step(problem, feasible, v, path, method.steps(feasible, v)[-1])
+            path = settle(problem, feasible, step, path)
+        solution, flat = _verified(problem, path, v, verify or _default_verifier(v.dtype))
+    if differentiable:
+        with torch.enable_grad(), _undisturbed(model, training_mode, variable, frozen=False):
+            live = feasible if constraint is None else constraint.bind(variable.origin)
+            solution = _attached(problem, live, step, replace(path, v=flat), solution)
     count(
         f_evals=problem.f_evals,
         vjps=problem.vjps,
@@ -119,6 +135,16 @@ def optimize_input(
         verification_seconds=solution.stats.verification_seconds,
     )
     return solution
+
+
+def _attached(
+    problem: Problem, feasible: FeasibleSet, step: Tensor, path: Path, solution: Solution
+) -> Solution:
+    """The solution with x as a differentiable function of all that it was computed from."""
+    v, residuals = attach(problem, feasible, step, path.z, path.mu, path.v)
+    warn_if_loose(residuals)
+    stats = replace(solution.stats, implicit=residuals)
+    return replace(solution, x=problem.variable.unflatten(v), stats=stats)
 
 
 def _default_verifier(dtype: torch.dtype) -> Solver:
@@ -174,10 +200,12 @@ def _empty(x: Tensor) -> Solution:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> Iterator[None]:
+def _undisturbed(
+    model: nn.Module, training_mode: bool, variable: Variable, *, frozen: bool = True
+) -> Iterator[None]:
     """Run with eval mode and constant parameters; put everything back, also after an exception."""
     flags = [(module, module.training) for module in model.modules()]
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    constants = [p for p in model.parameters() if p.requires_grad] if frozen else []
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if training_mode else []
     call, call_rows = variable.call, variable.call_rows
     if training_mode:
@@ -194,12 +222,12 @@ def _undisturbed(model: nn.Module, training_mode: bool, variable: Variable) -> I
         variable.call_rows = same_randomness(call_rows)  # type: ignore[method-assign]
     else:
         model.eval()
-    for p in frozen:
+    for p in constants:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in frozen:
+        for p in constants:
             p.requires_grad_(True)
         for module, training in flags:
             module.training = training
@@ -224,8 +252,13 @@ def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
     return replay
 
 
-def _verified(problem: Problem, path: Path, v_start: Tensor, verifier: Solver) -> Solution:
-    """Judge the end of ``path`` by independent solves; fall back where another point was better."""
+def _verified(
+    problem: Problem, path: Path, v_start: Tensor, verifier: Solver
+) -> tuple[Solution, Tensor]:
+    """Judge the end of ``path`` by independent solves; fall back where another point was better.
+
+    The flat v of the solution comes with it.
+    """
     groups, v = problem.groups, path.v
     judge = _Judge(problem, verifier)
     begin = time.perf_counter()
@@ -262,7 +295,7 @@ def _verified(problem: Problem, path: Path, v_start: Tensor, verifier: Solver) -
         model_output=final.model_output,
     )
     assert problem.layout is not None
-    return Solution(
+    solution = Solution(
         x=problem.variable.unflatten(final.v),
         z=problem.layout.unpack(final.z),
         costate=problem.layout.unpack(path.mu),
@@ -271,6 +304,7 @@ def _verified(problem: Problem, path: Path, v_start: Tensor, verifier: Solver) -
         stats=stats,
         output=final.output,
     )
+    return solution, final.v
 
 
 class _Verdict:

@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jiio_plugins.implicit import Residuals
+
 
 class Status(IntEnum):
     """How one sample (or one problem) ended. ``Status(k).message`` says what to change."""
@@ -79,6 +81,8 @@ class Stats:
         verification_seconds: what it took, by the host's clock.
         model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
         model_output: that call's output.
+        implicit: with ``differentiable=True``: how accurate the gradient of ``x`` is
+            (:class:`jiio_plugins.implicit.Residuals`).
     """
 
     f_evals: Tensor
@@ -90,6 +94,7 @@ class Stats:
     verification_seconds: float = 0.0
     model_value: Tensor | None = None
     model_output: Any = None
+    implicit: Residuals | None = None
 
     def summary(self) -> dict[str, float]:
         """Means per row as plain floats (this synchronises with an accelerator)."""

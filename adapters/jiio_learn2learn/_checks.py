@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium
+from jiio_plugins.implicit import graph_of
 from jiio_plugins.recording import tensors_in
 
 if TYPE_CHECKING:
@@ -138,6 +139,14 @@ def check_cells(module: nn.Module) -> None:
                 )
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether some dropout is active."""
+    return any(
+        part.training and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+        for part in module.modules()
+    )
+
+
 def same_inputs(first: Any, second: Any) -> bool:
     """Whether two calls got the same tensors."""
     if first is None:
@@ -151,17 +160,6 @@ def same_inputs(first: Any, second: Any) -> bool:
 
 def reaches(result: Tensor, targets: Sequence[Tensor]) -> list[bool]:
     """Which of ``targets`` the graph of ``result`` leads to."""
-    wanted = [_node(t) for t in targets]
-    todo = [_node(result)]
-    seen: set[torch.autograd.graph.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo.extend(parent for parent, _ in node.next_functions)
-    return [node is not None and node in seen for node in wanted]
-
-
-def _node(tensor: Tensor) -> torch.autograd.graph.Node | None:
-    """The graph's node of a tensor; that of a leaf is its gradient accumulator."""
-    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+    nodes = graph_of(result)
+    edge = torch.autograd.graph.get_gradient_edge
+    return [t.requires_grad and edge(t).node in nodes for t in targets]

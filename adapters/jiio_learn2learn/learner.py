@@ -18,16 +18,18 @@ from jiio_learn2learn._checks import (
     check_loss,
     check_names,
     check_replay,
+    has_dropout,
     influential,
     same_inputs,
 )
-from jiio_learn2learn._task import Slots, TaskVariable, kept
+from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, kept
 from jiio_plugins._counting import count, counting_into
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import in_joint_mode, running
 from jiio_plugins.implicit import Residuals, attach, warn_if_loose
 from jiio_plugins.methods import Joint
+from jiio_plugins.optimize import same_randomness
 from jiio_plugins.recording import Recorded, Tape
 
 if TYPE_CHECKING:
@@ -235,7 +237,10 @@ class JIIOLearner(BaseLearner):
             self._task_slots(names), objective, anchor, self.reg, states, self.module
         )
         first_order = self.first_order if first_order is None else first_order
-        self._solve(variable, forward, first_order)
+        if has_dropout(self.module):  # one mask for all iterations, or there is no optimum
+            variable.call = same_randomness(variable.call)  # type: ignore[method-assign]
+        with buffers_kept(self.module):
+            self._solve(variable, forward, first_order)
 
     def _solve(self, variable: TaskVariable, forward: _Forward, first_order: bool) -> None:
         """Run the joint iteration and put its end in the module, differentiable."""

@@ -1,0 +1,143 @@
+"""``optimize_input(differentiable=True)`` against finite differences of the whole optimisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import (
+    Box,
+    Intersection,
+    Joint,
+    L1Ball,
+    L2Ball,
+    LinfBall,
+    Nested,
+    count_evaluations,
+    optimize_input,
+)
+from tests.helpers import Context, Net, PairNet, Series, rand
+
+STEP = 1e-4
+
+
+def solve(model: nn.Module, x: Tensor, target: Tensor, radius: Tensor, kind: str, **kwargs: Any):
+    sets = {
+        "l2": lambda: L2Ball(radius),
+        "l2+box": lambda: Intersection(L2Ball(radius), Box(-1.0, 1.0)),
+        "l1": lambda: L1Ball(radius),
+        "linf": lambda: LinfBall(radius),
+        "free": lambda: None,
+    }
+    return optimize_input(
+        model, x, lambda y: objective(y, target), constraint=sets[kind](), differentiable=True,
+        **kwargs,
+    )  # fmt: skip
+
+
+def objective(y: Tensor, target: Tensor) -> Tensor:
+    loss = (y[:, :3] - target).square().sum(1)
+    return loss + 0.3 * y[:, 3:].square().sum(1)  # Context's output holds the context
+
+
+CASES = {
+    "skip, l2": (Net(skip=True), "l2", {}),
+    "two layers, l2 and box": (Series(), "l2+box", {}),
+    "tuple state, linf": (PairNet(), "linf", {}),
+    "l1": (Net(), "l1", {"method": Joint(max_iter=60)}),
+    "nested, l2": (Net(), "l2", {"method": Nested()}),
+    "groups": (
+        Context(),
+        "free",
+        {
+            "method": Joint(max_iter=100, step_size=0.1),
+            "variables": ["context"],
+            "groups": torch.tensor([0, 1, 1, 0, 1, 2]),
+        },
+    ),
+    "one group": (
+        Context(), "free", {"method": Joint(max_iter=100, step_size=0.02), "variables": ["context"]}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_gradient_with_respect_to_everything(name: str) -> None:
+    model, kind, kwargs = CASES[name]
+    rows = 6 if "variables" in kwargs else 3
+    x = (0.5 * rand(rows, 4 if "variables" in kwargs else 5, seed=1)).clamp(-0.9, 0.9)
+    x.requires_grad_()
+    target = (3 * rand(rows, 3, seed=2)).requires_grad_()
+    radius = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    leaves = {**dict(model.named_parameters()), "target": target, "radius": radius, "x": x}
+
+    def flat_x() -> Tensor:
+        solution = solve(model, x, target, radius, kind, **kwargs)
+        found = solution.x if isinstance(solution.x, Tensor) else solution.x["context"]
+        assert float(solution.stats.implicit.joint.max()) < 1e-9
+        return found.flatten()
+
+    found = flat_x()
+    weights = rand(found.numel(), seed=3)
+    gradients = torch.autograd.grad(found @ weights, list(leaves.values()), allow_unused=True)
+    for k, ((leaf_name, leaf), got) in enumerate(zip(leaves.items(), gradients, strict=True)):
+        direction = rand(max(1, leaf.numel()), seed=10 + k).reshape(leaf.shape)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf.add_(sign * STEP * direction)
+            values.append(float(flat_x().detach() @ weights))
+            with torch.no_grad():
+                leaf.sub_(sign * STEP * direction)
+        expected = (values[0] - values[1]) / (2 * STEP)
+        slope = 0.0 if got is None else float((got * direction).sum())
+        assert slope == pytest.approx(expected, rel=1e-5, abs=1e-6), leaf_name
+
+
+def test_only_first_derivatives() -> None:
+    x, target = rand(2, 5, seed=1), (3 * rand(2, 3, seed=2)).requires_grad_()
+    solution = solve(Net(), x, target, torch.tensor(0.5), "l2")
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(solution.x.sum(), target, create_graph=True)
+
+
+def test_nothing_to_attach_to_gives_a_plain_result() -> None:
+    model = Net().requires_grad_(False)
+    solution = solve(model, rand(2, 5, seed=1), 3 * rand(2, 3, seed=2), torch.tensor(0.5), "l2")
+    assert not solution.x.requires_grad
+
+
+def test_value_and_caller_are_untouched() -> None:
+    model, x, target = Net().train(), rand(2, 5, seed=1), 3 * rand(2, 3, seed=2)
+    plain = optimize_input(model, x, lambda y: objective(y, target), constraint=L2Ball(0.5))
+    assert not plain.x.requires_grad
+    attached = solve(model, x, target, 0.5, "l2")
+    assert bool((attached.value <= plain.value + 1e-6).all())
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert attached.x.requires_grad
+
+
+def test_costs_and_residuals_are_reported() -> None:
+    x, target = rand(2, 5, seed=1), 3 * rand(2, 3, seed=2)
+    with count_evaluations() as counter:
+        solution = solve(Net(), x, target, 0.5, "l2")
+        before = counter.vjps
+        residuals = solution.stats.implicit
+        assert residuals.adjoint is None
+        solution.x.sum().backward()
+    assert counter.vjps > before
+    assert float(residuals.adjoint.max()) < 1e-9
+
+
+def test_a_loose_solution_warns() -> None:
+    """Four free directions in six dimensions: the optimum is not unique."""
+    model, x = Context(), rand(4, 4, seed=1)
+    with pytest.warns(UserWarning, match="relative residual"):
+        optimize_input(
+            model, x, lambda y: -y[:, 0].tanh() * 1e-3, variables=["context"],
+            method=Joint(max_iter=2, step_size=100.0), differentiable=True,
+        )  # fmt: skip

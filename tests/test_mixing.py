@@ -1,0 +1,61 @@
+"""Smooth problems: no iterate is kept that makes a problem's objective worse."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import Equilibrium, Joint, optimize_input
+from tests.helpers import TIGHT, TanhCell, linear, rand
+
+
+class Wells(nn.Module):
+    """``Σ y⁴ − y²`` of an equilibrium's output: a maximum at 0, saddles, and minima."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = linear(3, 5, seed=1)
+        nn.init.zeros_(self.encoder.bias)
+        self.equilibrium = Equilibrium(TanhCell(5, 0.5, seed=2), solver=TIGHT)
+        self.head = linear(5, 3, seed=3)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 4 * self.head(self.equilibrium(self.encoder(x)))
+
+
+def wells(y: Tensor) -> Tensor:
+    return (y**4 - y**2).sum(1)
+
+
+def hessian_at(model: nn.Module, x: Tensor) -> Tensor:
+    def objective(v: Tensor) -> Tensor:
+        u, z = model.encoder(v[None]), 0.0
+        for _ in range(120):
+            z = torch.tanh(z @ model.equilibrium.cell.weight.T + u if torch.is_tensor(z) else u)
+        return wells(4 * model.head(z)).sum()
+
+    return torch.autograd.functional.hessian(objective, x)
+
+
+def test_a_minimum_is_found_where_a_root_finder_finds_saddles() -> None:
+    model = Wells()
+    x = 0.15 * rand(24, 3, seed=4)  # around the maximum
+    solution = optimize_input(model, x, wells, method=Joint(max_iter=400, step_size=0.05, tol=1e-9))
+    start = wells(model(x)).detach()
+    assert bool((solution.value < start).all())
+    for row in solution.x:
+        assert float(torch.linalg.eigvalsh(hessian_at(model, row)).min()) > -1e-6
+
+
+def test_no_accepted_iterate_is_worse() -> None:
+    """With a step three times too long for plain descent."""
+    model, x = Wells(), 0.3 * rand(16, 3, seed=5)
+    values = [wells(model(x)).detach()]
+    for iterations in (2, 4, 8, 16, 32, 64):
+        method = Joint(max_iter=iterations, step_size=2.0, tol=0.0)
+        values.append(optimize_input(model, x, wells, method=method).value)
+    for before, after in pairwise(values):
+        assert bool((after <= before + 1e-6).all())
