@@ -238,6 +238,8 @@ def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted
     def put(into: Any, values: Any) -> Any:
         if isinstance(into, Tensor):
             return into.index_copy(0, to, values[source])
+        if into is None:
+            return None
         return tuple(put(a, b) for a, b in zip(into, values, strict=True))
 
     def add(total: Any, more: Any) -> Any:

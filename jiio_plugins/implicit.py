@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jiio_plugins._counting import count, count_rows, counting_into, open_counters
 from jiio_plugins._state import row_norm
-from jiio_plugins.solvers import Anderson, FlatSolution, Picard, Solver, iterate
+from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from jiio_plugins.methods import Path
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
-_SCALING = 5  # plain iterations after which the blocks of λ have their sizes
+_PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
+_TRIES = 12
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -272,39 +273,60 @@ def _leads_elsewhere(images: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool
 
 
 class _Adjoint:
-    """``λ -> (∂F/∂w)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F."""
+    """``λ -> (∂F/∂w)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F.
+
+    With λ_v = s λ'_v and the equation for v read as ``λ'_v + residual`` this is the equation of F
+    for the step s α, whose solution is the same: s is cut where α is too long to converge.
+    """
 
     def __init__(self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], rows: int) -> None:
         self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, rows
-        self.g: Tensor | None = None
 
     def __call__(self, flat: Tensor) -> Tensor:
-        assert self.g is not None
+        z, mu, v = self.blocks.unpack(flat)
+        scaled = self.share * v
         grads = torch.autograd.grad(
             self.images,
             self.leaves,
-            self.blocks.unpack(flat),
+            (z, mu, scaled),
             retain_graph=True,
             materialize_grads=True,
         )
         *z_grads, mu_grad, v_grad = grads
         z_grad = torch.cat([t.reshape(self.rows, -1) for t in z_grads], dim=1)
-        return self.blocks.pack(z_grad.to(mu_grad.dtype), mu_grad, v_grad + self.g)
+        return self.blocks.pack(z_grad.to(mu_grad.dtype), mu_grad, v + v_grad + self.g - scaled)
 
     def restrict(self, rows: Tensor) -> None:
         return None
 
     def solve(self, g: Tensor, solver: Solver) -> tuple[Parts, FlatSolution]:
         """λ for ``g`` ``(problems, d)``."""
-        self.g, self.blocks.units = g, None
-        z, mu, _ = self.images
-        start = self.blocks.pack(torch.zeros_like(z), torch.zeros_like(mu), g)
-        plain = iterate(self, start, Picard(max_iter=_SCALING, tol=0.0, abs_tol=0.0))
-        parts = self.blocks.unpack(plain.fz)
+        self.g, self.share = g, torch.ones_like(g[:, :1])
+        spent = 0
+        for _ in range(_TRIES):
+            parts, grows = self._plain_steps()
+            spent += _PLAIN
+            if not bool(grows.any()):
+                break
+            self.share = torch.where(grows[:, None], self.share / 3, self.share)
         self.blocks.measure(*parts)
         found = iterate(self, self.blocks.pack(*parts), solver)
-        found.evals = found.evals + plain.evals
-        return self.blocks.unpack(found.fz), found
+        found.evals = found.evals + spent
+        z, mu, v = self.blocks.unpack(found.fz)
+        return (z, mu, self.share * v), found
+
+    def _plain_steps(self) -> tuple[Parts, Tensor]:
+        """λ after a few plain iterations, and where the change in λ_v has grown meanwhile."""
+        z, mu, _ = self.images
+        self.blocks.units = None
+        flat = self.blocks.pack(torch.zeros_like(z), torch.zeros_like(mu), self.g)
+        changes = []
+        with torch.no_grad():
+            for _ in range(_PLAIN):
+                image = self(flat)
+                changes.append(row_norm((image - flat)[:, -self.blocks.d :]))
+                flat = image
+        return self.blocks.unpack(flat), ~(changes[-1] <= 2 * changes[0])
 
 
 class _Gate(torch.autograd.Function):
