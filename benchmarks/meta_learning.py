@@ -52,10 +52,11 @@ if TYPE_CHECKING:
 ADAPT = ("context", "head.weight", "head.bias")  # what JIIO and nested descent adapt
 WAYS = 5
 DISTANCE = 1e-3
-RATES = (0.2, 0.3, 0.4, 0.5, 0.8)
+RATES = (0.3, 0.4, 0.5, 0.6)
+JOINT_RATES = (0.4, 0.8)
 CAPS = (1, 2, 5, 30)
-MEMORIES = (0, 5, 10, 20)
-BUDGET = 1500.0  # f + VJP a sample at which a run that has not arrived is ended
+MEMORIES = (5, 10, 20)
+BUDGET = 1000.0  # f + VJP a sample at which a run that has not arrived is ended
 
 
 @dataclass
@@ -377,7 +378,7 @@ def arrive(setting: Setting, method: Joint | Nested, goal: Tensor) -> tuple[Tens
 
 def candidates() -> list[tuple[str, dict[str, float], Joint | Nested]]:
     out: list[tuple[str, dict[str, float], Joint | Nested]] = []
-    for rate, memory in itertools.product(RATES, MEMORIES):
+    for rate, memory in itertools.product(JOINT_RATES, MEMORIES):
         joint = Joint(max_iter=1000, step_size=rate, acceleration=memory, tol=0.0)
         out.append(("joint", {"rate": rate, "memory": memory}, joint))
     for rate, cap in itertools.product(RATES, CAPS):

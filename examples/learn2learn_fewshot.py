@@ -70,7 +70,12 @@ def main(args: Args) -> None:
     model = MDEQFewShot(ways=args.ways)
     # with learn2learn's own:  maml = l2l.algorithms.MAML(model, lr=args.fast_lr)
     maml = JIIOLearner(
-        model, lr=args.fast_lr, adapt=["context", "head.weight", "head.bias"], reg=args.reg
+        model,
+        lr=args.fast_lr,
+        adapt=["context", "head.weight", "head.bias"],
+        reg=args.reg,
+        iters=80,
+        memory=20,
     )
     opt = torch.optim.Adam(maml.parameters(), args.meta_lr)
     loss = nn.CrossEntropyLoss(reduction="sum")

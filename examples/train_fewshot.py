@@ -46,7 +46,7 @@ class Args:
     lr: float = 0.4
     """of the adaptation"""
     reg: float = 0.5
-    iters: int = 30
+    iters: int = 80
     first_order: bool = False
     meta_lr: float = 3e-3
     paper_size: bool = False
@@ -119,7 +119,7 @@ def main(args: Args) -> None:
     model = build(ways=args.ways).to(fabric.device)
     maml = JIIOLearner(
         model, lr=args.lr, adapt=["context", "head.weight", "head.bias"], reg=args.reg,
-        iters=args.iters, first_order=args.first_order,
+        iters=args.iters, memory=20, first_order=args.first_order,
     )  # fmt: skip
     parameters = list(maml.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.meta_lr)
