@@ -12,7 +12,7 @@ import tyro
 
 from jiio_plugins import __version__
 from jiio_plugins._cli_generative import FitImages, Sample, TrainGenerator
-from jiio_plugins.adapters import available_adapters
+from jiio_plugins.adapters import available_adapters, install_command
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Adapters:
                 importlib.import_module(package)
                 state = "ready"
             except ImportError as error:
-                state = f"needs {error.name}: pip install 'jiio-plugins[{name}]'"
+                state = f"needs {error.name}: {install_command(name)}"
             print(f"{name:14} import {package:20} {state}")
 
 

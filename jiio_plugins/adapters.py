@@ -25,6 +25,11 @@ def available_adapters() -> dict[str, str]:
     return {point.name: point.value for point in sorted(entry_points(group=GROUP))}
 
 
+def install_command(name: str) -> str:
+    """What installs the adapter's host library."""
+    return _INSTALL.get(name, f"pip install 'jiio-plugins[{name}]'")
+
+
 def load_adapter(name: str) -> ModuleType:
     """Import an adapter package.
 
@@ -49,5 +54,5 @@ def load_adapter(name: str) -> ModuleType:
             raise
         raise ImportError(
             f"the adapter {name!r} needs {error.name}, which is not installed: "
-            + _INSTALL.get(name, f"pip install 'jiio-plugins[{name}]'")
+            + install_command(name)
         ) from error
