@@ -59,12 +59,14 @@ class BlockAnderson:
         else:
             restart = restart | ~torch.isfinite(self.size) | (self.size > 10 * self.best)
             slot = (self.count - 1) % self.memory
+            forget = not _none(restart)
             for i, by_row in enumerate(_BY_ROW):
-                drop = (self.groups.spread(restart) if by_row else restart)[:, None, None]
                 self.y[i][:, slot] = r[i] - self.last_r[i]
                 self.d[i][:, slot] = self.y[i][:, slot] + t[i] - self.last_t[i]
-                self.y[i].masked_fill_(drop, 0)
-                self.d[i].masked_fill_(drop, 0)
+                if forget:
+                    drop = (self.groups.spread(restart) if by_row else restart)[:, None, None]
+                    self.y[i].masked_fill_(drop, 0)
+                    self.d[i].masked_fill_(drop, 0)
             self.best = torch.where(restart, self.size, torch.minimum(self.best, self.size))
         self.last_t, self.last_r = t, r
         self.count += 1
@@ -113,6 +115,11 @@ class BlockAnderson:
         return torch.where(ok[:, None, None], gamma, 0.0).transpose(1, 2)
 
 
+def _none(mask: Tensor) -> bool:
+    """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
+    return mask.device.type == "cpu" and not bool(mask.any())
+
+
 def _mixed(plain: Tensor, gamma: Tensor, d: Tensor) -> Tensor:
     return torch.baddbmm(plain.unsqueeze(1), gamma.to(plain.dtype), d, alpha=-1).squeeze(1)
 
@@ -157,8 +164,11 @@ class Descent:
         doubt = _NOISE * doubt + 10 * torch.finfo(value.dtype).eps * value.abs()
         worse = ~(value - doubt <= self.limit) & ~self.again
         self.limit = torch.where(worse, self.limit, value + doubt)
-        self.accepted = self._where(worse, self.accepted, t)
-        self.residuals = self._where(worse, self.residuals, r)
+        if _none(worse):
+            self.accepted, self.residuals = t, r
+        else:
+            self.accepted = self._where(worse, self.accepted, t)
+            self.residuals = self._where(worse, self.residuals, r)
         self.step = torch.where(worse[:, None], self.step / 2, (self.step * _REGROW).clamp(max=1.0))
         z, w, v = self.mix(self.accepted, self.residuals, self.step, worse)
         self.again = worse
