@@ -113,7 +113,7 @@ def attack(
             model,
             start,
             attack_objective(loss, wanted, targeted),
-            method=method,
+            method=method if rows is None or method is None else method.restrict(rows),
             constraint=whole if rows is None else _Rows(whole, x, rows),
             verify=verify,
             training_mode=training_mode,

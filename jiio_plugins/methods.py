@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -112,6 +112,16 @@ class Method(abc.ABC):
         callback: Callback | None = None,
     ) -> Path:
         """Optimise from ``v`` ``(problems, d)``."""
+
+    def restrict(self, rows: Tensor) -> Self:
+        """The same method for some of the problems: theirs of the steps given one per problem."""
+
+        def some(step: float | Tensor | None) -> float | Tensor | None:
+            return step[rows] if isinstance(step, Tensor) and step.numel() > 1 else step
+
+        return replace(
+            self, step_size=some(self.step_size), final_step_size=some(self.final_step_size)
+        )
 
     def steps(self, feasible: FeasibleSet, like: Tensor) -> list[Tensor]:
         """The step lengths α_k (times ε), ``(1 or problems, 1)`` each."""

@@ -204,6 +204,19 @@ def test_random_starts_keep_the_best(norm: float) -> None:
     )
 
 
+def test_random_starts_with_steps_per_sample() -> None:
+    """A later start is for those samples only that have not succeeded, and so are its steps."""
+    model = load_pretrained("digits")
+    x, y = (t[:6] for t in load_digits("test"))
+    eps = torch.tensor([0.01, 0.8, 0.01, 0.8, 0.01, 0.8])  # the small ones fail, and start again
+    method = Joint(max_iter=8, step_size=torch.linspace(0.5, 1.0, 6))
+    found = attack(
+        model, x, y, norm=2, eps=eps, lower=0.0, upper=1.0, random_starts=3, method=method
+    )
+    assert float(found.stats.f_evals[0]) > float(found.stats.f_evals[1])
+    assert is_adversarial(found, y).any()
+
+
 def test_random_starts_are_reproducible_and_leave_the_generator_alone() -> None:
     model, x, y = small()
     common: dict[str, Any] = {"norm": 2, "eps": 0.2, "random_starts": 2}

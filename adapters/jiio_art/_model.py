@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -78,6 +78,10 @@ class Autocast(Method):
     inner: Method
     module: RawInput
     dtype: torch.dtype
+
+    def restrict(self, rows: Tensor) -> Self:
+        """See :class:`Method`; the steps are those of ``inner``."""
+        return replace(self, inner=self.inner.restrict(rows))
 
     def run(
         self,
