@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from jiio_plugins import Anderson, Phantom, count_evaluations, jacobian_penalty
 from jiio_plugins.data import load_digits, load_fashion_mnist
-from jiio_plugins.models.pretrained import ARCHITECTURES
+from jiio_plugins.models.pretrained import CLASSIFIERS
 
 
 @dataclass
@@ -82,7 +82,7 @@ def accuracy(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[float, float
 
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
-    model = ARCHITECTURES[args.data]()
+    model = CLASSIFIERS[args.data]()
     if args.init is not None:
         model.load_state_dict(load_file(args.init))
     x, y = load(args, "train")

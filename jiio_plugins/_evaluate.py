@@ -16,7 +16,7 @@ from jiio_plugins._demo import EPS
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import default_suite, quick_suite, robust_accuracy
 from jiio_plugins.models import load_pretrained
-from jiio_plugins.models.pretrained import ARCHITECTURES
+from jiio_plugins.models.pretrained import CLASSIFIERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,14 +89,14 @@ def load_model(weights: str, factory: str | None) -> tuple[nn.Module, str | None
     """
     if factory is not None:
         network = _call_factory(factory)
-        if weights in ARCHITECTURES:  # the default, which is not meant for this model
+        if weights in CLASSIFIERS:  # the default, which is not meant for this model
             return network, None
         _load_into(network, _read(weights), weights, factory)
         return network, None
-    if weights in ARCHITECTURES:
+    if weights in CLASSIFIERS:
         return load_pretrained(weights), weights
     tensors = _read(weights)
-    for name, build in ARCHITECTURES.items():
+    for name, build in CLASSIFIERS.items():
         network = build()
         own = network.state_dict()
         if {k: t.shape for k, t in own.items()} == {k: t.shape for k, t in tensors.items()}:
@@ -104,7 +104,7 @@ def load_model(weights: str, factory: str | None) -> tuple[nn.Module, str | None
             return network, name
     raise ValueError(
         f"{weights} holds the weights of none of the shipped architectures "
-        f"({', '.join(ARCHITECTURES)}): say how to build the model with --model module:function"
+        f"({', '.join(CLASSIFIERS)}): say how to build the model with --model module:function"
     )
 
 
@@ -112,7 +112,7 @@ def _read(weights: str) -> dict[str, Tensor]:
     path = Path(weights)
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"--weights must be {', '.join(ARCHITECTURES)} or a .safetensors file, got {weights!r}"
+            f"--weights must be {', '.join(CLASSIFIERS)} or a .safetensors file, got {weights!r}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "digits": lambda: MDEQClassifier(channels=(16, 16), stride=1),
     "fashion-mnist": lambda: MDEQClassifier(channels=(16, 32), stride=2),
+}
+GENERATORS: dict[str, Callable[[], nn.Module]] = {
     "digits-generator": lambda: MDEQDecoder(
         latent_shape=16, image_shape=(1, 8, 8), channels=(16, 16), stride=1
     ),
@@ -27,6 +29,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
         latent_shape=64, image_shape=(1, 28, 28), channels=(16, 32), stride=2
     ),
 }
+ARCHITECTURES = CLASSIFIERS | GENERATORS
 
 
 def available_weights() -> tuple[str, ...]:
