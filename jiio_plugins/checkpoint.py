@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
     from torch.optim import Optimizer
@@ -112,16 +113,26 @@ def _kind(scheduler: Any) -> str | None:
     return None if scheduler is None else type(scheduler).__name__
 
 
-def write(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` so that ``path`` is whole at every moment, also for a killed process."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` once it is whole, also if the process is killed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` so that ``path`` is whole at every moment."""
+    with replacing(path) as file:
         torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -223,8 +223,9 @@ class _Tracker:
         )  # fmt: skip
 
 
-def _tiny(t: Tensor) -> float:
-    return float(torch.finfo(t.dtype).tiny)
+def _relative(residual: Tensor, image: Tensor) -> Tensor:
+    """‖residual‖ / ‖image‖ per row."""
+    return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,8 +318,7 @@ class Joint(Method):
                 shrank = (size < size_before)[:, None]
                 omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
             if callback is not None:
-                ratio = size / row_norm(lin.f).clamp(min=_tiny(z))
-                callback(Progress(k, v, gradient, loss.detach(), ratio, z))
+                callback(Progress(k, v, gradient, loss.detach(), _relative(r, lin.f), z))
             w_before = w
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
@@ -337,12 +337,11 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
-        ratio = size / row_norm(lin.f).clamp(min=_tiny(z))
-        mu_residual = row_norm(jz_mu - w_before) / row_norm(mu).clamp(min=_tiny(mu))
+        z_residual, mu_residual = _relative(r, lin.f), _relative(jz_mu - w_before, mu)
         if mix is not None:  # the last trial has not been evaluated: it may be worse
             z, w, v = mix.accepted
             mu = mu_accepted
-        return track.path(v, z, mu, w, ratio, mu_residual)
+        return track.path(v, z, mu, w, z_residual, mu_residual)
 
 
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
@@ -401,12 +400,12 @@ class Nested(Method):
             equation = _AdjointEquation(problem, lin, v, z_start, b)
             outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
             problem.pay(f_evals=active * (1 + equation.f_evals), vjps=outcome.evals * active)
-            track.see(v, loss, lin.output, b, lin.f - z_start)
+            r = lin.f - z_start
+            track.see(v, loss, lin.output, b, r)
             gradient = (direct + equation.jv_mu).reshape(v.shape)
             mu_residual = outcome.residual
-            ratio = row_norm(lin.f - z_start) / row_norm(lin.f).clamp(min=_tiny(z_start))
             if callback is not None:
-                callback(Progress(k, v, gradient, loss.detach(), ratio, z_start))
+                callback(Progress(k, v, gradient, loss.detach(), _relative(r, lin.f), z_start))
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             v = track.move(v, v_next)
             last_z, last_mu = lin.f, outcome.fz
@@ -414,7 +413,7 @@ class Nested(Method):
                 z, mu = last_z, last_mu
             if track.all_done():
                 break
-        return track.path(v, last_z, last_mu, last_mu - b, ratio, mu_residual)
+        return track.path(v, last_z, last_mu, last_mu - b, _relative(r, lin.f), mu_residual)
 
 
 def _capped(solver: Solver) -> Solver:

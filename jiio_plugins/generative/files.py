@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         checkpoint.write(path, {"format": FORMAT, **state})
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         kept = f"; the one before is kept ({path})" if path.exists() else ""
         raise OSError(f"could not write {path.name}{kept}: {error}. Free some space") from error
 
@@ -63,21 +61,12 @@ def load_state(module: nn.Module, state: dict[str, Tensor], where: Path) -> None
         ) from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` at once, or leave it as it was."""
-    part = path.with_name(path.name + ".tmp")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def save_generator(path: Path, decoder: MDEQDecoder, model: Architecture) -> None:
     """Write the weights together with what is needed to build the decoder again."""
     about = {"architecture": json.dumps({**asdict(model), "image_shape": decoder.image_shape})}
     tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
-    write_bytes(path, save(tensors, metadata=about))
+    with checkpoint.replacing(path) as file:
+        file.write(save(tensors, metadata=about))
 
 
 def load_generator(path: str | Path) -> MDEQDecoder:
@@ -112,7 +101,8 @@ def load_generator(path: str | Path) -> MDEQDecoder:
 
 def save_latents(path: Path, latents: Tensor) -> None:
     """Write latents ``(n, *latent_shape)``."""
-    write_bytes(path, save({"latents": latents.detach().cpu().contiguous()}))
+    with checkpoint.replacing(path) as file:
+        file.write(save({"latents": latents.detach().cpu().contiguous()}))
 
 
 def load_latents(path: Path) -> Tensor:
