@@ -48,6 +48,7 @@ from jiio_plugins.models import load_pretrained
 
 CAPPED = Anderson(max_iter=5, tol=1e-1)
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
+CHEAP, CHEAPEST = "PGD-10 warm, cap 1", "PGD-5 warm, cap 1"
 SUITE = ("JIIO", "PGD nested, tight")
 
 
@@ -104,7 +105,8 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     "PGD-20 cold, tol 1e-3": (
         Nested(max_iter=20, solver=Anderson(tol=1e-3)), Anderson(tol=1e-3),
     ),
-    "PGD-10 warm, cap 1": (warm(10, 1), 0),
+    CHEAPEST: (warm(5, 1), 0),
+    CHEAP: (warm(10, 1), 0),
     "PGD-20 warm, cap 1": (warm(20, 1), 0),
     PGD_10: (warm(10, 2), 0),
     PGD_20: (warm(20, 2), 0),
@@ -115,15 +117,17 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
 
 
 def settings(args: Args) -> dict[str, Setting]:
-    jiio = "JIIO, 10 iterations"
+    joint = ("JIIO, 10 iterations", "JIIO, 5 iterations")
     return {
         "digits": Setting(
-            "digits", 0.6, 5e-3, 4.0, args.digits_epochs, (jiio, PGD_20, PGD_10), PGD_20
+            "digits", 0.6, 5e-3, 4.0, args.digits_epochs,
+            (*joint, PGD_20, PGD_10, CHEAP, CHEAPEST), PGD_20,
         ),
         "fashion-mnist": Setting(
-            "fashion-mnist", 1.0, 2e-3, 6.0, args.fashion_epochs, (jiio, PGD_10), PGD_10
+            "fashion-mnist", 1.0, 2e-3, 6.0, args.fashion_epochs,
+            (*joint, PGD_10, CHEAP, CHEAPEST), PGD_10,
         ),
-    }
+    }  # fmt: skip
 
 
 def load(args: Args, name: str, split: str) -> tuple[Tensor, Tensor]:

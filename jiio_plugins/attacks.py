@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from jiio_plugins._counting import count
 from jiio_plugins.constraints import (
     Box,
     Constraint,
@@ -22,7 +23,7 @@ from jiio_plugins.constraints import (
     L2Ball,
     LinfBall,
 )
-from jiio_plugins.optimize import check_input, optimize_input
+from jiio_plugins.optimize import check_input, check_method, optimize_input
 from jiio_plugins.solution import Solution, Stats
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def attack(
     generator: torch.Generator | None = None,
     early_stop: bool = False,
     method: Method | None = None,
+    retry: Method | None = None,
     verify: Solver | None = None,
     training_mode: bool = False,
     callback: Callback | None = None,
@@ -74,13 +76,17 @@ def attack(
         generator: of the random starts; None: a fixed seed, so that the call is deterministic.
         early_stop: stop a sample once it has been adversarial for four evaluations in a row.
         method: see :func:`optimize_input`.
-        verify: likewise.
+        retry: a longer method, run once more from x on the samples that have not succeeded; where
+            these are few it costs little. A short run for all and a long one for the few reaches
+            further than one of their mean length.
+        verify: as in :func:`optimize_input`.
         training_mode: likewise.
         callback: likewise.
 
     Returns:
         A :class:`Solution` whose ``value`` is the negative loss (the loss with ``targeted``);
-        :func:`is_adversarial` tells success. Costs add up over restarts.
+        :func:`is_adversarial` tells success. Costs add up over restarts and the retry; since
+        verification then decides which samples go on, it counts among ``f_evals``.
 
     Raises:
         TypeError, ValueError: bad input.
@@ -107,32 +113,60 @@ def attack(
     whole = Intersection(*sets)
     feasible = whole.bind(x)  # its errors first, also for an empty batch
 
-    def search(start: Tensor, rows: Tensor | None = None) -> Solution:
+    def draw() -> Tensor:
+        return feasible.sample(generator).reshape(x.shape)
+
+    if generator is None:
+        generator = torch.Generator(x.device).manual_seed(0)
+    attempts = [(draw, method)] * random_starts or [(lambda: x, method)]
+    if retry is not None:
+        attempts.append((lambda: x, check_method(retry, "retry")))
+    chosen = len(attempts) > 1  # by what verification says of the attempt before
+
+    def search(start: Tensor, how: Method | None, rows: Tensor | None = None) -> Solution:
         wanted = labels if rows is None else labels[rows]
-        return optimize_input(
+        found = optimize_input(
             model,
-            start,
+            start if rows is None else start[rows],
             attack_objective(loss, wanted, targeted),
-            method=method if rows is None or method is None else method.restrict(rows),
+            method=how if rows is None or how is None else how.restrict(rows),
             constraint=whole if rows is None else _Rows(whole, x, rows),
             verify=verify,
             training_mode=training_mode,
             stop=(lambda output: _hit(output, wanted, targeted)) if early_stop else None,
             callback=callback,
         )
+        return _with_verification_paid(found) if chosen else found
 
-    if not random_starts or not len(x):
-        return search(x)
-    if generator is None:
-        generator = torch.Generator(x.device).manual_seed(0)
-    best = search(feasible.sample(generator).reshape(x.shape))
-    for _ in range(random_starts - 1):
-        start = feasible.sample(generator).reshape(x.shape)
+    if not len(x):
+        return search(x, method)
+    (start, how), *later = attempts
+    best = search(start(), how)
+    for start, how in later:
+        drawn = start()
         rows = (~is_adversarial(best, labels, targeted)).nonzero().squeeze(1)
         if not len(rows):
             break
-        best = _better(best, search(start[rows], rows), rows, labels, targeted)
+        best = _better(best, search(drawn, how, rows), rows, labels, targeted)
     return best
+
+
+def _with_verification_paid(found: Solution) -> Solution:
+    """Counts its verification among the costs of the search."""
+    stats = found.stats
+    assert stats.verification_f_evals is not None  # there are samples
+    count(
+        f_evals=stats.verification_f_evals,
+        verification=-stats.verification_f_evals,
+        verification_seconds=-stats.verification_seconds,
+    )
+    paid = replace(
+        stats,
+        f_evals=stats.f_evals + stats.verification_f_evals,
+        verification_f_evals=torch.zeros_like(stats.verification_f_evals),
+        verification_seconds=0.0,
+    )
+    return replace(found, stats=paid)
 
 
 class _Rows(Constraint):

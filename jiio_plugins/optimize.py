@@ -144,10 +144,10 @@ def _default_verifier(dtype: torch.dtype) -> Solver:
     return Anderson(max_iter=200, tol=1e-9 if dtype == torch.float64 else 1e-5)
 
 
-def check_method(method: Method | None) -> Method:
+def check_method(method: Method | None, name: str = "method") -> Method:
     """The method, :class:`Joint` for None; TypeError for anything else."""
     if method is not None and not isinstance(method, Method):
-        raise TypeError(f"method must be Joint(...) or Nested(...), got {method!r}")
+        raise TypeError(f"{name} must be Joint(...) or Nested(...), got {method!r}")
     return method if method is not None else Joint()
 
 

@@ -194,7 +194,8 @@ def test_random_starts_keep_the_best(norm: float) -> None:
     assert bool((four.value <= one.value + 1e-9)[open_still].all())
     assert 0 < int(hit_one.sum()) < 16
     # what succeeded is not tried again, and the rest pays for every start
-    assert torch.equal(four.stats.f_evals[hit_one], one.stats.f_evals[hit_one])
+    checked = one.stats.f_evals + one.stats.verification_f_evals  # it decides who starts again
+    assert torch.equal(four.stats.f_evals[hit_one], checked[hit_one])
     assert four.stats.iterations[~hit_four].tolist() == [20.0] * int((~hit_four).sum())
     assert bool((four.stats.vjps[~hit_four] == 4 * one.stats.vjps[~hit_four]).all())
     assert_inside(four.x, x, norm, eps)
@@ -202,6 +203,29 @@ def test_random_starts_keep_the_best(norm: float) -> None:
     torch.testing.assert_close(
         four.value, objective(independent_output(model, four.x)), rtol=1e-6, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("starts", [0, 2])
+def test_retry_is_for_those_that_have_not_succeeded(starts: int) -> None:
+    model, x, y = small()
+    common: dict[str, Any] = {"norm": 2, "eps": 0.15, "lower": 0.0, "upper": 1.0}
+    common |= {"random_starts": starts, "method": Joint(max_iter=2, step_size=0.2)}
+    once = attack(model, x, y, **common)
+    with count_evaluations() as counter:
+        twice = attack(model, x, y, retry=Joint(max_iter=20), **common)
+    hit = is_adversarial(once, y)
+    assert 0 < int(hit.sum()) < len(x)
+    assert torch.equal(twice.x[hit], once.x[hit])
+    assert bool((twice.value <= once.value + 1e-9).all())
+    assert int(is_adversarial(twice, y).sum()) > int(hit.sum())
+    assert bool((twice.stats.iterations == once.stats.iterations + 20 * ~hit).all())
+    # verification chose the samples, so it is paid for
+    checked = once.stats.f_evals + once.stats.verification_f_evals
+    assert torch.equal(twice.stats.f_evals[hit], checked[hit])
+    assert counter.f_evals == pytest.approx(float(twice.stats.f_evals.sum()))
+    assert counter.vjps == pytest.approx(float(twice.stats.vjps.sum()))
+    assert counter.verification_f_evals == pytest.approx(0.0)
+    assert_inside(twice.x, x, 2.0, 0.15)
 
 
 def test_random_starts_with_steps_per_sample() -> None:
@@ -405,6 +429,7 @@ def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
         ({"mask": torch.ones(4)}, ValueError, r"mask has shape \(4,\)"),
         ({"loss": "hinge"}, ValueError, "cross-entropy, dlr, margin, got 'hinge'"),
         ({"random_starts": -1}, ValueError, "random_starts must not be negative, got -1"),
+        ({"retry": 40}, TypeError, "retry must be Joint"),
         ({"lower": 0.5, "upper": 1.0}, ValueError, r"within the box \[0.5, 1.0\], got values from"),
         ({"lower": 1.0, "upper": 0.0}, ValueError, "box"),
         ({"x": torch.full((3, 5), math.nan)}, ValueError, "x holds NaN or Inf"),

@@ -39,8 +39,10 @@ def check_params(attack: JIIOAttack) -> None:
             raise ValueError(f"{name} must be True or False, got {getattr(attack, name)!r}")
     if attack.loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {attack.loss!r}")
-    if attack.method is not None and not isinstance(attack.method, Method):
-        raise TypeError(f"method must be Joint(...) or Nested(...), got {attack.method!r}")
+    for name in ("method", "retry"):
+        value = getattr(attack, name)
+        if value is not None and not isinstance(value, Method):
+            raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
     if attack.autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
             f"autocast must be torch.bfloat16, torch.float16 or None, got {attack.autocast!r}"

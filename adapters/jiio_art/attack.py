@@ -62,6 +62,8 @@ class JIIOAttack(EvasionAttack):
         loss: "cross-entropy", "dlr" or "margin".
         early_stop: stop a sample once it has been adversarial for four evaluations in a row.
         method: a :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested`; None: ``Joint()``.
+        retry: a longer method of the same kinds, run once more from x on the samples that have not
+            succeeded. Its own step sizes hold; ``max_iter`` and ``eps_step`` are ``method``'s.
         autocast: precision in which the loop runs the model, ``torch.bfloat16`` say. The
             perturbation stays in float32, and the result is verified without it.
         seed: of the random starts and random ε. A call with the same arguments gives the same
@@ -91,7 +93,7 @@ class JIIOAttack(EvasionAttack):
     attack_params = [  # noqa: RUF012 (ART's own attacks declare theirs like this)
         *EvasionAttack.attack_params,
         "norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size",
-        "random_eps", "loss", "early_stop", "method", "autocast", "seed", "verbose",
+        "random_eps", "loss", "early_stop", "method", "retry", "autocast", "seed", "verbose",
     ]  # fmt: skip
     _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin, PyTorchEstimator)
 
@@ -110,6 +112,7 @@ class JIIOAttack(EvasionAttack):
         loss: Loss = "cross-entropy",
         early_stop: bool = False,
         method: Method | None = None,
+        retry: Method | None = None,
         autocast: torch.dtype | None = None,
         seed: int = 0,
         summary_writer: str | bool | SummaryWriter = False,
@@ -127,6 +130,7 @@ class JIIOAttack(EvasionAttack):
         self.loss = loss
         self.early_stop = early_stop
         self.method = method
+        self.retry = retry
         self.autocast = autocast
         self.seed = seed
         self.verbose = verbose
@@ -213,8 +217,11 @@ class JIIOAttack(EvasionAttack):
             method = replace(method, max_iter=self.max_iter)
         if region.step is not None:
             method = replace(method, step_size=tensor(region.step))
+        retry = self.retry
         if self.autocast is not None:
             method = Autocast(inner=method, module=module, dtype=self.autocast)
+            if retry is not None:
+                retry = Autocast(inner=retry, module=module, dtype=self.autocast)
         # seeded per batch, so that a batch does not depend on how many restarts another one needed
         seed = np.random.SeedSequence([self.seed, batch_id]).generate_state(1, np.uint64)[0]
         images, labels = torch.tensor(x, device=device), torch.tensor(y, device=device)
@@ -234,6 +241,7 @@ class JIIOAttack(EvasionAttack):
             generator=torch.Generator(device).manual_seed(int(seed)),
             early_stop=self.early_stop,
             method=method,
+            retry=retry,
             callback=self._summary(batch_id, x.shape, y),
         )
         assert isinstance(solution.x, Tensor)

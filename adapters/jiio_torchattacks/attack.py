@@ -50,6 +50,8 @@ class JIIO(Attack):
             ``set_mode_targeted_random`` draws, which go on from call to call.
         method: :class:`jiio_plugins.Joint` (default) with settings of your own, or
             :class:`jiio_plugins.Nested`, the loop that JIIO replaces.
+        retry: a longer method of the same kinds, run once more from the images on those that have
+            not succeeded; ``steps`` is ``method``'s.
 
     Shape:
         - images ``(N, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``; float32
@@ -84,6 +86,7 @@ class JIIO(Attack):
         early_stop: bool = False,
         seed: int = 0,
         method: Method | None = None,
+        retry: Method | None = None,
     ) -> None:
         super().__init__("JIIO", model)
         self.supported_mode = ["default", "targeted"]
@@ -95,6 +98,7 @@ class JIIO(Attack):
         self.early_stop = early_stop
         self.seed = seed
         self.method = method
+        self.retry = retry
         self._target_generator = torch.Generator().manual_seed(seed)
         self._solution: Solution | None = None
         self._check_settings()
@@ -148,6 +152,7 @@ class JIIO(Attack):
             early_stop=self.early_stop,
             training_mode=self._model_training,
             method=method if self.steps is None else replace(method, max_iter=self.steps),
+            retry=self.retry,
         )
         adversarial = self._solution.x
         assert isinstance(adversarial, Tensor)
@@ -205,8 +210,10 @@ class JIIO(Attack):
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.random_starts < 0:
             raise ValueError(f"random_starts must not be negative, got {self.random_starts}")
-        if self.method is not None and not isinstance(self.method, Method):
-            raise TypeError(f"method must be Joint(...) or Nested(...), got {self.method!r}")
+        for name in ("method", "retry"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Method):
+                raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

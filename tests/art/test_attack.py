@@ -126,6 +126,19 @@ def test_another_method(trained: PyTorchClassifier, digits: Digits) -> None:
     assert (attack.solution.vjps > 3).all()  # an adjoint solve takes more than one
 
 
+def test_retry(trained: PyTorchClassifier, digits: Digits) -> None:
+    x, y = digits
+    short = attack_on(trained, eps=0.5, max_iter=2)
+    short.generate(x, y)
+    both = attack_on(trained, eps=0.5, max_iter=2, retry=Joint(max_iter=10))
+    assert_inside(both.generate(x, y), x, 2, 0.5)
+    missed = ~short.solution.success
+    assert missed.any()
+    assert (both.solution.iterations == 2 + 10 * missed).all()
+    with pytest.raises(TypeError, match="retry must be Joint"):
+        attack_on(trained, retry=40)
+
+
 def test_the_batch_size_does_not_matter(trained: PyTorchClassifier, digits: Digits) -> None:
     x, y = digits
     one, many = attack_on(trained, batch_size=3), attack_on(trained, batch_size=8)

@@ -201,6 +201,16 @@ def test_random_starts() -> None:
     assert not torch.equal(first, JIIO(model, eps=0.2, steps=3)(images, labels))
 
 
+def test_retry() -> None:
+    model, (images, labels) = net(), batch(saturated=False)
+    short = JIIO(model, eps=0.05, steps=2)
+    missed = independent_output(model, short(images, labels)).argmax(1) == labels
+    assert bool(missed.any())
+    both = JIIO(model, eps=0.05, steps=2, retry=Joint(max_iter=10))
+    both(images, labels)
+    assert bool((both.solution.stats.iterations == 2 + 10 * missed).all())
+
+
 # Ball and box -----------------------------------------------------------------------------------
 
 
