@@ -4,6 +4,8 @@
 
 It measures, on the shipped digits and Fashion-MNIST classifiers under an L2 ball within the box,
 
+* the cosine between JIIO's training gradient, as it is and refined, and the one from solves to 1e-5
+  at the same adversarial images, over batches of test images;
 * one training step of each method on the same model and batch, in turn, ``--repeats`` times:
   CPU seconds (medians, one thread), f evaluations and VJPs per sample with everything in them;
 * trainings of the same number of epochs from the same shipped weights and the same seeds (order of
@@ -32,9 +34,22 @@ import torch
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from jiio_plugins import Anderson, Joint, Nested, count_evaluations
+from jiio_plugins import (
+    Anderson,
+    Box,
+    Implicit,
+    Intersection,
+    Joint,
+    L2Ball,
+    Nested,
+    attack_objective,
+    count_evaluations,
+    envelope_loss,
+    joint_solution,
+)
 from jiio_plugins.adversarial import AdversarialTraining
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import (
@@ -50,6 +65,7 @@ CAPPED = Anderson(max_iter=5, tol=1e-1)
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
 CHEAP, CHEAPEST = "PGD-10 warm, cap 1", "PGD-5 warm, cap 1"
 SUITE = ("JIIO", "PGD nested, tight")
+REFINE = (0, 5, 8)
 
 
 @dataclass
@@ -63,6 +79,8 @@ class Args:
     seeds: int = 3
     repeats: int = 5
     """times each step is measured"""
+    gradient_batches: int = 10
+    """batches over which gradients are compared"""
     batch_size: int = 50
     digits_epochs: int = 5
     fashion_epochs: int = 1
@@ -201,6 +219,43 @@ def measure_steps(args: Args, setting: Setting, store: Store) -> None:
         )
 
 
+def measure_gradients(args: Args, setting: Setting, store: Store) -> None:
+    """Cosines to the exact training gradient at the images that the search of JIIO-10 ended at."""
+    key = f"{setting.name} / gradients"
+    if store.get(key) is None:
+        images, labels = load(args, setting.name, "test")
+        model = load_pretrained(setting.name)
+        layer: Any = model.equilibrium
+        step = setting.training("JIIO, 10 iterations")
+        cosines: dict[str, list[float]] = {f"refine={k}": [] for k in REFINE}
+        size = args.batch_size
+        for start in tqdm(range(0, args.gradient_batches * size, size), desc=key):
+            x, y = images[start : start + size], labels[start : start + size]
+            objective = attack_objective("cross-entropy", y)
+            found = joint_solution(
+                model, x, objective, method=step.method,
+                constraint=Intersection(L2Ball(setting.eps), Box(0.0, 1.0)),
+            )  # fmt: skip
+            own = layer.solver, layer.adjoint
+            layer.solver = Anderson(max_iter=300, tol=1e-6)
+            layer.adjoint = Implicit(solver=Anderson(max_iter=300, tol=1e-5))
+            exact = flat_gradient(model, objective(model(found.x)).mean())
+            layer.solver, layer.adjoint = own
+            for k in REFINE:
+                mine = flat_gradient(model, envelope_loss(model, found, objective, refine=k))
+                cosines[f"refine={k}"].append(float(cosine_similarity(mine, exact, dim=0)))
+        store.put(key, cosines)
+    print(f"\n{setting.name}, cosine to the exact gradient: median (lowest)")
+    for name, values in store.get(key).items():
+        median = statistics.median(values)
+        print(f"{name:12} {median:.5f} ({min(values):.5f}) over {len(values)} batches")
+
+
+def flat_gradient(model: torch.nn.Module, loss: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
 def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> RobustnessReport:
     """Train one model and judge it."""
     key = f"{setting.name} / {name} / seed {seed}"
@@ -269,6 +324,7 @@ def main(args: Args) -> None:
     store = Store(args)
     chosen = [settings(args)[name] for name in args.data]
     for setting in chosen:
+        measure_gradients(args, setting, store)
         measure_steps(args, setting, store)
         if not args.train:
             continue
