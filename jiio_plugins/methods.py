@@ -43,7 +43,9 @@ class Path:
     Attributes:
         v, z, mu: last iterate; ``mu`` is from before the last step on v.
         jz_mu: ``J_zᵀ μ`` of it: with the ∂ℓ/∂z of where v is now, it makes the next μ.
-        v_best, loss_best: iterate of least running loss per problem.
+        v_best, loss_best: iterate of least running loss per problem; after mixing, the last whose
+            gain was beyond doubt, and a bound on its objective.
+        bounded: whether ``loss_best`` is such a bound.
         loss_first, loss_last: running loss at the start and at the last iterate, ``(problems,)``.
         doubt_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
         iterations: per row.
@@ -63,6 +65,7 @@ class Path:
     iterations: Tensor
     z_residual: Tensor
     mu_residual: Tensor
+    bounded: bool = False
 
 
 Stop = Callable[[object], Tensor]
@@ -340,7 +343,8 @@ class Joint(Method):
         z_residual, mu_residual = _relative(r, lin.f), _relative(jz_mu - w_before, mu)
         if mix is not None:  # the last trial has not been evaluated: it may be worse
             z, w, v = mix.accepted
-            mu = mu_accepted
+            path = track.path(v, z, mu_accepted, w, z_residual, mu_residual)
+            return replace(path, v_best=mix.safe[2], loss_best=mix.safe_limit, bounded=True)
         return track.path(v, z, mu, w, z_residual, mu_residual)
 
 

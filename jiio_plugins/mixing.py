@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from jiio_plugins._problem import Groups
 
 Blocks = tuple[Tensor, Tensor, Tensor]
+Iterate = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # (z, w, v) and its residuals
 
 _BY_ROW = (True, True, False)  # z and w are per row, v per problem
 _REGROW = 1.2  # of the step, each time an iterate is accepted
+_FORGIVE = 1.05  # how fast the step may grow back over where z could not follow v
 _NOISE = 2.0  # times the product of the residuals: how wrong the estimate of the objective may be
+_SURE = 0.1  # of the gain: a doubt below it does not put the gain in question
 
 
 class BlockAnderson:
@@ -131,6 +134,10 @@ class Descent:
     falls. Its estimate ``ℓ(z) + μᵀ(f(z, v) − z)`` is free, and exact up to products of the
     residuals of z and μ. A problem whose estimate has risen beyond those goes back to its last
     accepted v with half the plain step and no history, moves z and w there once, and goes on.
+
+    Where v outran z, an estimate can be far too low, and the v that it spoke for be accepted.
+    Coming back to such a v shows it: the problem then returns to the one accepted before, and from
+    there, if need be, to the last whose gain was beyond doubt.
     """
 
     def __init__(self, memory: int, groups: Groups) -> None:
@@ -155,30 +162,53 @@ class Descent:
             value: estimate of φ, ``(problems,)``.
             doubt: by how much it may be wrong, ``(problems,)``.
         """
+        now = (*t, *r)
         if self.first:
-            self.accepted, self.residuals = t, r
-            self.limit = torch.full_like(value, torch.inf)
-            self.again = torch.ones_like(value, dtype=torch.bool)
-            self.step = torch.ones_like(t[2][:, :1])
+            self.anchor = self.before = self.safe = now
+            self.limit = self.safe_limit = torch.full_like(value, torch.inf)
+            # whether the anchor is evaluated once more; whether it, or the one before, is the safe
+            self.again = self.home = self.before_home = torch.ones_like(value, dtype=torch.bool)
+            self.step = self.ceiling = torch.ones_like(t[2][:, :1])
             self.first = False
         doubt = _NOISE * doubt + 10 * torch.finfo(value.dtype).eps * value.abs()
         worse = ~(value - doubt <= self.limit) & ~self.again
-        self.limit = torch.where(worse, self.limit, value + doubt)
-        if _none(worse):
-            self.accepted, self.residuals = t, r
+        betrayed = ~(value - doubt <= self.safe_limit) & self.again & ~self.home
+        back, new = worse | betrayed, ~worse & ~self.again
+        sure = ~back & ((doubt <= _SURE * (self.safe_limit - value)) | (self.again & self.home))
+        self.limit = torch.where(back, self.limit, value + doubt)
+        self.safe_limit = torch.where(sure, value + doubt, self.safe_limit)
+        before, before_home = self.anchor, self.home
+        if _none(back):
+            self.anchor = now
         else:
-            self.accepted = self._where(worse, self.accepted, t)
-            self.residuals = self._where(worse, self.residuals, r)
-        self.step = torch.where(worse[:, None], self.step / 2, (self.step * _REGROW).clamp(max=1.0))
-        z, w, v = self.mix(self.accepted, self.residuals, self.step, worse)
-        self.again = worse
-        v = torch.where(worse[:, None], self.accepted[2], v)
+            self.anchor = self._where(worse, self.anchor, now)
+            self.anchor = self._where(betrayed, self.before, self.anchor)
+        self.home = torch.where(new, sure, self.home | sure)
+        self.home = torch.where(betrayed, self.before_home, self.home)
+        self.before = self._where(betrayed, self.safe, self._where(new, before, self.before))
+        self.before_home = torch.where(new, before_home, self.before_home) | betrayed
+        self.safe = self._where(sure, now, self.safe)
+        halved = self.step / 2
+        self.ceiling = torch.where(
+            betrayed[:, None], halved, (self.ceiling * _FORGIVE).clamp(max=1.0)
+        )
+        regrown = torch.minimum(self.step * _REGROW, self.ceiling)
+        self.step = torch.where(back[:, None], halved, regrown)
+        z, w, v = self.mix(self.anchor[:3], self.anchor[3:], self.step, back)
+        self.again = back
+        v = torch.where(back[:, None], self.anchor[2], v)
         return z, w, v
 
-    def _where(self, condition: Tensor, first: Blocks, second: Blocks) -> Blocks:
+    @property
+    def accepted(self) -> Blocks:
+        """The last accepted iterate (z, w, v)."""
+        return self.anchor[:3]
+
+    def _where(self, condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
+        if _none(condition):
+            return second
         rows, problems = self.groups.spread(condition)[:, None], condition[:, None]
-        return (
-            torch.where(rows, first[0], second[0]),
-            torch.where(rows, first[1], second[1]),
-            torch.where(problems, first[2], second[2]),
+        return tuple(  # type: ignore[return-value]
+            torch.where(rows if by_row else problems, a, b)
+            for by_row, a, b in zip(_BY_ROW * 2, first, second, strict=True)
         )

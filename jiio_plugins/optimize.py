@@ -278,8 +278,8 @@ def _verified(
     verification = judge.f_evals.clone()
 
     # a better candidate is looked for only where the running losses make one plausible
-    slack = 0.02 * path.loss_last.abs()
-    promising = path.loss_best < path.loss_last - slack
+    last = final.value if path.bounded else path.loss_last
+    promising = path.loss_best < last - 0.02 * last.abs()
     final.take_better(judge, path.v_best, promising)
     doubt = _CLEAR * path.loss_first.abs() + _AMPLIFY * path.doubt_first
     unsafe = ~(final.value < path.loss_first - doubt)
