@@ -10,12 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from jiio_plugins.generative.images import to_unit
+from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.generative.step import SquaredError, WithLatent
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.training import joint_solution
 
 if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
+
     from jiio_plugins.methods import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
@@ -86,10 +89,9 @@ def fit(
         )
         assert isinstance(found.x, Tensor)
         made, _ = found.output
-        mse = (made - y).square().flatten(1).mean(1)
         parts.append(
             Fit(
-                found.x, made.detach(), -10 * mse.clamp(min=1e-12).log10(), found.status,
+                found.x, made.detach(), psnr(made.detach(), y), found.status,
                 found.stats.f_evals, found.stats.vjps,
             )
         )  # fmt: skip
@@ -130,22 +132,55 @@ def decode(decoder: MDEQDecoder, latents: Tensor, batch_size: int = 256) -> Tens
     return torch.cat([decoder(part) for part in latents.split(batch_size)])
 
 
-def sample_latents(
+@dataclass(frozen=True)
+class LatentPrior:
+    """A density of latents to draw from: a mixture of Gaussians with full covariances.
+
+    Attributes:
+        mixture: scikit-learn's, fitted to flattened latents in float64.
+        latent_shape: of one latent.
+        bic: Bayesian information criterion of every number of components tried; the least won.
+    """
+
+    mixture: GaussianMixture
+    latent_shape: tuple[int, ...]
+    bic: dict[int, float]
+
+    @property
+    def components(self) -> int:
+        """How many Gaussians."""
+        count: int = self.mixture.n_components
+        return count
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """New latents ``(count, *latent_shape)``, float32, on the CPU."""
+        self.mixture.random_state = seed
+        drawn, _ = self.mixture.sample(count)  # sorted by component
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return torch.from_numpy(drawn)[order].float().reshape(count, *self.latent_shape)
+
+    def __str__(self) -> str:
+        if len(self.bic) == 1:
+            return "a Gaussian" if self.components == 1 else f"{self.components} Gaussians"
+        tried = ", ".join(str(k) for k in self.bic)
+        return f"a mixture of {self.components} Gaussians (of {tried} by BIC)"
+
+
+def fit_prior(
     latents: Tensor,
-    count: int,
     *,
     prior: Prior = "gmm",
     components: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
     seed: int = 0,
-) -> Tensor:
-    """New latents ``(count, *latent_shape)`` from a density fitted to ``latents``.
+) -> LatentPrior:
+    """A density fitted to ``latents``.
 
     Args:
         latents: fitted ones, ``(n, *latent_shape)``.
-        count: how many to draw.
         prior: "gaussian", one Gaussian with full covariance; "gmm", a mixture of them.
-        components: numbers of components tried; the one of least BIC is taken.
-        seed: of the mixture's initialisation and of the draw.
+        components: numbers of components tried, those that leave each more latents than they have
+            dimensions; the one of least BIC is taken.
+        seed: of the mixture's initialisation.
 
     Raises:
         ValueError: an unknown prior, or fewer than two latents.
@@ -157,15 +192,28 @@ def sample_latents(
     flat = latents.detach().cpu().flatten(1).double()
     if len(flat) < 2:
         raise ValueError(f"a prior needs two latents at least, got {len(flat)}")
-    # a component with a full covariance needs more latents than dimensions
     tried = [k for k in components if k * flat.shape[1] < len(flat)] if prior == "gmm" else []
     mixtures = [
         GaussianMixture(k, random_state=seed, reg_covar=1e-4).fit(flat.numpy())
         for k in tried or [1]
     ]
-    best = min(mixtures, key=lambda mixture: mixture.bic(flat.numpy()))
-    best.random_state = seed
-    drawn, _ = best.sample(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    new = torch.from_numpy(drawn)[order].to(latents)
-    return new.reshape(count, *latents.shape[1:])
+    bic = {m.n_components: float(m.bic(flat.numpy())) for m in mixtures}
+    best = min(mixtures, key=lambda m: bic[m.n_components])
+    return LatentPrior(best, tuple(latents.shape[1:]), bic)
+
+
+def sample_latents(
+    latents: Tensor,
+    count: int,
+    *,
+    prior: Prior = "gmm",
+    components: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    seed: int = 0,
+) -> Tensor:
+    """New latents ``(count, *latent_shape)`` from a density fitted to ``latents``.
+
+    ``fit_prior(...).sample(count)``: see :func:`fit_prior`. They are like ``latents`` in type and
+    device.
+    """
+    fitted = fit_prior(latents, prior=prior, components=components, seed=seed)
+    return fitted.sample(count, seed).to(latents)
