@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from jiio_plugins.generative.images import to_unit
 from jiio_plugins.generative.metrics import psnr
-from jiio_plugins.generative.step import SquaredError, WithLatent
+from jiio_plugins.generative.step import SquaredError, WithLatent, with_step_size
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.training import joint_solution
@@ -62,7 +62,8 @@ def fit(
         images: y, ``(n, c, h, w)`` in [0, 1], on the decoder's device.
         start: latents to start from, ``(n, *latent_shape)``; None: zero.
         method: :class:`jiio_plugins.Joint` (default, 60 iterations, memory 10) or
-            :class:`jiio_plugins.Nested`.
+            :class:`jiio_plugins.Nested`; without a step size it takes that of
+            :func:`jiio_plugins.generative.step.default_step_size`.
         latent_penalty: λ.
         batch_size: images fitted together; no result depends on it.
         progress: show a bar.
@@ -78,6 +79,7 @@ def fit(
     _check_images(decoder, images)
     start = decoder.zeros(len(images)) if start is None else start
     model = WithLatent(decoder)
+    method = with_step_size(method or Joint(max_iter=60, acceleration=10), decoder)
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
     for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
@@ -85,7 +87,7 @@ def fit(
             model,
             u,
             SquaredError(y, latent_penalty),
-            method=method or Joint(max_iter=60, acceleration=10),
+            method=method,
         )
         assert isinstance(found.x, Tensor)
         made, _ = found.output
@@ -119,9 +121,9 @@ def fit_latents(
     """Latents alone of many images (uint8), without verification; to build a prior from."""
     model, out = WithLatent(decoder), []
     device = next(decoder.parameters()).device
+    method = with_step_size(Joint(max_iter=iterations), decoder)
     for part in tqdm(images.split(batch_size), desc=desc, disable=desc is None):
         objective = SquaredError(to_unit(part.to(device)), latent_penalty)
-        method = Joint(max_iter=iterations)
         out.append(joint_solution(model, decoder.zeros(len(part)), objective, method=method).x)
     return torch.cat(out)
 

@@ -1,0 +1,93 @@
+"""How long ``jiio train-generator`` takes to show progress, and its memory over epochs.
+
+    python benchmarks/generator_memory.py --data DIR [--epochs 8]
+
+Both on Fashion-MNIST's 60,000 training images and as a user runs it, from a shell: the clock starts
+with the process and stops when the bar shows the first finished step, with default settings.
+Resident memory is read while a small generator goes through whole epochs, with the table of
+latents, a checkpoint and pictures in each; the largest value of every epoch is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20
+BATCH = 1000
+
+
+@dataclass
+class Args:
+    """Measure the start and the memory of a training run."""
+
+    data: Path = Path("data")
+    """folder of Fashion-MNIST"""
+    epochs: int = 8
+    out: Path = Path("out/generator-memory.json")
+
+
+def steps(command: list[str]) -> Iterator[tuple[int, float, float]]:
+    """Run it; yield (steps done, seconds, resident MB) whenever its progress bar is drawn."""
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0
+    ) as run:
+        assert run.stderr is not None
+        text = b""
+        try:
+            while part := run.stderr.read(1):
+                text = (text + part)[-300:]
+                if part == b"|" or part == b"[":
+                    found = re.findall(rb"training:[^\r]*\| (\d+)/\d+ \[$", text)
+                    if found:
+                        pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
+                        yield int(found[-1]), time.perf_counter() - begin, pages * PAGE
+        finally:
+            run.kill()
+    if run.returncode > 0:
+        raise SystemExit(f"the run failed: {text.decode()}")
+
+
+def main(args: Args) -> None:
+    base = [sys.executable, "-m", "jiio_plugins", "train-generator", "--data", "fashion-mnist"]
+    base += ["--folder", str(args.data)]
+    with tempfile.TemporaryDirectory() as folder:
+        progress = steps([*base, "--out", f"{folder}/default"])
+        first = next(seconds for done, seconds, _ in progress if done >= 1)
+        progress.close()
+        print(f"first step shown after {first:.1f} s")
+        per_epoch = 60_000 // BATCH
+        small = [
+            "--out", f"{folder}/small", "--epochs", str(args.epochs), "--batch-size", str(BATCH),
+            "--latents", "table", "--iterations", "1", "--warmup", "1", "--refine", "0",
+            "--model.channels", "4", "--model.stride", "4",
+            "--checkpoint-every", str(per_epoch), "--pictures-every", str(per_epoch),
+            "--latents-kept", "256",
+        ]  # fmt: skip
+        largest = [0.0] * args.epochs
+        for done, _, resident in steps([*base, *small]):
+            epoch = min(done // per_epoch, args.epochs - 1)
+            largest[epoch] = max(largest[epoch], resident)
+    print("largest resident memory of each epoch, MB:", " ".join(f"{mb:.0f}" for mb in largest))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(
+        json.dumps({"first step, s": first, "epochs, MB": largest}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
