@@ -56,6 +56,8 @@ class Sample:
     default: that of the data, or none: then neighbours are sought by pixels"""
     folder: Path | None = None
     """where the images lie now; default: where they were"""
+    latents: int = 4096
+    """for a shipped generator: training images whose latents are fitted to draw from"""
     seed: int = 0
 
     def run(self) -> None:
@@ -65,7 +67,7 @@ class Sample:
         sample_run(
             self.run_folder, self.out, count=self.count, prior=self.prior, columns=self.columns,
             seed=self.seed, measure=self.metrics, measured=self.measured, fits=self.fits,
-            features=self.features, folder=self.folder,
+            features=self.features, folder=self.folder, latents=self.latents,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,14 +141,24 @@ class Neighbours:
     index: Tensor
     distance: Tensor
 
+    def split(self, first: int) -> tuple[Neighbours, Neighbours]:
+        """Those of the first images, and those of the others."""
+        return (
+            Neighbours(self.index[:first], self.distance[:first]),
+            Neighbours(self.index[first:], self.distance[first:]),
+        )
 
-def nearest(images: Tensor, train: Tensor, features: nn.Module | None = None) -> Neighbours:
+
+def nearest(
+    images: Tensor, train: Tensor, features: nn.Module | None = None, *, progress: bool = False
+) -> Neighbours:
     """The training image nearest to each image.
 
     Args:
         images: ``(n, c, h, w)`` in [0, 1].
         train: ``(m, c, h, w)``, floats in [0, 1] or bytes.
         features: distances are between its outputs; None: between pixels.
+        progress: show a bar.
     """
 
     def rows(part: Tensor) -> Tensor:
@@ -157,7 +168,8 @@ def nearest(images: Tensor, train: Tensor, features: nn.Module | None = None) ->
     mine = rows(images)
     least = torch.full((len(images),), torch.inf, device=mine.device)
     index = torch.zeros(len(images), dtype=torch.long, device=mine.device)
-    for first in range(0, len(train), 2000):
+    chunks = range(0, len(train), 2000)
+    for first in tqdm(chunks, desc="training images", disable=not progress, leave=False):
         found, at = torch.cdist(mine, rows(train[first : first + 2000])).min(1)
         index = torch.where(found < least, at + first, index)
         least = torch.minimum(least, found)

@@ -107,6 +107,7 @@ def sample_run(
     fits: int = 100,
     features: str | None = None,
     folder: Path | None = None,
+    latents: int = 4096,
 ) -> dict[str, Any]:
     """Draw samples; write their sheet and, with ``measure``, figures and neighbours.
 
@@ -125,11 +126,12 @@ def sample_run(
         fits: held-out images that are fitted for PSNR and SSIM.
         features: see :func:`find_features`.
         folder: see :func:`open_source`.
+        latents: see :func:`open_source`.
 
     Returns:
         What the JSON holds; empty without ``measure``.
     """
-    source = open_source(run, folder, measure)
+    source = open_source(run, folder, measure, latents)
     out = out or (Path(run) if Path(run).is_dir() else Path("out") / run)
     out.mkdir(parents=True, exist_ok=True)
     density = fit_prior(source.latents, prior=prior, seed=seed)
@@ -201,8 +203,9 @@ def neighbour_figures(
     columns: int,
 ) -> dict[str, Any]:
     """How near samples are to the training images; draw the first ones above their neighbours."""
-    ours = metrics.nearest(samples, images.train, network)
-    theirs = metrics.nearest(to_unit(images.held_out[:_COMPARED]), images.train, network)
+    both = torch.cat([samples, to_unit(images.held_out[:_COMPARED])])
+    found = metrics.nearest(both, images.train, network, progress=True)
+    ours, theirs = found.split(len(samples))
     pairs = []
     for part in torch.arange(min(shown, len(samples))).split(columns):
         blank = samples.new_ones(columns - len(part), *samples.shape[1:])
