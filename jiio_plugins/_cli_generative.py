@@ -27,31 +27,48 @@ class TrainGenerator(TrainConfig):
 
 @dataclass
 class Sample:
-    """New images from a trained generator: draw latents from a density of the fitted ones."""
+    """New images from a trained generator: draw latents from a density of the fitted ones.
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
-    """the --out folder of train-generator"""
+    Writes samples-PRIOR.png; and metrics-PRIOR.json with PSNR and SSIM of held-out fits, Fréchet
+    and kernel distances, and how near samples are to training images, which neighbours-PRIOR.png
+    shows below them.
+    """
+
+    run_folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """the --out folder of train-generator, or a shipped generator: digits-generator,
+    fashion-mnist-generator"""
     count: int = 64
-    """images to make"""
+    """images on the sheet"""
     prior: Literal["gaussian", "gmm"] = "gmm"
     """one Gaussian, or a mixture whose number of components is chosen by BIC"""
     out: Path | None = None
-    """PNG sheet; default: RUN/samples-PRIOR.png"""
+    """folder for the files; default: RUN, or out/NAME for a shipped generator"""
     columns: int = 8
+    """of the sheets"""
+    metrics: bool = True
+    """compare with the images of the run"""
+    measured: int = 2000
+    """samples that are compared"""
+    fits: int = 100
+    """held-out images that are fitted"""
+    features: str | None = None
+    """network that distances are measured in: fashion-mnist-features, or your own module:function;
+    default: that of the data, or none: then neighbours are sought by pixels"""
+    folder: Path | None = None
+    """where the images lie now; default: where they were"""
+    latents: int = 4096
+    """for a shipped generator: training images whose latents are fitted to draw from"""
     seed: int = 0
 
     def run(self) -> None:
         """Do it."""
-        from jiio_plugins.generative import decode, load_generator, load_latents, sample_latents
-        from jiio_plugins.generative.files import LATENTS
-        from jiio_plugins.generative.pictures import write_sheet
+        from jiio_plugins.generative.sample_run import sample_run
 
-        decoder = load_generator(self.run_folder)
-        latents = load_latents(self.run_folder / LATENTS)
-        drawn = sample_latents(latents, self.count, prior=self.prior, seed=self.seed)
-        out = self.out or self.run_folder / f"samples-{self.prior}.png"
-        write_sheet(out, decode(decoder, drawn), self.columns)
-        print(f"{self.count} samples: {out}")
+        sample_run(
+            self.run_folder, self.out, count=self.count, prior=self.prior, columns=self.columns,
+            seed=self.seed, measure=self.metrics, measured=self.measured, fits=self.fits,
+            features=self.features, folder=self.folder, latents=self.latents,
+        )  # fmt: skip
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jiio_plugins._demo import EPS
+from jiio_plugins._factory import build_network
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import default_suite, quick_suite, robust_accuracy
 from jiio_plugins.models import load_pretrained
@@ -88,7 +87,7 @@ def load_model(weights: str, factory: str | None) -> tuple[nn.Module, str | None
         ImportError: the factory's module cannot be imported.
     """
     if factory is not None:
-        network = _call_factory(factory)
+        network = build_network(factory, "--model")
         if weights in CLASSIFIERS:  # the default, which is not meant for this model
             return network, None
         _load_into(network, _read(weights), weights, factory)
@@ -120,26 +119,6 @@ def _read(weights: str) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises a class of its own, not exported to Python
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _call_factory(factory: str) -> nn.Module:
-    name, _, attribute = factory.partition(":")
-    if not name or not attribute:
-        raise ValueError(f"--model must be module:function, got {factory!r}")
-    sys.path.insert(0, str(Path.cwd()))  # as python -m does
-    try:
-        build = getattr(importlib.import_module(name), attribute, None)
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not callable(build):
-        raise ValueError(f"the module {name} has no function {attribute!r}")
-    network = build()
-    if not isinstance(network, nn.Module):
-        raise ValueError(
-            f"{factory} must return a torch.nn.Module, got {type(network).__name__}: a function "
-            "without arguments that builds the classifier"
-        )
-    return network
 
 
 def _load_into(network: nn.Module, tensors: dict[str, Tensor], weights: str, factory: str) -> None:

@@ -21,6 +21,7 @@ ARGUMENTS = {  # a small run where the default one takes long
     "torchattacks_attack.py": ["--images", "10"],
     "train_generator.py": ["--steps", "20"],
     "train_fewshot.py": ["--steps", "2", "--tasks", "2", "--test-tasks", "2"],
+    "train_features.py": ["--data", "digits", "--epochs", "1", "--out", "features.safetensors"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
 }
 PRINTS = {
@@ -31,6 +32,7 @@ PRINTS = {
     "learn2learn_sinusoid.py": ["before", "after"],
     "torchattacks_attack.py": ["clean accuracy", "JIIO"],
     "train_generator.py": ["100 held-out digits"],
+    "train_features.py": ["% of 500 test images"],
     "train_fewshot.py": ["tasks of unseen classes"],
     "your_own_deq.py": ["clean", "adversarial", "CONVERGED"],
 }

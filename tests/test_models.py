@@ -117,6 +117,20 @@ def test_every_scale_sees_the_latent() -> None:
         assert float(grad.abs().max()) > 0
 
 
+def test_spatial_latents_draw_within_their_sites() -> None:
+    """The same latent at every site must not mean the same at every place of a site."""
+    torch.manual_seed(0)
+    model = MDEQDecoder(**DECODERS["spatial"])  # 7×7 sites, 14×14 places at the finest scale
+    fine, coarse = (p.detach() for p in model.injection(torch.ones(1, 3, 7, 7)))
+    inside = fine[0, :, 4:10, 4:10]
+    assert float((inside[:, 0::2, 0::2] - inside[:, 1::2, 1::2]).abs().max()) > 0.01
+    torch.testing.assert_close(inside[:, 0::2], inside[:, :1].expand(-1, 3, -1))
+    assert coarse.shape == (1, 8, 7, 7)
+    for shape in ((2, 14, 14), (2, 5, 5), (2, 28, 28), (2, 3, 14)):  # also what does not divide
+        other = MDEQDecoder(latent_shape=shape, image_shape=(1, 28, 28), channels=(8, 8))
+        assert [tuple(p.shape[2:]) for p in other.injection(other.zeros(1))] == [(14, 14), (7, 7)]
+
+
 def test_the_papers_generator() -> None:
     model = MDEQDecoder(
         latent_shape=128, image_shape=(3, 64, 64), channels=(32, 64, 128, 256), stride=1

@@ -83,8 +83,9 @@ class TrainConfig:
     """joint iterations a training step"""
     warmup: int = 6
     """evaluations of f alone before the first of them"""
-    step_size: float = 0.1
-    """of the latent, in units of u² / squared error"""
+    step_size: float | None = None
+    """of the latent, in units of u² / squared error; default: 2.5 √(sites / pixels), of which a
+    latent vector has one site and a spatial latent h·w"""
     refine: int = 2
     """further steps on state and adjoint before the gradient of the weights"""
     latent_penalty: float = 0.01

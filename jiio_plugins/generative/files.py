@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -14,6 +16,8 @@ from jiio_plugins import checkpoint
 from jiio_plugins.generative.config import Architecture
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor, nn
 
     from jiio_plugins.models.decoder import MDEQDecoder
@@ -23,17 +27,29 @@ GENERATOR, LATENTS = "generator.safetensors", "latents.safetensors"
 FORMAT = "jiio-plugins generator checkpoint 1"
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces the one before once it is whole; a full disk keeps that one.
+
+    Raises:
+        OSError: could not be written; the message says whether an older file is kept.
+    """
+    try:
+        with checkpoint.replacing(path) as file:
+            yield file
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        kept = f"; the one before is kept ({path})" if path.exists() else ""
+        raise OSError(f"could not write {path.name}{kept}: {error}. Free some space") from error
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a nested dict of tensors and plain values; the old file stays until the new is whole.
 
     Raises:
         OSError: could not be written, such as on a full disk; the checkpoint before is kept.
     """
-    try:
-        checkpoint.write(path, {"format": FORMAT, **state})
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        kept = f"; the one before is kept ({path})" if path.exists() else ""
-        raise OSError(f"could not write {path.name}{kept}: {error}. Free some space") from error
+    with _whole(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -65,7 +81,7 @@ def save_generator(path: Path, decoder: MDEQDecoder, model: Architecture) -> Non
     """Write the weights together with what is needed to build the decoder again."""
     about = {"architecture": json.dumps({**asdict(model), "image_shape": decoder.image_shape})}
     tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
-    with checkpoint.replacing(path) as file:
+    with _whole(path) as file:
         file.write(save(tensors, metadata=about))
 
 
@@ -101,7 +117,7 @@ def load_generator(path: str | Path) -> MDEQDecoder:
 
 def save_latents(path: Path, latents: Tensor) -> None:
     """Write latents ``(n, *latent_shape)``."""
-    with checkpoint.replacing(path) as file:
+    with _whole(path) as file:
         file.write(save({"latents": latents.detach().cpu().contiguous()}))
 
 

@@ -59,10 +59,8 @@ def fit_files(
             f"{pixels.shape[3]}×{pixels.shape[2]}: --resize crops and scales them"
         )
     images = to_unit(pixels)
-    fitted = fit(
-        decoder, images, method=Joint(max_iter=iterations), latent_penalty=latent_penalty,
-        progress=True,
-    )  # fmt: skip
+    method = Joint(max_iter=iterations, acceleration=10)
+    fitted = fit(decoder, images, method=method, latent_penalty=latent_penalty, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     save_latents(out / LATENTS, fitted.latents)
     write_sheet(out / "fits.png", torch.stack([images, fitted.images], 1).flatten(0, 1), 8)

@@ -10,12 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from jiio_plugins.generative.images import to_unit
-from jiio_plugins.generative.step import SquaredError, WithLatent
+from jiio_plugins.generative.metrics import psnr
+from jiio_plugins.generative.step import SquaredError, WithLatent, with_step_size
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.training import joint_solution
 
 if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
+
     from jiio_plugins.methods import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
@@ -59,7 +62,8 @@ def fit(
         images: y, ``(n, c, h, w)`` in [0, 1], on the decoder's device.
         start: latents to start from, ``(n, *latent_shape)``; None: zero.
         method: :class:`jiio_plugins.Joint` (default, 60 iterations, memory 10) or
-            :class:`jiio_plugins.Nested`.
+            :class:`jiio_plugins.Nested`; without a step size it takes that of
+            :func:`jiio_plugins.generative.step.default_step_size`.
         latent_penalty: λ.
         batch_size: images fitted together; no result depends on it.
         progress: show a bar.
@@ -75,6 +79,7 @@ def fit(
     _check_images(decoder, images)
     start = decoder.zeros(len(images)) if start is None else start
     model = WithLatent(decoder)
+    method = with_step_size(method or Joint(max_iter=60, acceleration=10), decoder)
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
     for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
@@ -82,14 +87,13 @@ def fit(
             model,
             u,
             SquaredError(y, latent_penalty),
-            method=method or Joint(max_iter=60, acceleration=10),
+            method=method,
         )
         assert isinstance(found.x, Tensor)
         made, _ = found.output
-        mse = (made - y).square().flatten(1).mean(1)
         parts.append(
             Fit(
-                found.x, made.detach(), -10 * mse.clamp(min=1e-12).log10(), found.status,
+                found.x, made.detach(), psnr(made.detach(), y), found.status,
                 found.stats.f_evals, found.stats.vjps,
             )
         )  # fmt: skip
@@ -117,9 +121,9 @@ def fit_latents(
     """Latents alone of many images (uint8), without verification; to build a prior from."""
     model, out = WithLatent(decoder), []
     device = next(decoder.parameters()).device
+    method = with_step_size(Joint(max_iter=iterations), decoder)
     for part in tqdm(images.split(batch_size), desc=desc, disable=desc is None):
         objective = SquaredError(to_unit(part.to(device)), latent_penalty)
-        method = Joint(max_iter=iterations)
         out.append(joint_solution(model, decoder.zeros(len(part)), objective, method=method).x)
     return torch.cat(out)
 
@@ -128,6 +132,76 @@ def fit_latents(
 def decode(decoder: MDEQDecoder, latents: Tensor, batch_size: int = 256) -> Tensor:
     """Images of latents, ``(n, c, h, w)`` in [0, 1]."""
     return torch.cat([decoder(part) for part in latents.split(batch_size)])
+
+
+@dataclass(frozen=True)
+class LatentPrior:
+    """A density of latents to draw from: a mixture of Gaussians with full covariances.
+
+    Attributes:
+        mixture: scikit-learn's, fitted to flattened latents in float64.
+        latent_shape: of one latent.
+        bic: Bayesian information criterion of every number of components tried; the least won.
+    """
+
+    mixture: GaussianMixture
+    latent_shape: tuple[int, ...]
+    bic: dict[int, float]
+
+    @property
+    def components(self) -> int:
+        """How many Gaussians."""
+        count: int = self.mixture.n_components
+        return count
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """New latents ``(count, *latent_shape)``, float32, on the CPU."""
+        self.mixture.random_state = seed
+        drawn, _ = self.mixture.sample(count)  # sorted by component
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return torch.from_numpy(drawn)[order].float().reshape(count, *self.latent_shape)
+
+    def __str__(self) -> str:
+        if len(self.bic) == 1:
+            return "a Gaussian" if self.components == 1 else f"{self.components} Gaussians"
+        tried = ", ".join(str(k) for k in self.bic)
+        return f"a mixture of {self.components} Gaussians (of {tried} by BIC)"
+
+
+def fit_prior(
+    latents: Tensor,
+    *,
+    prior: Prior = "gmm",
+    components: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    seed: int = 0,
+) -> LatentPrior:
+    """A density fitted to ``latents``.
+
+    Args:
+        latents: fitted ones, ``(n, *latent_shape)``.
+        prior: "gaussian", one Gaussian with full covariance; "gmm", a mixture of them.
+        components: numbers of components tried, those that leave each more latents than they have
+            dimensions; the one of least BIC is taken.
+        seed: of the mixture's initialisation.
+
+    Raises:
+        ValueError: an unknown prior, or fewer than two latents.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    if prior not in ("gaussian", "gmm"):
+        raise ValueError(f"prior must be 'gaussian' or 'gmm', got {prior!r}")
+    flat = latents.detach().cpu().flatten(1).double()
+    if len(flat) < 2:
+        raise ValueError(f"a prior needs two latents at least, got {len(flat)}")
+    tried = [k for k in components if k * flat.shape[1] < len(flat)] if prior == "gmm" else []
+    mixtures = [
+        GaussianMixture(k, random_state=seed, reg_covar=1e-4).fit(flat.numpy())
+        for k in tried or [1]
+    ]
+    bic = {m.n_components: float(m.bic(flat.numpy())) for m in mixtures}
+    best = min(mixtures, key=lambda m: bic[m.n_components])
+    return LatentPrior(best, tuple(latents.shape[1:]), bic)
 
 
 def sample_latents(
@@ -140,32 +214,8 @@ def sample_latents(
 ) -> Tensor:
     """New latents ``(count, *latent_shape)`` from a density fitted to ``latents``.
 
-    Args:
-        latents: fitted ones, ``(n, *latent_shape)``.
-        count: how many to draw.
-        prior: "gaussian", one Gaussian with full covariance; "gmm", a mixture of them.
-        components: numbers of components tried; the one of least BIC is taken.
-        seed: of the mixture's initialisation and of the draw.
-
-    Raises:
-        ValueError: an unknown prior, or fewer than two latents.
+    ``fit_prior(...).sample(count)``: see :func:`fit_prior`. They are like ``latents`` in type and
+    device.
     """
-    from sklearn.mixture import GaussianMixture
-
-    if prior not in ("gaussian", "gmm"):
-        raise ValueError(f"prior must be 'gaussian' or 'gmm', got {prior!r}")
-    flat = latents.detach().cpu().flatten(1).double()
-    if len(flat) < 2:
-        raise ValueError(f"a prior needs two latents at least, got {len(flat)}")
-    # a component with a full covariance needs more latents than dimensions
-    tried = [k for k in components if k * flat.shape[1] < len(flat)] if prior == "gmm" else []
-    mixtures = [
-        GaussianMixture(k, random_state=seed, reg_covar=1e-4).fit(flat.numpy())
-        for k in tried or [1]
-    ]
-    best = min(mixtures, key=lambda mixture: mixture.bic(flat.numpy()))
-    best.random_state = seed
-    drawn, _ = best.sample(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    new = torch.from_numpy(drawn)[order].to(latents)
-    return new.reshape(count, *latents.shape[1:])
+    fitted = fit_prior(latents, prior=prior, components=components, seed=seed)
+    return fitted.sample(count, seed).to(latents)

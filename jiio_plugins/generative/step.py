@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +42,25 @@ class SquaredError:
         image, u = output
         error = (image.to(self.images.dtype) - self.images).square().flatten(1).sum(1)
         return error + self.penalty * u.square().flatten(1).sum(1)
+
+
+def default_step_size(decoder: MDEQDecoder) -> float:
+    """``2.5 √(sites / pixels)``, in units of u² / squared error.
+
+    A latent's gradient is a sum over the pixels that it reaches: all ``c · h · w`` of an image for
+    a vector, and the fewer the more sites (height × width) a spatial latent has. Trained generators
+    compensate for some of that, which leaves the root. The constant was measured on the shipped
+    ones: 0.31 for 8×8 digits and 0.09 for 28×28 garments fit as well as the best step does.
+    """
+    sites = math.prod(decoder.latent_shape[1:])
+    return float(2.5 * (sites / math.prod(decoder.image_shape)) ** 0.5)
+
+
+def with_step_size(method: Method, decoder: MDEQDecoder) -> Method:
+    """The method with the decoder's default step where it names none."""
+    if method.step_size is not None:
+        return method
+    return replace(method, step_size=default_step_size(decoder))
 
 
 class Encoder(nn.Module):
@@ -90,7 +111,8 @@ class TrainingStep(nn.Module):
         decoder: the generator.
         encoder: makes the first guess, and learns to; None: ``start`` does.
         config: iterations, penalties.
-        method: what fits the latents; None: :class:`Joint` with the config's iterations.
+        method: what fits the latents; None: :class:`Joint` with the config's iterations. Without a
+            step size it takes :func:`default_step_size`.
     """
 
     def __init__(
@@ -102,12 +124,8 @@ class TrainingStep(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.encoder = WithLatent(decoder), encoder
-        self.method = method or Joint(
-            max_iter=config.iterations,
-            warmup=config.warmup,
-            step_size=config.step_size,
-            final_step_size=config.step_size,
-        )
+        joint = Joint(max_iter=config.iterations, warmup=config.warmup, step_size=config.step_size)
+        self.method = with_step_size(method or joint, decoder)
         self.latent_penalty = config.latent_penalty
         self.jacobian_weight = config.jacobian_weight
         self.refine = config.refine

@@ -182,10 +182,10 @@ class _Run:
                 seen += len(rows) * self.fabric.world_size
                 if on_step is not None:
                     on_step(self.done, result)
+                bar.update()
                 if self.done % 10 == 0 or self.done == self.total or self.done <= 3:
                     rate, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
                     self._log(result, rate, bar)
-                bar.update()
                 if self.done % config.checkpoint_every == 0:
                     self.save()
                 if self.done % config.pictures_every == 0 and rank_zero:

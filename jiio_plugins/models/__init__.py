@@ -2,12 +2,14 @@
 
 from jiio_plugins.models.conv import ConvDEQClassifier
 from jiio_plugins.models.decoder import MDEQDecoder
+from jiio_plugins.models.features import ConvFeatures
 from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
 from jiio_plugins.models.pretrained import available_weights, load_pretrained
 
 __all__ = [
     "ConvDEQClassifier",
+    "ConvFeatures",
     "MDEQCell",
     "MDEQClassifier",
     "MDEQDecoder",

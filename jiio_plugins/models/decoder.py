@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class MDEQDecoder(nn.Module):
     """Generator ``u → σ(h(z*))`` with ``z* = f(z*, inject(u))``; images in [0, 1].
 
-    The latent becomes a coarse map (a vector through a linear layer, a spatial latent as it is).
-    A 1×1 convolution and bilinear resizing bring it to every scale of the :class:`MDEQCell`, so
-    coarse and fine states both see it. The image is read off the finest scale.
+    The latent becomes a map: a vector through a linear layer at the coarsest scale; a spatial one
+    through a 3×3 convolution and a pixel shuffle at the finest scale, for an upsampling that treats
+    all places alike could not draw anything smaller than a site of the latent. A 1×1 convolution
+    and bilinear resizing bring the map to every scale of the :class:`MDEQCell`, so coarse and fine
+    states both see it. The image is read off the finest scale.
 
     Args:
         latent_shape: ``d`` for a vector, or ``(c, h, w)`` for a spatial latent.
@@ -83,15 +85,20 @@ class MDEQDecoder(nn.Module):
             (height // (stride * 2**s), width // (stride * 2**s)) for s in range(len(channels))
         ]
         if len(self.latent_shape) == 1:
-            coarse: tuple[int, ...] = (channels[-1], *self.sizes[-1])
-            self.embed: nn.Module = nn.Sequential(
-                nn.Linear(self.latent_shape[0], coarse[0] * coarse[1] * coarse[2]),
-                nn.Unflatten(1, coarse),
+            width, size = channels[-1], self.sizes[-1]
+            self.embed = nn.Sequential(
+                nn.Linear(self.latent_shape[0], width * size[0] * size[1]),
+                nn.Unflatten(1, (width, *size)),
             )
         else:
-            coarse = self.latent_shape
-            self.embed = nn.Identity()
-        self.inject = nn.ModuleList(nn.Conv2d(coarse[0], c, 1) for c in channels)
+            width = channels[0]
+            pairs = zip(self.sizes[0], self.latent_shape[1:], strict=True)
+            finer = max(1, min(fine // own for fine, own in pairs))
+            self.embed = nn.Sequential(
+                nn.Conv2d(self.latent_shape[0], width * finer**2, 3, padding=1),
+                nn.PixelShuffle(finer),
+            )
+        self.inject = nn.ModuleList(nn.Conv2d(width, c, 1) for c in channels)
         cell = MDEQCell(channels, expansion, groups)
         _make_contractive(cell)
         self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
@@ -111,9 +118,9 @@ class MDEQDecoder(nn.Module):
                 f"latents must have shape (rows, {', '.join(map(str, self.latent_shape))}), "
                 f"got {tuple(u.shape)}"
             )
-        coarse = self.embed(u)
+        embedded = self.embed(u)
         return tuple(
-            interpolate(conv(coarse), size, mode="bilinear", align_corners=False)
+            interpolate(conv(embedded), size, mode="bilinear", align_corners=False)
             for conv, size in zip(self.inject, self.sizes, strict=True)
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 
 from jiio_plugins.models.decoder import MDEQDecoder
+from jiio_plugins.models.features import ConvFeatures
 from jiio_plugins.models.mdeq import MDEQClassifier
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ GENERATORS: dict[str, Callable[[], nn.Module]] = {
         latent_shape=64, image_shape=(1, 28, 28), channels=(16, 32), stride=2
     ),
 }
-ARCHITECTURES = CLASSIFIERS | GENERATORS
+FEATURES: dict[str, Callable[[], nn.Module]] = {"fashion-mnist-features": ConvFeatures}
+ARCHITECTURES = CLASSIFIERS | GENERATORS | FEATURES
 
 
 def available_weights() -> tuple[str, ...]:
@@ -38,12 +40,12 @@ def available_weights() -> tuple[str, ...]:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """A trained classifier or generator in eval mode, on the CPU.
+    """A trained classifier, generator or feature network in eval mode, on the CPU.
 
     Args:
         name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel), classifiers;
-            "digits-generator" (latent 16) or "fashion-mnist-generator" (latent 64). Images are in
-            [0, 1].
+            "digits-generator" (latent 16) or "fashion-mnist-generator" (latent 64);
+            "fashion-mnist-features", which sets of garments are compared by. Images are in [0, 1].
 
     Raises:
         ValueError: an unknown name.

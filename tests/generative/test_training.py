@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -18,10 +19,22 @@ from torch import Tensor
 
 from jiio_plugins import Anderson, Joint, checkpoint
 from jiio_plugins.data import load_digits
-from jiio_plugins.generative import Architecture, TrainConfig, load_generator, train
-from jiio_plugins.generative.files import CHECKPOINT, GENERATOR, load_checkpoint, save_checkpoint
-from jiio_plugins.generative.step import SquaredError, WithLatent
-from jiio_plugins.models import MDEQDecoder
+from jiio_plugins.generative import Architecture, TrainConfig, fit, load_generator, train
+from jiio_plugins.generative.files import (
+    CHECKPOINT,
+    GENERATOR,
+    load_checkpoint,
+    save_checkpoint,
+    save_generator,
+)
+from jiio_plugins.generative.pictures import write_sheet
+from jiio_plugins.generative.step import (
+    SquaredError,
+    TrainingStep,
+    WithLatent,
+    default_step_size,
+)
+from jiio_plugins.models import MDEQDecoder, load_pretrained
 from jiio_plugins.training import envelope_loss, joint_solution
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +231,99 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_run_goes_on_after_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2))
+    weights = load_file(out / GENERATOR)
+    write = Path.open
+
+    def full(self: Path, mode: str = "r", **rest: Any) -> Any:
+        return write(Path("/dev/full") if self.suffix == ".tmp" else self, mode, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match=r"could not write checkpoint.pt; the one before is kept"):
+            train(config(out, steps=4, resume=True))
+        with pytest.raises(OSError, match=r"could not write g.safetensors: .*Free some space"):
+            save_generator(out / "g.safetensors", SMALL.build((1, 8, 8)), SMALL)
+    assert states(out)["step"] == 2
+    assert_same(load_file(out / GENERATOR), weights)
+    train(config(out, steps=4, resume=True))
+    whole = config(tmp_path / "whole", steps=4)
+    train(whole)
+    assert_same(states(out)["training"], states(whole.out)["training"])
+
+
+def test_unreadable_files_are_skipped_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k, image in enumerate(load_digits("test")[0][:20]):
+        write_sheet(pictures / f"{k:02d}.png", image[None], 1)
+    (pictures / "broken.png").write_bytes(b"no image")
+    settings = config(tmp_path / "run", data=str(pictures), resize=8, batch_size=8, steps=2)
+    train(settings)
+    printed = capsys.readouterr().out
+    assert f"skipped, not readable: {pictures / 'broken.png'}" in printed
+    assert "18 training and 2 held-out images (1, 8, 8), 1 files skipped" in printed
+
+
+# Memory -----------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
+    """Number and size of all live tensors at the end of each epoch, with checkpoints in each."""
+    seen: list[tuple[int, int]] = []
+
+    def look(step: int, _: Any) -> None:
+        if step % 3 == 0:
+            gc.collect()
+            live = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+            seen.append((len(live), sum(t.nbytes for t in live)))
+
+    settings = config(
+        tmp_path / "run", latents="table", batch_size=432, epochs=5, steps=None, iterations=1,
+        warmup=1, checkpoint_every=3, pictures_every=3, latents_kept=16,
+    )  # fmt: skip
+    train(settings, on_step=look)
+    assert len(seen) == 5
+    assert len(set(seen[1:])) == 1  # the first epoch ends before the first checkpoint
+
+
+# The step size ----------------------------------------------------------------------------------
+
+
+def test_default_step_size_by_the_sizes_of_latent_and_image(tmp_path: Path) -> None:
+    digits: Any = load_pretrained("digits-generator")
+    assert default_step_size(digits) == pytest.approx(2.5 / 8)
+    spatial = MDEQDecoder(latent_shape=(4, 7, 7), image_shape=(1, 28, 28))
+    assert default_step_size(spatial) == pytest.approx(2.5 / 4)
+    settings = config(tmp_path / "run", step_size=None)
+    assert TrainConfig.from_json(settings.to_json()).step_size is None
+    assert TrainingStep(digits, None, settings).method.step_size == pytest.approx(2.5 / 8)
+    assert TrainingStep(digits, None, config(tmp_path / "run")).method.step_size == 0.3
+    x, _ = load_digits("test")
+    default, by_hand, too_small = (
+        float(fit(digits, x[:24], method=Joint(max_iter=10, step_size=step)).psnr.mean())
+        for step in (None, 0.3, 0.03)
+    )
+    assert default > by_hand - 0.1 > too_small
+
+
 # Several processes ------------------------------------------------------------------------------
+
+RANK = """
+import os, sys, torch, tyro
+from jiio_plugins._cli_generative import TrainGenerator
+from jiio_plugins.generative import train
+
+config = tyro.cli(TrainGenerator, args=sys.argv[2:])
+torch.save(train(config).decoder.state_dict(), config.out / f"rank{os.environ['RANK']}.pt")
+"""
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
@@ -226,7 +331,8 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = ("--steps", "40", "--lr", "1e-2")
     single = run(one, *options)
-    double = run(two, *options, launcher=(*torchrun, "-m", "jiio_plugins"))
+    (tmp_path / "rank.py").write_text(RANK)
+    double = run(two, *options, launcher=(*torchrun, str(tmp_path / "rank.py")))
     outputs = [process.communicate()[0] for process in (single, double)]
     assert single.returncode == 0, outputs[0]
     assert double.returncode == 0, outputs[1]
@@ -234,6 +340,8 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     visited = states(two)["table"].any(1)
     assert int(visited.sum()) == int(states(one)["table"].any(1).sum()) == 40 * 16
     assert int(visited[0::2].sum()) == int(visited[1::2].sum())
+    weights = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same(*weights)
     x, _ = load_digits("test")
     errors = []
     for out in (one, two):

@@ -157,7 +157,7 @@ def test_a_generator_says_how_to_build_it(tmp_path: Path) -> None:
 def test_sample_and_fit_from_the_shell(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    main(["sample", str(folder), "--count", "6", "--prior", "gaussian"])
+    main(["sample", str(folder), "--count", "6", "--prior", "gaussian", "--no-metrics"])
     with Image.open(folder / "samples-gaussian.png") as sheet:
         assert len(set(sheet.get_flattened_data())) > 10  # not blank
     pictures = tmp_path / "pictures"
