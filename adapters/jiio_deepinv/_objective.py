@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from deepinv.optim import DataFidelity, Prior
     from deepinv.physics import Physics
 
+PROBES, RADIUS = 8, 0.5  # directions in which the generator's gain is measured, and how far
+
 
 class Latents(nn.Module):
     """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, u, r)``.
@@ -41,10 +43,27 @@ class Latents(nn.Module):
         self.image_shape, self.dtype = tuple(images.shape[1:]), images.dtype
         return images
 
-    def open_range(self, flat: Tensor, like: Tensor, ratio: Tensor) -> Tensor:
-        """V for latents whose images are ``like``, r = 0; ``ratio`` is ρ / s, ``(batch,)``."""
-        c = (1 + ratio).rsqrt().to(flat.dtype)
-        return torch.cat([flat, torch.zeros_like(_real(like)).to(flat.dtype), c[:, None]], dim=1)
+    @torch.no_grad()
+    def probe(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """G(0), ``(1, *image_shape)``, and how much G lengthens a step from there, squared.
+
+        That is the largest ``‖G(δ) − G(0)‖² / ‖δ‖²`` of some random δ that are always the same:
+        about the curvature of ``‖G(u) − x‖² / 2``. It grows with the number of pixels.
+        """
+        draw = torch.Generator().manual_seed(0)
+        delta = torch.randn(PROBES, self.size, generator=draw).to(like)
+        delta = torch.cat([torch.zeros_like(delta[:1]), RADIUS * nn.functional.normalize(delta)])
+        images = self.images(delta)
+        change = _real(images[1:] - images[:1]).square().sum(1)
+        gain = (change.amax() / RADIUS**2).to(like.dtype)
+        return images[:1], torch.where(gain > 0, gain, torch.ones_like(gain))
+
+    def open_range(self, flat: Tensor, ratio: Tensor) -> Tensor:
+        """The v of these latents and r = 0; ``ratio``: curvature in r over s, ``(batch,)``."""
+        assert self.dtype is not None
+        pixels = torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
+        c = ratio.rsqrt().to(flat.dtype)
+        return torch.cat([flat, flat.new_zeros(len(flat), pixels), c[:, None]], dim=1)
 
     def forward(self, v: Tensor) -> Tensor:
         """``(rows, pixels + latent + added pixels)``."""
@@ -74,11 +93,13 @@ def _real(images: Tensor) -> Tensor:
 class Objective:
     """``(data(x, y) + w prior(x) + λ/2 ‖u‖² + ρ/2 ‖r‖²) / s`` per sample.
 
-    s is the curvature of the data term along the generator's first image, so that one step size
-    serves all operators and noise levels; it moves no minimum. See :func:`curvature`.
+    s is about the curvature in u, so that one step size serves all operators, noise levels and
+    generators; it moves no minimum. It is that of the data term along the generator's image at zero
+    (:func:`curvature`) times the generator's gain (:meth:`Latents.probe`).
 
     Attributes:
-        scale: s, ``(batch,)``; None before the first call.
+        stiffness: curvature of the data term in x, ``(batch,)``.
+        scale: s, ``(batch,)``.
         image: the image of the last call.
     """
 
@@ -90,27 +111,24 @@ class Objective:
         self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
         self.range_penalty = range_penalty
-        self.scale: Tensor | None = None
         self.image: Tensor | None = None
 
-    def start(self, image: Tensor) -> Tensor:
-        """The scale, from the first image."""
-        if self.scale is None:
-            self._check(image.detach())
-            self.scale = curvature(self.fidelity, image.detach())
-        return self.scale
+    def measure(self, image: Tensor, gain: Tensor) -> None:
+        """Take s from the images of zero and the generator's gain; raise where all does not fit."""
+        self._check(image)
+        self.stiffness = curvature(self.fidelity, image)
+        self.scale = self.stiffness * gain
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(batch,)``."""
         image, u, r = self.model.split(output)
-        scale = self.start(image)
         self.image = image.detach()
         total = self.fidelity(image)
         if self.prior is not None:
             total = total + self.prior_weight * self.prior(image).reshape(len(image), -1).sum(1)
         total = total + 0.5 * self.latent_penalty * u.square().sum(1)
         total = total + 0.5 * self.range_penalty * r.square().sum(1)
-        return (total / scale).to(u.dtype)
+        return (total / self.scale).to(u.dtype)
 
     def fidelity(self, image: Tensor) -> Tensor:
         """The data term, ``(batch,)``."""

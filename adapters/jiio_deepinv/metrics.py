@@ -32,7 +32,6 @@ class Metrics:
 
         def see(progress: Progress) -> None:
             assert objective.image is not None
-            assert objective.scale is not None
             self.cost.append(progress.loss * objective.scale)
             self._image(objective.image)
 

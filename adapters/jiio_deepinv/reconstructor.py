@@ -22,6 +22,7 @@ from jiio_deepinv._checks import (
 from jiio_deepinv._objective import Latents, Objective
 from jiio_deepinv.likelihoods import likelihood_of, per_sample
 from jiio_deepinv.metrics import Metrics
+from jiio_plugins import count_evaluations
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import check_method, optimize_input
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     Init = Tensor | Callable[[Any, Physics], Tensor]
 
 MEMORY = 10  # of the mixing: five is too little for latents of 64 dimensions
-STEP = 0.1
+STEP = 1.0
 
 
 class JIIOReconstructor(Reconstructor):
@@ -65,8 +66,9 @@ class JIIOReconstructor(Reconstructor):
         init: where u starts, ``(B, *latent_shape)`` or ``init(y, physics)``, such as an encoder (it
             gets no gradient); None: zero.
         iters: steps on u.
-        step_size: in units of u² / data term, the data term having curvature 1 along the
-            generator's images. A step too long is halved as often as needed, per sample.
+        step_size: in units of the inverse curvature in u, which is estimated per sample from the
+            physics, the likelihood and the generator's gain. A step too long is halved as often as
+            needed, per sample.
         tol: relative residual of state, adjoint and u at which a sample is finished.
         method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
             ``iters``, ``step_size`` and ``tol``.
@@ -180,10 +182,13 @@ class JIIOReconstructor(Reconstructor):
                 self.range_penalty or 0.0,
             )  # fmt: skip
             v = start.flatten(1)
+            with count_evaluations() as probing:
+                image, gain = model.probe(v)
+            objective.measure(image.expand(len(v), *image.shape[1:]).contiguous(), gain)
             if self.range_penalty is not None:
-                with torch.no_grad():
-                    first = model.images(v)
-                v = model.open_range(v, first, self.range_penalty / objective.start(first))
+                v = model.open_range(
+                    v, (objective.stiffness + self.range_penalty) / objective.scale
+                )
             solution = optimize_input(
                 model,
                 v,
@@ -197,13 +202,16 @@ class JIIOReconstructor(Reconstructor):
             image, _, _ = model.split(model(v) if v.requires_grad else solution.output.detach())
         assert solution.value is not None
         assert solution.stats.model_value is not None
-        assert objective.scale is not None
         scale = objective.scale.to(solution.value.dtype)
         self._solution = replace(
             solution,
             x=v.detach(),
             value=solution.value * scale,
-            stats=replace(solution.stats, model_value=solution.stats.model_value * scale),
+            stats=replace(
+                solution.stats,
+                f_evals=solution.stats.f_evals + probing.f_evals / len(v),
+                model_value=solution.stats.model_value * scale,
+            ),
         )
         return image
 

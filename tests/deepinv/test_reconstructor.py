@@ -73,11 +73,11 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     model = reconstructor(iters=30)
     with torch.no_grad():
         together = model(y, physics)
-        evals = model.solution.stats.f_evals
+        iterations = model.solution.stats.iterations
         for i, sigma in enumerate((0.1, 0.2, 0.4)):
             alone = model(y[i : i + 1], Denoising(GaussianNoise(sigma)))
             torch.testing.assert_close(alone[0], together[i], rtol=1e-7, atol=1e-7)
-            assert model.solution.stats.f_evals[0] == evals[i]
+            assert model.solution.stats.iterations[0] == iterations[i]
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.4, 3.0])
@@ -168,7 +168,7 @@ def test_the_start() -> None:
         first = model(y, physics)
         cold, latents = model.solution.stats.iterations, model.latents
         again = model(y, physics, init=latents)
-        assert (model.solution.stats.iterations < 0.5 * cold).all()
+        assert (model.solution.stats.iterations < cold).all()
         torch.testing.assert_close(again, first, rtol=1e-3, atol=1e-3)
         by_call = model(y, physics, init=lambda y, physics: latents)
         torch.testing.assert_close(by_call, again, rtol=0, atol=0)
@@ -180,7 +180,7 @@ def test_the_nested_loop_in_its_place() -> None:
     _, y, physics = measured()
     with torch.no_grad():
         joint = reconstructor(iters=200)
-        nested = reconstructor(method=Nested(max_iter=150, step_size=0.3))
+        nested = reconstructor(method=Nested(max_iter=150, step_size=1.0))
         torch.testing.assert_close(nested(y, physics), joint(y, physics), rtol=0.02, atol=0.01)
     assert (nested.solution.stats.f_evals > joint.solution.stats.f_evals).all()
 
@@ -324,7 +324,7 @@ def test_nothing_of_the_callers_is_changed(fails: bool) -> None:
     physics = kind(filter=torch.ones(1, 1, 3, 3).double() / 9, padding="circular")
     physics.set_noise_model(GaussianNoise(0.1, rng=torch.Generator().manual_seed(0)))
     _, y, _ = measured(Denoising(GaussianNoise(0.1)))
-    model = reconstructor(iters=40)
+    model = reconstructor(iters=100, latent_penalty=30.0)
     model.generator.head.weight.requires_grad_(False)
     model.train()
     model.generator.head.eval()

@@ -14,11 +14,13 @@ from tests.helpers import TIGHT, TanhCell, linear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from jiio_plugins import Solver
+
 
 class Generator(nn.Module):
     """``u -> σ(W z* + b)`` with ``z* = tanh(V z* + E u)``; with a complex dtype ``σ(...)`` twice.
 
-    Float64 and solved tightly, but for the images' dtype.
+    In float64 and solved tightly, whatever the images' dtype.
     """
 
     def __init__(
@@ -29,13 +31,14 @@ class Generator(nn.Module):
         dtype: torch.dtype = torch.float64,
         n: int = 8,
         seed: int = 0,
+        solver: Solver = TIGHT,
     ) -> None:
         super().__init__()
         self.latent_shape, self.image_shape = tuple(latent_shape), tuple(image_shape)
         self.dtype = dtype
         pixels = torch.Size(image_shape).numel() * (1 + dtype.is_complex)
         self.embed = linear(torch.Size(latent_shape).numel(), n, seed + 1)
-        self.equilibrium = Equilibrium(TanhCell(n, 0.5, seed + 2), solver=TIGHT)
+        self.equilibrium = Equilibrium(TanhCell(n, 0.5, seed + 2), solver=solver)
         self.head = linear(n, pixels, seed + 3)
 
     def forward(self, u: Tensor) -> Tensor:
