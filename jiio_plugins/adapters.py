@@ -34,7 +34,7 @@ def load_adapter(name: str) -> ModuleType:
     """Import an adapter package.
 
     Args:
-        name: "art", "learn2learn", "torchattacks" (see :func:`available_adapters`).
+        name: "art", "deepinv", "learn2learn", "torchattacks" (see :func:`available_adapters`).
 
     Returns:
         The module, e.g. ``jiio_art``.

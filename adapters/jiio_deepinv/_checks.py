@@ -1,0 +1,101 @@
+"""What a reconstructor accepts, and the errors that say so."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepinv.optim import DataFidelity, Prior
+from deepinv.utils import TensorList
+from torch import Tensor, nn
+
+from jiio_plugins import Equilibrium
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deepinv.physics import Physics
+
+
+def parts(y: Any) -> list[Tensor]:
+    """The tensors of y."""
+    return list(y.x) if isinstance(y, TensorList) else [y]
+
+
+def shapes(y: Any) -> list[tuple[int, ...]]:
+    """Their shapes."""
+    return [tuple(t.shape) for t in parts(y)]
+
+
+def check_modules(
+    generator: nn.Module, data_fidelity: DataFidelity | None, prior: Prior | None
+) -> None:
+    """Raise unless these are what the names say."""
+    if not isinstance(generator, nn.Module):
+        raise TypeError(f"generator must be an nn.Module, got {type(generator).__name__}")
+    if not any(isinstance(module, Equilibrium) for module in generator.modules()):
+        raise ValueError(
+            "the generator has no jiio_plugins.Equilibrium layer: there is nothing to optimise "
+            "jointly. For other generators use deepinv.models.CSGMGenerator"
+        )
+    if data_fidelity is not None and not isinstance(data_fidelity, DataFidelity):
+        raise TypeError(
+            "data_fidelity must be a deepinv.optim.DataFidelity, got "
+            f"{type(data_fidelity).__name__}"
+        )
+    if prior is not None and not isinstance(prior, Prior):
+        raise TypeError(f"prior must be a deepinv.optim.Prior, got {type(prior).__name__}")
+    if prior is not None and not prior.explicit_prior:
+        raise ValueError(
+            f"{type(prior).__name__} has no value to minimise (explicit_prior is False): give a "
+            "prior that has one, such as deepinv.optim.TVPrior()"
+        )
+
+
+def latent_shape_of(generator: nn.Module, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one latent, as given or as the generator tells it."""
+    shape: Any = given if given is not None else getattr(generator, "latent_shape", None)
+    if shape is None:
+        raise ValueError(
+            "the generator does not tell its latent_shape: give latent_shape=64, or (c, h, w)"
+        )
+    sizes: tuple[int, ...] = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"latent_shape must hold positive integers, got {given!r}")
+    return sizes
+
+
+def check_weights(**weights: float) -> None:
+    """Raise unless these are finite numbers, not negative."""
+    for name, value in weights.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number, not negative, got {value}")
+
+
+def check_measurements(y: Any) -> None:
+    """Raise unless ``y`` is a finite batch of measurements."""
+    if not isinstance(y, (Tensor, TensorList)):
+        raise TypeError(f"y must be a tensor or a deepinv TensorList, got {type(y).__name__}")
+    for part in parts(y):
+        if not (part.is_floating_point() or part.is_complex()):
+            raise TypeError(f"y must be floating point or complex, got {part.dtype}")
+        if part.ndim < 2 or not len(part):
+            raise ValueError(f"y must be batch first and not empty, got shape {tuple(part.shape)}")
+        finite = torch.isfinite(part)
+        if not bool(finite.all()):
+            bad = int((~finite.flatten(1).all(1)).nonzero()[0])
+            raise ValueError(f"y holds NaN or Inf (first in sample {bad}): clean the measurements")
+
+
+def usable(y: Any) -> Any:
+    """``y`` as autograd takes it: a tensor made in inference mode is cloned."""
+    if not any(part.is_inference() for part in parts(y)):
+        return y
+    return y.clone()
+
+
+def usable_physics(physics: Physics) -> Physics:
+    """The physics, or where inference mode made some of its tensors a copy that has others."""
+    tensors = [*physics.parameters(), *physics.buffers()]
+    return copy.deepcopy(physics) if any(t.is_inference() for t in tensors) else physics

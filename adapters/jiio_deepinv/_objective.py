@@ -1,0 +1,205 @@
+"""The variational problem in a generator's latents, as an objective of the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_deepinv._checks import shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deepinv.optim import DataFidelity, Prior
+    from deepinv.physics import Physics
+
+PROBES, RADIUS = 8, 0.5  # directions in which the generator's gain is measured, and how far
+
+
+class Latents(nn.Module):
+    """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, u, r)``.
+
+    v is the flat latent u; after :meth:`open_range` it is ``(u, r/c, c)`` with ``x = G(u) + r``,
+    where c is a constant of each row that brings the curvature in r/c to 1. One flat tensor is what
+    the engine can evaluate row by row; :meth:`split` takes it apart.
+    """
+
+    def __init__(self, generator: nn.Module, latent_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.generator, self.latent_shape = generator, tuple(latent_shape)
+        self.size = torch.Size(latent_shape).numel()
+        self.image_shape: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+
+    def images(self, flat: Tensor) -> Tensor:
+        """G of flat latents."""
+        images = self.generator(flat.unflatten(1, self.latent_shape))
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"the generator must return images, a tensor, got {type(images).__name__}"
+            )
+        self.image_shape, self.dtype = tuple(images.shape[1:]), images.dtype
+        return images
+
+    @torch.no_grad()
+    def probe(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """G(0), ``(1, *image_shape)``, and how much G lengthens a step from there, squared.
+
+        That is the largest ``‖G(δ) − G(0)‖² / ‖δ‖²`` of some random δ that are always the same:
+        about the curvature of ``‖G(u) − x‖² / 2``. It grows with the number of pixels.
+        """
+        draw = torch.Generator().manual_seed(0)
+        delta = torch.randn(PROBES, self.size, generator=draw).to(like)
+        delta = torch.cat([torch.zeros_like(delta[:1]), RADIUS * nn.functional.normalize(delta)])
+        images = self.images(delta)
+        change = _real(images[1:] - images[:1]).square().sum(1)
+        gain = (change.amax() / RADIUS**2).to(like.dtype)
+        return images[:1], torch.where(gain > 0, gain, torch.ones_like(gain))
+
+    def open_range(self, flat: Tensor, ratio: Tensor) -> Tensor:
+        """The v of these latents and r = 0; ``ratio``: curvature in r over s, ``(batch,)``."""
+        assert self.dtype is not None
+        pixels = torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
+        c = ratio.rsqrt().to(flat.dtype)
+        return torch.cat([flat, flat.new_zeros(len(flat), pixels), c[:, None]], dim=1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """``(rows, pixels + latent + added pixels)``."""
+        flat, rest = v[:, : self.size], v[:, self.size :]
+        image = _real(self.images(flat))
+        if not rest.shape[1]:
+            return torch.cat([image, flat], dim=1)
+        r = rest[:, :-1] * rest[:, -1:].detach()
+        return torch.cat([image + r, flat, r], dim=1)
+
+    def split(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, flat u and flat r, which has no columns where the image is the generator's."""
+        assert self.dtype is not None
+        pixels = torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
+        image, u, r = output.split([pixels, self.size, output.shape[1] - pixels - self.size], dim=1)
+        if self.dtype.is_complex:
+            pairs = image.contiguous().reshape(-1, *self.image_shape, 2)
+            return torch.view_as_complex(pairs).to(self.dtype), u, r
+        return image.reshape(-1, *self.image_shape).to(self.dtype), u, r
+
+
+def _real(images: Tensor) -> Tensor:
+    """Flat and real, ``(batch, pixels)``."""
+    return (torch.view_as_real(images) if images.is_complex() else images).flatten(1)
+
+
+class Objective:
+    """``(data(x, y) + w prior(x) + λ/2 ‖u‖² + ρ/2 ‖r‖²) / s`` per sample.
+
+    s is about the curvature in u, so that one step size serves all operators, noise levels and
+    generators; it moves no minimum. It is that of the data term along the generator's image at zero
+    (:func:`curvature`) times the generator's gain (:meth:`Latents.probe`).
+
+    Attributes:
+        stiffness: curvature of the data term in x, ``(batch,)``.
+        scale: s, ``(batch,)``.
+        image: the image of the last call.
+    """
+
+    def __init__(
+        self, model: Latents, y: Any, physics: Physics, data: DataFidelity, prior: Prior | None,
+        prior_weight: float, latent_penalty: float, range_penalty: float,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.y, self.physics, self.data, self.prior = y, physics, data, prior
+        self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
+        self.range_penalty = range_penalty
+        self.image: Tensor | None = None
+
+    def measure(self, image: Tensor, gain: Tensor) -> None:
+        """Take s from the images of zero and the generator's gain; raise where all does not fit."""
+        self._check(image)
+        self.stiffness = curvature(self.fidelity, image)
+        self.scale = self.stiffness * gain
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """``(batch,)``."""
+        image, u, r = self.model.split(output)
+        self.image = image.detach()
+        total = self.fidelity(image)
+        if self.prior is not None:
+            total = total + self.prior_weight * self.prior(image).reshape(len(image), -1).sum(1)
+        total = total + 0.5 * self.latent_penalty * u.square().sum(1)
+        total = total + 0.5 * self.range_penalty * r.square().sum(1)
+        return (total / self.scale).to(u.dtype)
+
+    def fidelity(self, image: Tensor) -> Tensor:
+        """The data term, ``(batch,)``."""
+        value = self.data(image, self.y, self.physics)
+        if not isinstance(value, Tensor) or value.shape != (len(image),):
+            got = getattr(value, "shape", type(value).__name__)
+            raise ValueError(
+                f"data_fidelity(x, y, physics) must return one value per sample, shape "
+                f"({len(image)},), got {got}"
+            )
+        return value
+
+    def _check(self, image: Tensor) -> None:
+        """Say what does not fit, before a deeper layer does."""
+        expected = getattr(self.physics, "img_size", None)
+        shape = tuple(image.shape[1:])
+        try:
+            with torch.no_grad():
+                made = self.physics.A(image)
+        except Exception as error:
+            wants = "" if expected is None else f"; the physics' img_size is {tuple(expected)}"
+            raise ValueError(
+                f"the physics does not take the generator's images, shape (batch, "
+                f"{', '.join(map(str, shape))}) and {image.dtype}{wants}: {error}"
+            ) from error
+        ours, theirs = shapes(made), shapes(self.y)
+        if ours != theirs:
+            raise ValueError(
+                f"y does not fit physics and generator: physics.A of the generator's images "
+                f"{tuple(image.shape)} has shape {_words(ours)}, y has {_words(theirs)}"
+            )
+        with torch.enable_grad():
+            leaf = image.clone().requires_grad_()
+            try:
+                value = self.fidelity(leaf)
+                slope = torch.autograd.grad(value.sum(), leaf)[0]
+            except RuntimeError as error:
+                raise ValueError(
+                    "the physics has no differentiable forward (or the data fidelity has none): "
+                    f"torch says {error}"
+                ) from error
+        if not bool(torch.isfinite(slope).all()):
+            raise ValueError(
+                "the data term's gradient at the generator's first image is NaN or Inf: the "
+                "physics or the data fidelity is not differentiable there, or y is not in its range"
+            )
+
+
+def _words(sizes: list[tuple[int, ...]]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else str(sizes)
+
+
+def curvature(function: Any, image: Tensor) -> Tensor:
+    """``|dᵀ H d| / dᵀd`` of a function of images for the direction ``d = image``, ``(batch,)``.
+
+    The image stands for those that the generator makes: a compressed sensing matrix lengthens its
+    own row space tenfold and images hardly at all, and it is along images that the latents move. H
+    is the second derivative, taken as a difference of two gradients at ``image (1 ± h)``: it costs
+    no evaluation of f.
+    """
+    h = 1e-2
+
+    def slope(at: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = at.clone().requires_grad_()
+            gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+        return gradient.detach()
+
+    change = slope(image * (1 + h)) - slope(image * (1 - h))
+    inner = (change.conj() * image).real if image.is_complex() else change * image
+    length = image.abs().square().flatten(1).sum(1)
+    ratio = inner.flatten(1).sum(1).abs() / (2 * h * length)
+    usable = torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(usable, ratio, torch.ones_like(ratio))

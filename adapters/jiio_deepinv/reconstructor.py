@@ -1,0 +1,244 @@
+"""Reconstruction with a DEQ generator, in deepinv's words; the work is done by the engine."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepinv.models import Reconstructor
+from torch import Tensor, nn
+
+from jiio_deepinv._checks import (
+    check_measurements,
+    check_modules,
+    check_weights,
+    latent_shape_of,
+    parts,
+    usable,
+    usable_physics,
+)
+from jiio_deepinv._objective import Latents, Objective
+from jiio_deepinv.likelihoods import likelihood_of, per_sample
+from jiio_deepinv.metrics import Metrics
+from jiio_plugins import count_evaluations
+from jiio_plugins.methods import Joint
+from jiio_plugins.optimize import check_method, optimize_input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from deepinv.optim import DataFidelity, Prior
+    from deepinv.physics import Physics
+    from deepinv.utils import TensorList
+
+    from jiio_plugins.methods import Method
+    from jiio_plugins.solution import Solution
+
+    Init = Tensor | Callable[[Any, Physics], Tensor]
+
+MEMORY = 10  # of the mixing: five is too little for latents of 64 dimensions
+STEP = 1.0
+
+
+class JIIOReconstructor(Reconstructor):
+    """``x̂ = G(u*)`` with ``u* = argmin_u  d(A(G(u)), y) + w g(G(u)) + λ/2 ‖u‖²``, jointly.
+
+    G is a generator with an equilibrium layer; its state, the adjoint and u advance in one
+    iteration (:class:`jiio_plugins.Joint`), each sample by itself. With gradients on, x̂ is a
+    differentiable function of everything that requires grad (generator, y, physics, data fidelity,
+    prior), by implicit differentiation of the joint fixed point: memory does not depend on
+    ``iters``. Its residuals are in ``solution.stats.implicit``, and above 1e-3 there is a warning.
+
+    Args:
+        generator: a module with a :class:`jiio_plugins.Equilibrium` that maps latents
+            ``(B, *latent_shape)`` to images ``(B, *image_shape)``, real or complex.
+        data_fidelity: d, a ``deepinv.optim.DataFidelity``; None: minus the log-likelihood of the
+            physics' noise model (:func:`jiio_deepinv.likelihood_of`).
+        prior: g, a ``deepinv.optim.Prior`` with a value (an explicit one), or None.
+        prior_weight: w.
+        latent_penalty: λ, against the data term as it is: with a likelihood, 1 is a standard normal
+            prior on u.
+        range_penalty: ρ; with it the image may leave the generator's range,
+            ``x̂ = G(u*) + r*`` where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
+        latent_shape: None: ``generator.latent_shape``.
+        init: where u starts, ``(B, *latent_shape)`` or ``init(y, physics)``, such as an encoder (it
+            gets no gradient); None: zero.
+        iters: steps on u.
+        step_size: in units of the inverse curvature in u, which is estimated per sample from the
+            physics, the likelihood and the generator's gain. A step too long is halved as often as
+            needed, per sample.
+        tol: relative residual of state, adjoint and u at which a sample is finished.
+        method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
+            ``iters``, ``step_size`` and ``tol``.
+
+    Shape:
+        y as the physics makes it, real, complex or a TensorList, batch first → ``(B, C, ...)``.
+
+    Example:
+        >>> model = JIIOReconstructor(load_pretrained("fashion-mnist-generator"))
+        >>> x_hat = model(y, physics)
+        >>> print(model.solution.report(), model.solution.stats.summary())
+
+    Raises:
+        TypeError, ValueError: bad settings, at once; what does not fit together, when called.
+
+    Not for: priors without a value (plug-and-play denoisers), physics without a derivative.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        *,
+        data_fidelity: DataFidelity | None = None,
+        prior: Prior | None = None,
+        prior_weight: float = 1.0,
+        latent_penalty: float = 1.0,
+        range_penalty: float | None = None,
+        latent_shape: int | Sequence[int] | None = None,
+        init: Init | None = None,
+        iters: int = 60,
+        step_size: float = STEP,
+        tol: float = 1e-4,
+        method: Method | None = None,
+    ) -> None:
+        super().__init__()
+        check_modules(generator, data_fidelity, prior)
+        check_weights(
+            prior_weight=prior_weight,
+            latent_penalty=latent_penalty,
+            range_penalty=range_penalty or 0.0,
+        )
+        self.generator = generator
+        self.data_fidelity = None if data_fidelity is None else per_sample(data_fidelity)
+        self.prior, self.prior_weight = prior, prior_weight
+        self.latent_penalty, self.range_penalty = latent_penalty, range_penalty
+        self.latent_shape = latent_shape_of(generator, latent_shape)
+        self.init = init
+        default = Joint(max_iter=iters, step_size=step_size, acceleration=MEMORY, tol=tol)
+        self.method = check_method(method) if method is not None else default
+        self._solution: Solution | None = None
+
+    @property
+    def solution(self) -> Solution | None:
+        """The last call as the engine saw it: f evaluations, VJPs, residuals, status per sample.
+
+        ``value`` is the minimised sum, ``x`` holds u (then r/c and c), flat. None before the first
+        call and after one that failed.
+        """
+        return self._solution
+
+    @property
+    def latents(self) -> Tensor | None:
+        """The u of the last call, ``(B, *latent_shape)``: a start for one on like images."""
+        if self._solution is None:
+            return None
+        assert isinstance(self._solution.x, Tensor)
+        size = torch.Size(self.latent_shape).numel()
+        u: Tensor = self._solution.x[:, :size].unflatten(1, self.latent_shape)
+        return u
+
+    def forward(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        init: Init | None = None,
+        x_gt: Tensor | None = None,
+        compute_metrics: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The reconstruction, and with ``compute_metrics`` deepinv's dictionary of metrics.
+
+        Args:
+            y: measurements.
+            physics: their forward model.
+            init: see the class.
+            x_gt: true images, for the metric "psnr".
+            compute_metrics: also return ``{"residual", "cost", "psnr": list[B][iteration]}``.
+            **kwargs: what deepinv's wrappers pass to every model; not used.
+        """
+        self._solution = None
+        check_measurements(y)
+        gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            y, physics = usable(y), usable_physics(physics)
+            metrics = Metrics(x_gt) if compute_metrics else None
+            image = self._reconstruct(y, physics, init, metrics)
+        return image if metrics is None else (image, metrics.finish(image.detach()))
+
+    def _reconstruct(
+        self, y: Any, physics: Physics, init: Init | None, metrics: Metrics | None
+    ) -> Tensor:
+        start = self._start(y, physics, init)
+        data = self.data_fidelity if self.data_fidelity is not None else likelihood_of(physics)
+        differentiable = torch.is_grad_enabled()
+        with torch.autocast(start.device.type, enabled=False), _evaluated(self.generator):
+            model = Latents(self.generator, self.latent_shape)
+            objective = Objective(
+                model, y, physics, data, self.prior, self.prior_weight, self.latent_penalty,
+                self.range_penalty or 0.0,
+            )  # fmt: skip
+            v = start.flatten(1)
+            with count_evaluations() as probing:
+                image, gain = model.probe(v)
+            objective.measure(image.expand(len(v), *image.shape[1:]).contiguous(), gain)
+            if self.range_penalty is not None:
+                v = model.open_range(
+                    v, (objective.stiffness + self.range_penalty) / objective.scale
+                )
+            solution = optimize_input(
+                model,
+                v,
+                objective,
+                method=self.method,
+                differentiable=differentiable,
+                callback=None if metrics is None else metrics.watch(objective),
+            )
+            assert isinstance(solution.x, Tensor)
+            v = solution.x
+            image, _, _ = model.split(model(v) if v.requires_grad else solution.output.detach())
+        assert solution.value is not None
+        assert solution.stats.model_value is not None
+        scale = objective.scale.to(solution.value.dtype)
+        self._solution = replace(
+            solution,
+            x=v.detach(),
+            value=solution.value * scale,
+            stats=replace(
+                solution.stats,
+                f_evals=solution.stats.f_evals + probing.f_evals / len(v),
+                model_value=solution.stats.model_value * scale,
+            ),
+        )
+        return image
+
+    def _start(self, y: Any, physics: Physics, init: Init | None) -> Tensor:
+        batch = len(parts(y)[0])
+        like = next(self.generator.parameters())
+        chosen = init if init is not None else self.init
+        if chosen is None:
+            return like.new_zeros(batch, *self.latent_shape).detach()
+        with torch.no_grad():
+            u = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
+        wanted = (batch, *self.latent_shape)
+        if not isinstance(u, Tensor) or tuple(u.shape) != wanted:
+            raise ValueError(
+                f"init must be, or return, latents of shape {wanted}, got "
+                f"{tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__}"
+            )
+        return u.detach().clone().to(like)
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    """In eval mode, as the fit is, so that the last pass shows the image that was fitted."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training

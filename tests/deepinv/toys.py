@@ -1,0 +1,56 @@
+"""Small generators for any image, and a reconstructor of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_deepinv import JIIOReconstructor
+from jiio_plugins import Equilibrium
+from tests.helpers import TIGHT, TanhCell, linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jiio_plugins import Solver
+
+
+class Generator(nn.Module):
+    """``u -> σ(W z* + b)`` with ``z* = tanh(V z* + E u)``; with a complex dtype ``σ(...)`` twice.
+
+    In float64 and solved tightly, whatever the images' dtype.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 4, 4),
+        *,
+        latent_shape: Sequence[int] = (3,),
+        dtype: torch.dtype = torch.float64,
+        n: int = 8,
+        seed: int = 0,
+        solver: Solver = TIGHT,
+    ) -> None:
+        super().__init__()
+        self.latent_shape, self.image_shape = tuple(latent_shape), tuple(image_shape)
+        self.dtype = dtype
+        pixels = torch.Size(image_shape).numel() * (1 + dtype.is_complex)
+        self.embed = linear(torch.Size(latent_shape).numel(), n, seed + 1)
+        self.equilibrium = Equilibrium(TanhCell(n, 0.5, seed + 2), solver=solver)
+        self.head = linear(n, pixels, seed + 3)
+
+    def forward(self, u: Tensor) -> Tensor:
+        flat = torch.sigmoid(self.head(self.equilibrium(self.embed(u.flatten(1)))))
+        if self.dtype.is_complex:
+            images = torch.view_as_complex(flat.reshape(len(u), *self.image_shape, 2))
+        else:
+            images = flat.reshape(len(u), *self.image_shape)
+        return images.to(self.dtype)
+
+
+def reconstructor(image_shape: Sequence[int] = (1, 4, 4), **kwargs: Any) -> JIIOReconstructor:
+    """Of a float64 toy generator, unless ``generator=`` is given."""
+    generator = kwargs.pop("generator", None)
+    return JIIOReconstructor(generator or Generator(image_shape), **kwargs)
