@@ -30,18 +30,26 @@ class Groups:
         """``(rows, ...) -> (problems, ...)``, summed."""
         if self.index is None:
             return per_row
+        if self.problems == 1:
+            return per_row.sum(0, keepdim=True)
         return per_row.new_zeros(self.problems, *per_row.shape[1:]).index_add(
             0, self.index, per_row
         )
 
     def spread(self, per_problem: Tensor) -> Tensor:
         """``(problems, ...) -> (rows, ...)``: each row gets its problem's entry."""
-        return per_problem if self.index is None else per_problem[self.index]
+        if self.index is None:
+            return per_problem
+        if self.problems == 1:
+            return per_problem.expand(len(self.index), *per_problem.shape[1:])
+        return per_problem[self.index]
 
     def worst(self, per_row: Tensor) -> Tensor:
         """``(rows,) -> (problems,)``, the largest."""
         if self.index is None:
             return per_row
+        if self.problems == 1:
+            return per_row.amax(0, keepdim=True)
         out = per_row.new_zeros(self.problems)
         return out.scatter_reduce(0, self.index, per_row, "amax", include_self=False)
 

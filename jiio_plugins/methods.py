@@ -171,10 +171,11 @@ class _Tracker:
         self.first = True
 
     def see(
-        self, v: Tensor, loss_rows: Tensor, output: object, b: Tensor, residual: Tensor
-    ) -> None:
-        """Take in the running loss of the iterate ``v``, ``∂ℓ/∂z`` and ``f(z) − z`` there."""
-        self.iterations = self.iterations + self.active_rows()
+        self, v: Tensor, loss_rows: Tensor, output: object, b: Tensor, residual: Tensor,
+        active: Tensor,
+    ) -> None:  # fmt: skip
+        """Take in an iterate: its running loss, ``∂ℓ/∂z``, ``f(z) − z``, and who paid for it."""
+        self.iterations = self.iterations + active
         loss = self.groups.sum(loss_rows.detach())
         better = loss < self.loss_best
         self.v_best = torch.where(better[:, None], v, self.v_best)
@@ -315,7 +316,7 @@ class Joint(Method):
             gradient = (direct + jv_mu).reshape(v.shape)
             problem.pay(f_evals=active, vjps=active)
             r = lin.f - z
-            track.see(v, loss, lin.output, b, r)
+            track.see(v, loss, lin.output, b, r, active)
             size = row_norm(r)
             if size_before is not None:
                 shrank = (size < size_before)[:, None]
@@ -405,7 +406,7 @@ class Nested(Method):
             outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
             problem.pay(f_evals=active * (1 + equation.f_evals), vjps=outcome.evals * active)
             r = lin.f - z_start
-            track.see(v, loss, lin.output, b, r)
+            track.see(v, loss, lin.output, b, r, active)
             gradient = (direct + equation.jv_mu).reshape(v.shape)
             mu_residual = outcome.residual
             if callback is not None:

@@ -57,7 +57,8 @@ class BlockAnderson:
         self.size = torch.stack(ratios).sum(0)
         if self.last_t is None or self.last_r is None:
             self.best = self.size
-            self.y = [x.new_zeros(len(x), self.memory, x.shape[1]) for x in r]
+            # the last of y is the residual itself, so that one product yields YᵀY and Yᵀr
+            self.y = [x.new_zeros(len(x), self.memory + 1, x.shape[1]) for x in r]
             self.d = [x.new_zeros(len(x), self.memory, x.shape[1]) for x in r]
         else:
             restart = restart | ~torch.isfinite(self.size) | (self.size > 10 * self.best)
@@ -76,11 +77,13 @@ class BlockAnderson:
         z, w, v = t[0] + r[0], t[1] + r[1], t[2] + step * r[2]
         if self.count == 1:
             return z, w, v
-        gamma = self._weights(r, norms)
+        for y, residual in zip(self.y, r, strict=True):
+            y[:, -1] = residual
+        gamma = self._weights(norms)
         turn = _mixed(r[2], gamma, self.d[2]) * r[2]
         gamma = torch.where((turn.sum(1) > 0)[:, None, None], gamma, 0.0)
         per_row = self.groups.spread(gamma)
-        d_v = self.d[2] - (1 - step).unsqueeze(2) * self.y[2]
+        d_v = self.d[2] - (1 - step).unsqueeze(2) * self.y[2][:, :-1]
         return _mixed(z, per_row, self.d[0]), _mixed(w, per_row, self.d[1]), _mixed(v, gamma, d_v)
 
     def below(self, tol: float) -> Tensor:
@@ -95,19 +98,15 @@ class BlockAnderson:
             for size, by_row in zip(sizes, _BY_ROW, strict=True)
         ]
 
-    def _weights(self, residuals: Blocks, norms: list[Tensor]) -> Tensor:
+    def _weights(self, norms: list[Tensor]) -> Tensor:
         """γ, ``(problems, 1, memory)``."""
-        gram: Tensor | float = 0.0
-        rhs: Tensor | float = 0.0
-        for i, by_row in enumerate(_BY_ROW):
-            weight = norms[i].double().clamp(min=1e-300).square().reciprocal()[:, None, None]
-            part = torch.bmm(self.y[i], self.y[i].transpose(1, 2)).double()
-            side = torch.bmm(self.y[i], residuals[i].unsqueeze(2)).double()
-            if by_row:
-                part, side = self.groups.sum(part), self.groups.sum(side)
-            gram, rhs = gram + weight * part, rhs + weight * side
-        assert isinstance(gram, Tensor)
-        assert isinstance(rhs, Tensor)
+        products: Tensor | float = 0.0
+        for y, norm, by_row in zip(self.y, norms, _BY_ROW, strict=True):
+            weight = norm.double().clamp(min=1e-300).square().reciprocal()[:, None, None]
+            part = torch.bmm(y, y.transpose(1, 2)).double()
+            products = products + weight * (self.groups.sum(part) if by_row else part)
+        assert isinstance(products, Tensor)
+        gram, rhs = products[:, :-1, :-1], products[:, :-1, -1:]
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
         gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
@@ -207,6 +206,8 @@ class Descent:
     def _where(self, condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
         if _none(condition):
             return second
+        if _none(~condition):
+            return first
         rows, problems = self.groups.spread(condition)[:, None], condition[:, None]
         return tuple(  # type: ignore[return-value]
             torch.where(rows if by_row else problems, a, b)

@@ -117,7 +117,7 @@ def test_the_trainer_plots_convergence(tmp_path: Path) -> None:
         device="cpu",
         verbose=False,
     )
-    before = trainer.test(loader)
+    before = trainer.test(loader, save_path=tmp_path)
     trainer.train()
     after = trainer.test(loader, save_path=tmp_path)
     assert after["PSNR"] > before["PSNR"]
