@@ -177,11 +177,7 @@ class Descent:
         self.limit = torch.where(back, self.limit, value + doubt)
         self.safe_limit = torch.where(sure, value + doubt, self.safe_limit)
         before, before_home = self.anchor, self.home
-        if _none(back):
-            self.anchor = now
-        else:
-            self.anchor = self._where(worse, self.anchor, now)
-            self.anchor = self._where(betrayed, self.before, self.anchor)
+        self.anchor = self._where(betrayed, self.before, self._where(worse, self.anchor, now))
         self.home = torch.where(new, sure, self.home | sure)
         self.home = torch.where(betrayed, self.before_home, self.home)
         self.before = self._where(betrayed, self.safe, self._where(new, before, self.before))
