@@ -96,7 +96,8 @@ def test_every_loss_reaches_the_generator(name: str) -> None:
     assert any(float(g.abs().max()) > 1e-7 for g in gradients)
 
 
-def test_the_trainer_plots_convergence(tmp_path: Path) -> None:
+def test_the_trainer_plots_convergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # while it trains, deepinv plots into a folder called None
     shape = (1, 6, 6)
     images = Generator(shape, dtype=torch.float32, seed=5)(torch.randn(4, 3).double()).detach()
     loader = DataLoader([{"x": x} for x in images], batch_size=2)
