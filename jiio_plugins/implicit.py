@@ -184,16 +184,24 @@ def plain_step(
     return torch.minimum(feasible.radius / size.clamp(min=tiny), curved)
 
 
-def settle(problem: Problem, feasible: FeasibleSet, step: Tensor, path: Path) -> Path:
+def settle(
+    problem: Problem,
+    feasible: FeasibleSet,
+    step: Tensor,
+    path: Path,
+    solver: Solver | None = None,
+) -> Path:
     """Go on from the end of ``path`` with F, accelerated, until all three blocks stand still.
 
-    A problem whose objective that would make worse keeps its end.
+    A problem whose objective that would make worse keeps its end. Without a solver it is Anderson
+    with at most 300 iterations, to 1e-5 (1e-11 in float64).
     """
     blocks = Blocks(problem.groups, path.z.shape[1], path.v.shape[1])
     blocks.measure(path.z, path.mu, path.v)
     joint = _FlatJointMap(JointMap(problem, feasible, step), blocks)
-    tol = 1e-11 if path.v.dtype == torch.float64 else 1e-5
-    solver = Anderson(max_iter=300, memory=10, tol=tol)
+    if solver is None:
+        tol = 1e-11 if path.v.dtype == torch.float64 else 1e-5
+        solver = Anderson(max_iter=300, memory=10, tol=tol)
     found = iterate(joint, blocks.pack(path.z, path.mu, path.v), solver)
     z, mu, v = blocks.unpack(found.z)
     before, _ = _estimate(problem, path.z, path.mu, path.v)
@@ -358,7 +366,7 @@ class _Gate(torch.autograd.Function):
             per_row = ctx.equation.blocks.groups.spread(found.evals)
             count(vjps=2 * (per_row + 1) * rows)
         worst = float(found.residual.max())
-        if not worst <= WARN_ABOVE:
+        if not worst <= warn_above(ctx.solver):
             warnings.warn(
                 f"the equation for the implicit gradient was solved to a relative residual of "
                 f"{worst:.1e} only: the gradient is about as inexact. The optimum may not be "
@@ -369,10 +377,15 @@ class _Gate(torch.autograd.Function):
         return z, mu, v, None, None, None, None
 
 
-def warn_if_loose(residuals: Residuals) -> None:
+def warn_above(solver: Solver | None) -> float:
+    """The residual from which a warning is due; one who asked for a loose solver expects its."""
+    return max(WARN_ABOVE, 10 * solver.tol) if solver is not None else WARN_ABOVE
+
+
+def warn_if_loose(residuals: Residuals, solver: Solver | None = None) -> None:
     """Warn when the point is not accurate enough for its implicit gradient."""
     worst = float(residuals.joint.max())
-    if not worst <= WARN_ABOVE:
+    if not worst <= warn_above(solver):
         warnings.warn(
             f"the joint solution has a relative residual of {worst:.1e}, and its implicit gradient "
             "is about as inexact: allow more iterations, change the step size, or add a penalty on "

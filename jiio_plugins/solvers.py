@@ -174,7 +174,9 @@ class _AndersonState(SolverState):
         self.memory = min(solver.memory, n)
         self.y = z.new_zeros(rows, self.memory, n)
         self.d = z.new_zeros(rows, self.memory, n)
+        # a column that is given up is not overwritten, which would cost a pass over the history
         self.gram = z.new_zeros(rows, self.memory, self.memory, dtype=torch.float64)
+        self.valid = torch.zeros(rows, self.memory, dtype=torch.bool, device=z.device)
         self.r_last: Tensor | None = None
         self.f_last: Tensor | None = None
         self.count = 0
@@ -188,11 +190,14 @@ class _AndersonState(SolverState):
             torch.sub(r, self.r_last, out=self.y[:, slot])
             torch.sub(fz, self.f_last, out=self.d[:, slot])
             # a column holding NaN or Inf, or one from before a restart, is no information
-            keep = (~reject & torch.isfinite(self.y[:, slot].sum(1)))[:, None, None]
-            self.y.masked_fill_(~keep, 0)
-            self.d.masked_fill_(~keep, 0)
-            self.gram.masked_fill_(~keep, 0)
+            keep = (~reject & torch.isfinite(self.y[:, slot].sum(1)))[:, None]
+            self.y[:, slot].masked_fill_(~keep, 0)
+            self.d[:, slot].masked_fill_(~keep, 0)
+            self.valid &= keep
+            self.valid[:, slot] = keep.squeeze(1)
+            self.gram.masked_fill_(~keep[:, None], 0)
             column = torch.bmm(self.y, self.y[:, slot].unsqueeze(2)).squeeze(2).double()
+            column.masked_fill_(~self.valid, 0)
             self.gram[:, slot] = column
             self.gram[:, :, slot] = column
             self.count += 1
@@ -214,6 +219,7 @@ class _AndersonState(SolverState):
         gram = self.gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         gram.diagonal(dim1=1, dim2=2).fill_(1.0 + self.ridge)  # empty columns too
         rhs = torch.bmm(self.y, r.unsqueeze(2)).double() * scale.unsqueeze(2)
+        rhs.masked_fill_(~self.valid.unsqueeze(2), 0)
         factor, info = torch.linalg.cholesky_ex(gram)
         gamma = torch.cholesky_solve(rhs, factor) * scale.unsqueeze(2)
         usable = (info == 0) & torch.isfinite(gamma).all(dim=1).squeeze(1)

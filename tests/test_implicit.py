@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import (
+    Anderson,
     Box,
     Intersection,
     Joint,
@@ -141,3 +142,20 @@ def test_a_loose_solution_warns() -> None:
             model, x, lambda y: -y[:, 0].tanh() * 1e-3, variables=["context"],
             method=Joint(max_iter=2, step_size=100.0), differentiable=True,
         )  # fmt: skip
+
+
+def test_a_solver_sets_how_exact_the_gradient_is() -> None:
+    target = (3 * rand(2, 3, seed=2)).requires_grad_()
+    x, radius = rand(2, 5, seed=1), torch.tensor(0.5)
+    gradients, evals = [], []
+    for differentiable in (True, Anderson(max_iter=6, tol=1e-2)):
+        solution = optimize_input(
+            Net(), x, lambda y: objective(y, target), constraint=L2Ball(radius),
+            differentiable=differentiable,
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(solution.x.square().sum(), target)[0])
+        evals.append(float(solution.stats.implicit.adjoint_evals.max()))
+    assert evals[1] < evals[0]
+    assert 0 < float((gradients[1] - gradients[0]).norm()) < 0.05 * float(gradients[0].norm())
+    with pytest.raises(TypeError, match=r"differentiable must be .* got 'yes'"):
+        optimize_input(Net(), x, lambda y: objective(y, target), differentiable="yes")

@@ -17,6 +17,7 @@ from jiio_plugins.models import (
     MDEQCell,
     MDEQClassifier,
     MDEQDecoder,
+    MDEQRefiner,
     available_weights,
     load_pretrained,
 )
@@ -156,6 +157,22 @@ def test_latents_of_another_shape() -> None:
     model = MDEQDecoder(**DECODERS["digits"])
     with pytest.raises(ValueError, match=r"shape \(rows, 16\), got \(2, 3\)"):
         model(torch.zeros(2, 3))
+
+
+def test_a_new_refiner_is_the_identity_and_learns() -> None:
+    torch.manual_seed(0)
+    model = MDEQRefiner((3, 16, 24), channels=(8, 12))
+    u = torch.randn(2, 3, 16, 24)
+    assert torch.equal(model(u), u)
+    parts = model.injection(u)
+    assert [tuple(p.shape) for p in parts] == [(2, 8, 8, 12), (2, 12, 4, 6)]
+    nn.init.normal_(model.head[-1].weight)
+    u.requires_grad_()
+    model(u).square().sum().backward()
+    for name, p in [*model.named_parameters(), ("u", u)]:
+        assert float(p.grad.abs().max()) > 0, name
+    with pytest.raises(ValueError, match="divisible by 4, got 16×22"):
+        MDEQRefiner((1, 16, 22), channels=(8, 8))
 
 
 # Weights ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium
+from jiio_plugins.solvers import Solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,10 @@ def shapes(y: Any) -> list[tuple[int, ...]]:
 
 
 def check_modules(
-    generator: nn.Module, data_fidelity: DataFidelity | None, prior: Prior | None
+    generator: nn.Module,
+    encoder: nn.Module | None,
+    data_fidelity: DataFidelity | None,
+    prior: Prior | None,
 ) -> None:
     """Raise unless these are what the names say."""
     if not isinstance(generator, nn.Module):
@@ -38,6 +42,11 @@ def check_modules(
         raise ValueError(
             "the generator has no jiio_plugins.Equilibrium layer: there is nothing to optimise "
             "jointly. For other generators use deepinv.models.CSGMGenerator"
+        )
+    if encoder is not None and not isinstance(encoder, nn.Module):
+        raise TypeError(
+            f"encoder must be an nn.Module called as encoder(y, physics), got "
+            f"{type(encoder).__name__}; a function that is not to be trained is an init"
         )
     if data_fidelity is not None and not isinstance(data_fidelity, DataFidelity):
         raise TypeError(
@@ -50,6 +59,14 @@ def check_modules(
         raise ValueError(
             f"{type(prior).__name__} has no value to minimise (explicit_prior is False): give a "
             "prior that has one, such as deepinv.optim.TVPrior()"
+        )
+
+
+def check_solver(solver: Any, name: str) -> None:
+    """Raise unless it is one of the engine's, or None."""
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(
+            f"{name} must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
         )
 
 
@@ -71,6 +88,16 @@ def check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number, not negative, got {value}")
+
+
+def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """``u``, or an error unless it is a tensor of this shape."""
+    if not isinstance(u, Tensor) or tuple(u.shape) != shape:
+        raise ValueError(
+            f"{name} must be, or return, latents of shape {shape}, got "
+            f"{tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__}"
+        )
+    return u
 
 
 def check_measurements(y: Any) -> None:

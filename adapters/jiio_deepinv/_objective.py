@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deepinv.physics import Physics
 
 PROBES, RADIUS = 8, 0.5  # directions in which the generator's gain is measured, and how far
+PROBES_EACH = 2  # of them where every sample has a place of its own
 
 
 class Latents(nn.Module):
@@ -44,19 +45,21 @@ class Latents(nn.Module):
         return images
 
     @torch.no_grad()
-    def probe(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """G(0), ``(1, *image_shape)``, and how much G lengthens a step from there, squared.
+    def probe(self, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """G at flat latents ``(rows, latent)``, and what steps there do to it.
 
-        That is the largest ``‖G(δ) − G(0)‖² / ‖δ‖²`` of some random δ that are always the same:
-        about the curvature of ``‖G(u) − x‖² / 2``. It grows with the number of pixels.
+        Returns:
+            Images ``(rows, *image_shape)``; and of ``count`` random directions, always the same,
+            the largest ``(G(u + δ) − G(u)) / ‖δ‖``, likewise. Its squared length is about the
+            curvature of ``‖G(u) − x‖² / 2``, which grows with the number of pixels.
         """
         draw = torch.Generator().manual_seed(0)
-        delta = torch.randn(PROBES, self.size, generator=draw).to(like)
-        delta = torch.cat([torch.zeros_like(delta[:1]), RADIUS * nn.functional.normalize(delta)])
-        images = self.images(delta)
-        change = _real(images[1:] - images[:1]).square().sum(1)
-        gain = (change.amax() / RADIUS**2).to(like.dtype)
-        return images[:1], torch.where(gain > 0, gain, torch.ones_like(gain))
+        delta = RADIUS * nn.functional.normalize(torch.randn(count, self.size, generator=draw))
+        delta = torch.cat([torch.zeros_like(delta[:1]), delta]).to(at)
+        images = self.images((at + delta[:, None]).flatten(0, 1)).unflatten(0, (-1, len(at)))
+        change = (images[1:] - images[:1]) / RADIUS
+        largest = change.abs().square().flatten(2).sum(2).argmax(0)
+        return images[0], change[largest, torch.arange(len(at), device=at.device)]
 
     def open_range(self, flat: Tensor, ratio: Tensor) -> Tensor:
         """The v of these latents and r = 0; ``ratio``: curvature in r over s, ``(batch,)``."""
@@ -91,13 +94,14 @@ def _real(images: Tensor) -> Tensor:
 
 
 class Objective:
-    """``(data(x, y) + w prior(x) + λ/2 ‖u‖² + ρ/2 ‖r‖²) / s`` per sample.
+    """``(data(x, y) + w prior(x) + λ/2 ‖u − m‖² + ρ/2 ‖r‖²) / s`` per sample.
 
     s is about the curvature in u, so that one step size serves all operators, noise levels and
-    generators; it moves no minimum. It is that of the data term along the generator's image at zero
-    (:func:`curvature`) times the generator's gain (:meth:`Latents.probe`).
+    generators; it moves no minimum. It is that of the data term along a step of the generator
+    (:func:`curvature`) times the step's squared length (:meth:`Latents.probe`), plus λ.
 
     Attributes:
+        centre: m, ``(batch, latent)``, where it is not zero.
         stiffness: curvature of the data term in x, ``(batch,)``.
         scale: s, ``(batch,)``.
         image: the image of the last call.
@@ -111,13 +115,16 @@ class Objective:
         self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
         self.range_penalty = range_penalty
+        self.centre: Tensor | None = None
         self.image: Tensor | None = None
 
-    def measure(self, image: Tensor, gain: Tensor) -> None:
-        """Take s from the images of zero and the generator's gain; raise where all does not fit."""
+    def measure(self, image: Tensor, change: Tensor) -> None:
+        """Take s from what :meth:`Latents.probe` saw; raise where all does not fit."""
         self._check(image)
-        self.stiffness = curvature(self.fidelity, image)
-        self.scale = self.stiffness * gain
+        self.stiffness = curvature(self.fidelity, image, change)
+        gain = change.abs().square().flatten(1).sum(1)
+        gain = torch.where(gain > 0, gain, torch.ones_like(gain))
+        self.scale = self.stiffness * gain + self.latent_penalty
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(batch,)``."""
@@ -126,7 +133,8 @@ class Objective:
         total = self.fidelity(image)
         if self.prior is not None:
             total = total + self.prior_weight * self.prior(image).reshape(len(image), -1).sum(1)
-        total = total + 0.5 * self.latent_penalty * u.square().sum(1)
+        away = u if self.centre is None else u - self.centre
+        total = total + 0.5 * self.latent_penalty * away.square().sum(1)
         total = total + 0.5 * self.range_penalty * r.square().sum(1)
         return (total / self.scale).to(u.dtype)
 
@@ -181,15 +189,13 @@ def _words(sizes: list[tuple[int, ...]]) -> str:
     return str(sizes[0]) if len(sizes) == 1 else str(sizes)
 
 
-def curvature(function: Any, image: Tensor) -> Tensor:
-    """``|dᵀ H d| / dᵀd`` of a function of images for the direction ``d = image``, ``(batch,)``.
+def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
+    """``|dᵀ H d| / dᵀd`` of a function of images along directions d, ``(batch,)``.
 
-    The image stands for those that the generator makes: a compressed sensing matrix lengthens its
-    own row space tenfold and images hardly at all, and it is along images that the latents move. H
-    is the second derivative, taken as a difference of two gradients at ``image (1 ± h)``: it costs
-    no evaluation of f.
+    The directions are ones in which latents move the image: a compressed sensing matrix lengthens
+    its own row space tenfold, and smooth changes hardly at all. H is the second derivative, taken
+    as a difference of two gradients at ``image ± h d``: it costs no evaluation of f.
     """
-    h = 1e-2
 
     def slope(at: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -197,9 +203,13 @@ def curvature(function: Any, image: Tensor) -> Tensor:
             gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
         return gradient.detach()
 
-    change = slope(image * (1 + h)) - slope(image * (1 - h))
-    inner = (change.conj() * image).real if image.is_complex() else change * image
-    length = image.abs().square().flatten(1).sum(1)
-    ratio = inner.flatten(1).sum(1).abs() / (2 * h * length)
+    def length(t: Tensor) -> Tensor:
+        return t.abs().square().flatten(1).sum(1)
+
+    reach = (1e-2 * (length(image) / length(direction)).sqrt()).to(direction.dtype)
+    step = direction * reach.reshape(-1, *[1] * (direction.ndim - 1))
+    change = slope(image + step) - slope(image - step)
+    inner = (change.conj() * step).real if image.is_complex() else change * step
+    ratio = inner.flatten(1).sum(1).abs() / (2 * length(step))
     usable = torch.isfinite(ratio) & (ratio > 0)
     return torch.where(usable, ratio, torch.ones_like(ratio))

@@ -11,15 +11,17 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 
 from jiio_deepinv._checks import (
+    check_latents,
     check_measurements,
     check_modules,
+    check_solver,
     check_weights,
     latent_shape_of,
     parts,
     usable,
     usable_physics,
 )
-from jiio_deepinv._objective import Latents, Objective
+from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective
 from jiio_deepinv.likelihoods import likelihood_of, per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.methods import Method
     from jiio_plugins.solution import Solution
+    from jiio_plugins.solvers import Solver
 
     Init = Tensor | Callable[[Any, Physics], Tensor]
 
@@ -43,7 +46,7 @@ STEP = 1.0
 
 
 class JIIOReconstructor(Reconstructor):
-    """``x̂ = G(u*)`` with ``u* = argmin_u  d(A(G(u)), y) + w g(G(u)) + λ/2 ‖u‖²``, jointly.
+    """``x̂ = G(u*)`` with ``u* = argmin_u  d(A(G(u)), y) + w g(G(u)) + λ/2 ‖u − m‖²``, jointly.
 
     G is a generator with an equilibrium layer; its state, the adjoint and u advance in one
     iteration (:class:`jiio_plugins.Joint`), each sample by itself. With gradients on, x̂ is a
@@ -63,8 +66,10 @@ class JIIOReconstructor(Reconstructor):
         range_penalty: ρ; with it the image may leave the generator's range,
             ``x̂ = G(u*) + r*`` where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
         latent_shape: None: ``generator.latent_shape``.
-        init: where u starts, ``(B, *latent_shape)`` or ``init(y, physics)``, such as an encoder (it
-            gets no gradient); None: zero.
+        encoder: a module that guesses the latents, ``m = encoder(y, physics)``; u starts there, and
+            the penalty is on what the measurements add. It is trained along. None: m is zero.
+        init: where u starts instead, ``(B, *latent_shape)`` or ``init(y, physics)``; it gets no
+            gradient. None: m.
         iters: steps on u.
         step_size: in units of the inverse curvature in u, which is estimated per sample from the
             physics, the likelihood and the generator's gain. A step too long is halved as often as
@@ -72,6 +77,9 @@ class JIIOReconstructor(Reconstructor):
         tol: relative residual of state, adjoint and u at which a sample is finished.
         method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
             ``iters``, ``step_size`` and ``tol``.
+        implicit: solver that refines the solution and solves the equation of its gradient; None: as
+            exact as the dtype allows. ``Anderson(max_iter=15, memory=8, tol=1e-2)`` makes training
+            several times cheaper.
 
     Shape:
         y as the physics makes it, real, complex or a TensorList, batch first → ``(B, C, ...)``.
@@ -99,14 +107,17 @@ class JIIOReconstructor(Reconstructor):
         latent_penalty: float = 1.0,
         range_penalty: float | None = None,
         latent_shape: int | Sequence[int] | None = None,
+        encoder: nn.Module | None = None,
         init: Init | None = None,
         iters: int = 60,
         step_size: float = STEP,
         tol: float = 1e-4,
         method: Method | None = None,
+        implicit: Solver | None = None,
     ) -> None:
         super().__init__()
-        check_modules(generator, data_fidelity, prior)
+        check_modules(generator, encoder, data_fidelity, prior)
+        check_solver(implicit, "implicit")
         check_weights(
             prior_weight=prior_weight,
             latent_penalty=latent_penalty,
@@ -117,9 +128,10 @@ class JIIOReconstructor(Reconstructor):
         self.prior, self.prior_weight = prior, prior_weight
         self.latent_penalty, self.range_penalty = latent_penalty, range_penalty
         self.latent_shape = latent_shape_of(generator, latent_shape)
-        self.init = init
+        self.encoder, self.init = encoder, init
         default = Joint(max_iter=iters, step_size=step_size, acceleration=MEMORY, tol=tol)
         self.method = check_method(method) if method is not None else default
+        self.implicit = implicit
         self._solution: Solution | None = None
 
     @property
@@ -172,19 +184,24 @@ class JIIOReconstructor(Reconstructor):
     def _reconstruct(
         self, y: Any, physics: Physics, init: Init | None, metrics: Metrics | None
     ) -> Tensor:
-        start = self._start(y, physics, init)
+        start, centre = self._start(y, physics, init)
         data = self.data_fidelity if self.data_fidelity is not None else likelihood_of(physics)
-        differentiable = torch.is_grad_enabled()
+        exact: bool | Solver = True if self.implicit is None else self.implicit
+        differentiable = torch.is_grad_enabled() and exact
         with torch.autocast(start.device.type, enabled=False), _evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model, y, physics, data, self.prior, self.prior_weight, self.latent_penalty,
                 self.range_penalty or 0.0,
             )  # fmt: skip
+            objective.centre = centre
             v = start.flatten(1)
+            # at zero one row stands for the whole batch, and more steps can be tried
+            at = torch.zeros_like(v[:1]) if centre is None else centre.detach()
             with count_evaluations() as probing:
-                image, gain = model.probe(v)
-            objective.measure(image.expand(len(v), *image.shape[1:]).contiguous(), gain)
+                image, change = model.probe(at, PROBES if centre is None else PROBES_EACH)
+            whole = (len(v), *image.shape[1:])
+            objective.measure(image.expand(whole).contiguous(), change.expand(whole).contiguous())
             if self.range_penalty is not None:
                 v = model.open_range(
                     v, (objective.stiffness + self.range_penalty) / objective.scale
@@ -215,21 +232,21 @@ class JIIOReconstructor(Reconstructor):
         )
         return image
 
-    def _start(self, y: Any, physics: Physics, init: Init | None) -> Tensor:
-        batch = len(parts(y)[0])
+    def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Tensor | None]:
+        """Where u starts, ``(B, *latent_shape)``, and m, flat, with its graph; None for zero."""
+        wanted = (len(parts(y)[0]), *self.latent_shape)
         like = next(self.generator.parameters())
+        centre: Tensor | None = None
+        start = like.new_zeros(wanted).detach()
+        if self.encoder is not None:
+            mean = check_latents(self.encoder(y, physics), wanted, "encoder(y, physics)").to(like)
+            start, centre = mean.detach().clone(), mean.flatten(1)
         chosen = init if init is not None else self.init
-        if chosen is None:
-            return like.new_zeros(batch, *self.latent_shape).detach()
-        with torch.no_grad():
-            u = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
-        wanted = (batch, *self.latent_shape)
-        if not isinstance(u, Tensor) or tuple(u.shape) != wanted:
-            raise ValueError(
-                f"init must be, or return, latents of shape {wanted}, got "
-                f"{tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__}"
-            )
-        return u.detach().clone().to(like)
+        if chosen is not None:
+            with torch.no_grad():
+                u = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
+            start = check_latents(u, wanted, "init").detach().clone().to(like)
+        return start, centre
 
 
 @contextmanager

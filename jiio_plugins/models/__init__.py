@@ -6,6 +6,7 @@ from jiio_plugins.models.features import ConvFeatures
 from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
 from jiio_plugins.models.pretrained import available_weights, load_pretrained
+from jiio_plugins.models.refiner import MDEQRefiner
 
 __all__ = [
     "ConvDEQClassifier",
@@ -14,6 +15,7 @@ __all__ = [
     "MDEQClassifier",
     "MDEQDecoder",
     "MDEQFewShot",
+    "MDEQRefiner",
     "SinusoidDEQ",
     "available_weights",
     "load_pretrained",

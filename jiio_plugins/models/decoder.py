@@ -100,7 +100,7 @@ class MDEQDecoder(nn.Module):
             )
         self.inject = nn.ModuleList(nn.Conv2d(width, c, 1) for c in channels)
         cell = MDEQCell(channels, expansion, groups)
-        _make_contractive(cell)
+        make_contractive(cell)
         self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
         wide = max(8, channels[0] // stride)
         self.head = nn.Sequential(
@@ -140,7 +140,7 @@ class MDEQDecoder(nn.Module):
 
 
 @torch.no_grad()
-def _make_contractive(cell: MDEQCell) -> None:
+def make_contractive(cell: MDEQCell) -> None:
     """Shrink the residual branch and the state.
 
     A latent fit through a cell that does not contract learns nothing, and the freshly made one does

@@ -29,6 +29,9 @@ GENERATORS: dict[str, Callable[[], nn.Module]] = {
     "fashion-mnist-generator": lambda: MDEQDecoder(
         latent_shape=64, image_shape=(1, 28, 28), channels=(16, 32), stride=2
     ),
+    "fashion-mnist-spatial": lambda: MDEQDecoder(
+        latent_shape=(4, 7, 7), image_shape=(1, 28, 28), channels=(16, 32), stride=2
+    ),
 }
 FEATURES: dict[str, Callable[[], nn.Module]] = {"fashion-mnist-features": ConvFeatures}
 ARCHITECTURES = CLASSIFIERS | GENERATORS | FEATURES
@@ -44,7 +47,8 @@ def load_pretrained(name: str) -> nn.Module:
 
     Args:
         name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel), classifiers;
-            "digits-generator" (latent 16) or "fashion-mnist-generator" (latent 64);
+            "digits-generator" (latent 16), "fashion-mnist-generator" (latent 64) or
+            "fashion-mnist-spatial" (latent 4×7×7, closer fits), generators;
             "fashion-mnist-features", which sets of garments are compared by. Images are in [0, 1].
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
-from tests.deepinv.toys import Generator
+from tests.deepinv.toys import Encoder, Generator
 from tests.helpers import rand
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def central(function: Callable[[], Tensor], tensor: Tensor, index: tuple[int, ..
         ("Poisson", {}),
         ("Gaussian", {"range_penalty": 100.0}),
         ("Poisson", {"prior": dinv.optim.Tikhonov()}),
+        ("Gaussian", {"encoder": Encoder()}),
     ],
 )
 def test_against_finite_differences(likelihood: str, extra: dict[str, object]) -> None:
@@ -74,7 +75,9 @@ def test_against_finite_differences(likelihood: str, extra: dict[str, object]) -
     assert residuals.joint.max() <= 1e-9
     assert residuals.adjoint.max() <= 1e-9
     problem.model.init = problem.model.latents
+    encoder = problem.model.encoder
     for tensor, index in [
+        *([] if encoder is None else [(encoder.linear.weight, (1, 6))]),
         (generator.head.weight, (5, 2)),
         (generator.equilibrium.cell.weight, (1, 3)),
         (problem.y, (1, 0, 2, 1)),

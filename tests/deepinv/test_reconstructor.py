@@ -16,7 +16,7 @@ from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Joint, Nested, Status
 from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
-from tests.deepinv.toys import Generator, reconstructor
+from tests.deepinv.toys import Encoder, Generator, reconstructor
 from tests.helpers import rand
 
 SHAPE = (1, 4, 4)
@@ -55,6 +55,25 @@ def test_it_finds_the_minimum() -> None:
     torch.testing.assert_close(model.solution.value, value.detach())
     (gradient,) = torch.autograd.grad(value.sum(), u)
     assert gradient.abs().max() < 1e-4 * value.max()
+
+
+def test_latents_stay_near_the_encoders_guess() -> None:
+    _, y, physics = measured()
+    encoder = Encoder()
+    with torch.no_grad():
+        m = encoder(y, physics)
+        near, far = (
+            reconstructor(encoder=encoder, latent_penalty=w, iters=200, tol=1e-9)
+            for w in (1e6, 1.0)
+        )
+        torch.testing.assert_close(near(y, physics), near.generator(m), rtol=1e-3, atol=1e-3)
+        image = far(y, physics)
+        u = far.latents
+        value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
+        torch.testing.assert_close(far.solution.value, value + (u - m).square().sum(1) / 2)
+        start = (far.generator(m) - y).square().flatten(1).sum(1) / (2 * 0.1**2)
+        assert (far.solution.value < start).all()
+    assert "encoder.linear.weight" in far.state_dict()
 
 
 def test_it_beats_the_measurements() -> None:
@@ -282,6 +301,9 @@ def test_latents_that_do_not_fit() -> None:
     _, y, physics = measured()
     bad(y, physics, r"latents of shape \(2, 3\), got \(1, 3\)", init=torch.zeros(1, 3))
     bad(y, physics, "got NoneType", init=lambda y, physics: None)
+    wide = reconstructor(encoder=Encoder(latent=4))
+    with pytest.raises(ValueError, match=r"encoder.* latents of shape \(2, 3\), got \(2, 4\)"):
+        wide(y, physics)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +311,8 @@ def test_latents_that_do_not_fit() -> None:
     [
         ({"generator": nn.Linear(3, 16)}, ValueError, "Equilibrium"),
         ({"generator": torch.sin}, TypeError, "nn.Module"),
+        ({"encoder": lambda y, physics: y}, TypeError, "encoder must be an nn.Module"),
+        ({"implicit": 1e-3}, TypeError, "implicit must be Anderson"),
         ({"data_fidelity": nn.MSELoss()}, TypeError, "DataFidelity"),
         ({"prior": nn.MSELoss()}, TypeError, "Prior"),
         ({"prior": dinv.optim.PnP(nn.Identity())}, ValueError, "no value to minimise"),

@@ -14,6 +14,8 @@ from tests.helpers import TIGHT, TanhCell, linear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deepinv.physics import Physics
+
     from jiio_plugins import Solver
 
 
@@ -48,6 +50,18 @@ class Generator(nn.Module):
         else:
             images = flat.reshape(len(u), *self.image_shape)
         return images.to(self.dtype)
+
+
+class Encoder(nn.Module):
+    """A linear guess of the latents from y as an image."""
+
+    def __init__(self, image_shape: Sequence[int] = (1, 4, 4), latent: int = 3) -> None:
+        super().__init__()
+        self.linear = linear(torch.Size(image_shape).numel(), latent, 11)
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:
+        guess: Tensor = self.linear(physics.A_adjoint(y).flatten(1))
+        return guess
 
 
 def reconstructor(image_shape: Sequence[int] = (1, 4, 4), **kwargs: Any) -> JIIOReconstructor:

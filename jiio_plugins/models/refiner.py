@@ -1,0 +1,92 @@
+"""A generator whose latents are images, for problems where an encoder has a first guess."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.models.decoder import make_contractive
+from jiio_plugins.models.mdeq import MDEQCell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jiio_plugins.adjoints import Adjoint
+    from jiio_plugins.solvers import Solver
+
+
+class MDEQRefiner(nn.Module):
+    """Generator ``u → u + h(z*)`` with ``z* = f(z*, inject(u))``: u is an image, z* corrects it.
+
+    The last layer of h is zero at first, so a new one is the identity: put behind a trained encoder
+    it starts where that is, and what it learns is how images differ from guesses.
+
+    Args:
+        image_shape: ``(channels, height, width)``, of latents and images.
+        channels: channels of each scale of the :class:`MDEQCell`.
+        stride: the finest scale has ``height / stride`` pixels.
+        expansion, groups: of :class:`MDEQCell`.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+
+    Attributes:
+        latent_shape: ``image_shape``.
+
+    Shape:
+        ``(rows, *image_shape)`` → the same, not bounded.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Source: the cell is that of Bai, Koltun and Kolter (NeurIPS 2020).
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 28, 28),
+        *,
+        channels: Sequence[int] = (16,),
+        stride: int = 2,
+        expansion: int = 2,
+        groups: int = 4,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_shape = self.latent_shape = tuple(image_shape)
+        colours, height, width = self.image_shape
+        factor = stride * 2 ** (len(channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{len(channels)} scales at stride {stride} need a height and width divisible by "
+                f"{factor}, got {height}×{width}"
+            )
+        finest, wide = channels[0], max(8, channels[0] // stride)
+        self.embed = nn.Sequential(
+            nn.PixelUnshuffle(stride), nn.Conv2d(colours * stride**2, finest, 3, padding=1)
+        )
+        self.inject = nn.ModuleList(nn.Conv2d(finest, c, 1) for c in channels)
+        cell = MDEQCell(channels, expansion, groups)
+        make_contractive(cell)
+        self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
+        last = nn.Conv2d(wide, colours, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.head = nn.Sequential(
+            nn.Conv2d(finest, wide * stride**2, 3, padding=1),
+            nn.PixelShuffle(stride),
+            nn.ReLU(),
+            last,
+        )
+
+    def injection(self, u: Tensor) -> tuple[Tensor, ...]:
+        """What the cell sees of the latents at each scale."""
+        embedded = self.embed(u)
+        return tuple(avg_pool2d(conv(embedded), 2**s) for s, conv in enumerate(self.inject))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Images of the latents' shape."""
+        corrected: Tensor = u + self.head(self.equilibrium(*self.injection(u))[0])
+        return corrected
