@@ -27,6 +27,7 @@ from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import check_method, optimize_input
+from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -212,6 +213,7 @@ class JIIOReconstructor(Reconstructor):
                 objective,
                 method=self.method,
                 differentiable=differentiable,
+                verify=self._verifier(bool(differentiable)),
                 callback=None if metrics is None else metrics.watch(objective),
             )
             assert isinstance(solution.x, Tensor)
@@ -231,6 +233,12 @@ class JIIOReconstructor(Reconstructor):
             ),
         )
         return image
+
+    def _verifier(self, differentiable: bool) -> Solver | None:
+        """The engine's own, but no closer than a loose gradient is worth."""
+        if not differentiable or self.implicit is None:
+            return None
+        return Anderson(max_iter=100, tol=self.implicit.tol / 10)
 
     def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Tensor | None]:
         """Where u starts, ``(B, *latent_shape)``, and m, flat, with its graph; None for zero."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from jiio_deepinv import JIIOReconstructor
+from jiio_deepinv import JacobianLoss, JIIOReconstructor
 from jiio_plugins import Anderson
+from jiio_plugins.models import MDEQRefiner
 from tests.deepinv.toys import Generator
 from tests.deepinv.upstream import upstream
 
@@ -123,3 +124,37 @@ def test_the_trainer_plots_convergence(tmp_path: Path, monkeypatch: pytest.Monke
     after = trainer.test(loader, save_path=tmp_path)
     assert after["PSNR"] > before["PSNR"]
     assert list(tmp_path.rglob("curves.png"))
+
+
+def test_a_loose_gradient_is_cheaper_and_learns() -> None:
+    shape = (1, 8, 8)
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.2))
+    images = Generator(shape, dtype=torch.float32, seed=5)(torch.randn(8, 3).double()).detach()
+    loose = Anderson(max_iter=10, tol=1e-2)
+    network = dinv.models.UNet(1, 1, scales=2, channels_per_scale=[4, 8])
+    model = JIIOReconstructor(
+        MDEQRefiner(shape, channels=(4,), groups=2),
+        encoder=dinv.models.ArtifactRemoval(network),
+        latent_penalty=30.0,
+        iters=6,
+        implicit=loose,
+    )
+    penalty, supervised = JacobianLoss(0.1), dinv.loss.SupLoss()
+    with pytest.raises(RuntimeError, match="comes after the model's forward"):
+        penalty(x_net=None, x=None, y=None, physics=physics, model=model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    values = []
+    for _ in range(12):
+        x_net = model(physics(images), physics)
+        value = supervised(x=images, x_net=x_net).mean()
+        total = value + penalty(x_net=x_net, x=images, y=None, physics=physics, model=model)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert model.solution.stats.implicit.adjoint_evals.max() <= 30
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+    assert sum(values[-3:]) < 0.7 * sum(values[:3])
+    with pytest.raises(TypeError, match="JacobianLoss is for a JIIOReconstructor, got UNet"):
+        penalty(x_net=None, x=None, y=None, physics=physics, model=network)

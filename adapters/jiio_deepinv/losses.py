@@ -1,0 +1,54 @@
+"""A loss for deepinv's trainer that keeps a generator's cell easy to solve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepinv.loss import Loss
+from torch import Tensor
+
+from jiio_deepinv.reconstructor import JIIOReconstructor
+from jiio_plugins._session import PenaltySession, SolveSession
+from jiio_plugins.equilibrium import running
+
+
+class JacobianLoss(Loss):
+    """``w ‖J_z‖²_F / n`` of the generator's cells, at the latents that were just found.
+
+    Beside another loss in ``dinv.Trainer(losses=[...])``. Without it a cell can stop to contract
+    while it learns; :attr:`jiio_plugins.Status.NOT_VERIFIED` and warnings of large residuals say
+    so. One probe of Hutchinson's estimate, see :func:`jiio_plugins.jacobian_penalty`.
+
+    Args:
+        weight: w, against the other losses.
+
+    Raises:
+        TypeError: the model that is trained is no :class:`JIIOReconstructor`.
+        RuntimeError: it has not been called yet.
+
+    Source: Bai, Koltun and Kolter (ICML 2021), eq. 8.
+    """
+
+    def __init__(self, weight: float = 0.05) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self, x_net: Any, x: Any, y: Any, physics: Any, model: Any, **kwargs: Any
+    ) -> Tensor:
+        """The penalty, a scalar; of what deepinv passes it needs the model alone."""
+        while not isinstance(model, JIIOReconstructor) and hasattr(model, "model"):
+            model = model.model  # what a loss that adapts models wrapped
+        if not isinstance(model, JIIOReconstructor):
+            raise TypeError(f"JacobianLoss is for a JIIOReconstructor, got {type(model).__name__}")
+        u = model.latents
+        if u is None:
+            raise RuntimeError("JacobianLoss comes after the model's forward, which was not called")
+        solve = SolveSession()
+        with torch.no_grad(), running(solve):
+            model.generator(u)
+        penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
+        with torch.enable_grad(), running(penalty):
+            model.generator(u)
+        return self.weight * penalty.value
