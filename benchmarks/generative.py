@@ -1,6 +1,7 @@
 """Fitting latents of held-out images: JIIO against Adam and L-BFGS, in one run.
 
     python benchmarks/generative.py --data DIR [--images 16] [--out out/benchmark-generative]
+    python benchmarks/generative.py --data DIR --generator fashion-mnist-spatial
 
 Same decoder, same Fashion-MNIST test images, all from the zero latent, minimising the squared error
 of each image by
@@ -38,6 +39,7 @@ from jiio_plugins._problem import Problem, Variable
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import load_generator
+from jiio_plugins.generative.step import default_step_size
 from jiio_plugins.methods import _AdjointEquation
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 from jiio_plugins.solvers import iterate
@@ -54,8 +56,10 @@ class Args:
 
     data: Path = Path("data")
     """folder of Fashion-MNIST"""
+    generator: str = "fashion-mnist-generator"
+    """a shipped one"""
     run: Path | None = None
-    """folder of a train-generator run; default: the shipped generator"""
+    """folder of a train-generator run instead"""
     images: int = 16
     adam_steps: int = 60
     joint_steps: int = 60
@@ -268,18 +272,19 @@ def methods(fits: Fits, args: Args) -> Iterator[tuple[str, str, Callable[[], His
             return fits.unrolled(r, d, args.adam_steps)
 
         yield "Adam, unrolled", f"rate {rate:g}, depth {depth}", unrolled
-    for step, memory in itertools.product((0.03, 0.05, 0.1), (5, 10)):
+    default = default_step_size(fits.decoder)
+    for share, memory in itertools.product((0.3, 0.6, 1.2), (5, 10, 20)):
 
-        def joint(s: float = step, m: int = memory) -> History:
+        def joint(s: float = share * default, m: int = memory) -> History:
             return fits.joint(s, m, args.joint_steps)
 
-        yield "JIIO", f"step {step:g}, memory {memory}", joint
+        yield "JIIO", f"step {share * default:.2g}, memory {memory}", joint
 
 
 def main(args: Args) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    shipped: Any = load_pretrained("fashion-mnist-generator")
+    shipped: Any = load_pretrained(args.generator)
     decoder = load_generator(args.run) if args.run else shipped
     images, _ = load_fashion_mnist(args.data, "test")
     fits = Fits(decoder, images[: args.images])
