@@ -6,10 +6,12 @@ Every method trains the same decoder from the same weights on the same batches o
 differs in how the latents of a batch are found inside the step, always from zero:
 
 * JIIO, the trainer's default;
-* Adam with a full solve of state and adjoint for each of its steps (cold, relative tolerance 1e-3);
-* Adam with warm-started solves, for inner caps of 1, 2 and 5.
+* Adam, or gradient descent, with a full solve of state and adjoint for each of its steps (cold,
+  relative tolerance 1e-3);
+* the same with warm-started solves, for inner caps of 1, 2 and 5.
 
-Adam takes ``adam_steps`` steps at the rate that fits best in so many, on the shipped generator.
+The peers take ``nested_steps`` steps at the rate that fits best in so many, on the shipped
+generator.
 Every ``every`` steps held-out images are fitted with the averaged weights, by one converged method
 for all, which is not counted. Reported is what it took until those fits first met the target: CPU
 seconds of the training steps, f evaluations and VJPs an image and step.
@@ -33,7 +35,7 @@ import tyro
 from adam import NestedAdam
 from torch import Tensor, nn
 
-from jiio_plugins import Anderson
+from jiio_plugins import Anderson, Nested
 from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import (
     TrainConfig,
@@ -52,7 +54,13 @@ if TYPE_CHECKING:
     from jiio_plugins.generative.step import StepResult
     from jiio_plugins.methods import Method
 
-RATES = (0.1, 0.2, 0.4, 0.8)
+METHODS = (
+    "JIIO",
+    *(f"{kind}, warm, cap {cap}" for kind in ("Adam", "gradient") for cap in (1, 2, 5)),
+    "Adam, cold",
+    "gradient, cold",
+)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @dataclass
@@ -65,10 +73,12 @@ class Args:
     """PSNR of held-out fits to reach, dB"""
     every: int = 25
     """steps between held-out fits"""
-    adam_steps: int = 10
+    nested_steps: int = 10
     batch_size: int = 32
     max_seconds: float = 3600.0
     """CPU seconds after which a method is given up"""
+    methods: tuple[str, ...] = METHODS
+    """those to run now; the tables show all that were"""
     images: int = 1000
     """samples and held-out images that are compared"""
     out: Path = Path("out/generator-training")
@@ -109,7 +119,7 @@ class Clock:
         return sum(self.spent) * (len(self.spent) + 1) / max(1, len(self.spent))
 
 
-def rate_for(method: NestedAdam, images: Tensor) -> float:
+def rate_for(method: Nested, images: Tensor) -> float:
     """The rate that fits best in the method's number of steps."""
     decoder: Any = load_pretrained("fashion-mnist-generator")
     errors = {}
@@ -119,28 +129,38 @@ def rate_for(method: NestedAdam, images: Tensor) -> float:
     return min(errors, key=errors.__getitem__)
 
 
-def peers(args: Args, images: Tensor) -> dict[str, Method | None]:
+def peers(args: Args, images: Tensor) -> dict[str, Nested | None]:
     """The methods by name; None is the trainer's own."""
-    out: dict[str, Method | None] = {"JIIO": None}
-    for cap in (1, 2, 5):
-        solver = Anderson(max_iter=cap, tol=1e-2)
-        out[f"Adam, warm, cap {cap}"] = NestedAdam(
-            solver=solver, warm_start=True, max_iter=args.adam_steps
-        )
-    out["Adam, cold"] = NestedAdam(solver=Anderson(max_iter=60, tol=1e-3), max_iter=args.adam_steps)
+    steps = args.nested_steps
+    out: dict[str, Nested | None] = {"JIIO": None}
+    for name, kind in (("Adam", NestedAdam), ("gradient", Nested)):
+        for cap in (1, 2, 5):
+            solver = Anderson(max_iter=cap, tol=1e-2)
+            out[f"{name}, warm, cap {cap}"] = kind(solver=solver, warm_start=True, max_iter=steps)
+    for name, kind in (("Adam", NestedAdam), ("gradient", Nested)):
+        out[f"{name}, cold"] = kind(solver=Anderson(max_iter=60, tol=1e-3), max_iter=steps)
     for name, method in out.items():
-        if isinstance(method, NestedAdam):
+        if method is not None and name in args.methods:
             rate = rate_for(method, images)
             print(f"{name}: rate {rate:g}")
             out[name] = replace(method, step_size=rate)
     return out
 
 
-def run(name: str, method: Method | None, args: Args) -> Curve:
+def folder_of(name: str, args: Args) -> Path:
+    """Of a method's run; its curve is a file beside it."""
+    return args.out / name.replace(", ", "-").replace(" ", "-")
+
+
+def load_curve(name: str, args: Args) -> Curve | None:
+    """What there is of a method."""
+    record = folder_of(name, args).with_suffix(".json")
+    return Curve(**json.loads(record.read_text())) if record.exists() else None
+
+
+def run(name: str, method: Method | None, args: Args) -> None:
     """Train until the target or the time is reached, going on where an earlier run was."""
-    folder = args.out / name.replace(", ", "-").replace(" ", "-")
-    record = folder.with_suffix(".json")
-    curve = Curve(**json.loads(record.read_text())) if record.exists() else Curve()
+    folder, curve = folder_of(name, args), load_curve(name, args) or Curve()
     config = TrainConfig(
         data="fashion-mnist", folder=args.data, out=folder, epochs=4, batch_size=args.batch_size,
         checkpoint_every=10**9, pictures_every=10**9, latents_kept=1, ema_decay=0.95,
@@ -156,8 +176,7 @@ def run(name: str, method: Method | None, args: Args) -> Curve:
         curve.steps.append(trained.steps)
         curve.seconds.append((curve.seconds[-1] if curve.seconds else 0.0) + clock.seconds)
         curve.psnr.append(trained.psnr)
-        record.write_text(json.dumps(asdict(curve), indent=1) + "\n")
-    return curve
+        folder.with_suffix(".json").write_text(json.dumps(asdict(curve), indent=1) + "\n")
 
 
 class VAE(nn.Module):
@@ -211,16 +230,19 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     held_out, _ = load_fashion_mnist(args.data, "test")
-    curves = {name: run(name, method, args) for name, method in peers(args, held_out[-64:]).items()}
+    for name, method in peers(args, held_out[-64:]).items():
+        if name in args.methods:
+            run(name, method, args)
+    found = {name: load_curve(name, args) for name in METHODS}
+    curves = {name: curve for name, curve in found.items() if curve is not None}
     print(f"\nto {args.target:g} dB in fits of held-out images, batches of {args.batch_size}:")
-    print(
-        f"{'':18} {'steps':>6} {'seconds':>8} {'f':>6} {'VJP':>6} {'PSNR':>6} {'time / JIIO':>12}"
-    )
+    print(f"{'':20} {'steps':>6} {'seconds':>8} {'f':>5} {'VJP':>5} {'best':>6} {'to JIIO':>8}")
     ours = curves["JIIO"].seconds[-1]
     for name, c in curves.items():
+        short = "" if c.psnr[-1] >= args.target else ", not reached"
         print(
-            f"{name:18} {c.steps[-1]:6d} {c.seconds[-1]:8.0f} {c.f_evals:6.0f} {c.vjps:6.0f} "
-            f"{c.psnr[-1]:6.2f} {c.seconds[-1] / ours:8.2f}"
+            f"{name:20} {c.steps[-1]:6d} {c.seconds[-1]:8.0f} {c.f_evals:5.0f} {c.vjps:5.0f} "
+            f"{max(c.psnr):6.2f} {c.seconds[-1] / ours:8.2f}{short}"
         )
     decoder = load_generator(args.out / "JIIO")
     images, _ = load_fashion_mnist(args.data, "train")

@@ -39,7 +39,7 @@ class Args:
     """End-to-end training of a reconstruction."""
 
     problem: Literal["photographs", "mri"] = "photographs"
-    guess_epochs: int = 12
+    guess_epochs: int = 20
     """of the encoder alone"""
     epochs: int = 2
     """of all together"""
