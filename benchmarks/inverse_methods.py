@@ -130,14 +130,14 @@ def variational(prior: Any, weight: float, iterations: int = 200) -> Any:
 def tv(task: Task, validation: Tensor) -> tuple[str, Any]:
     """Total variation, its weight tuned."""
     prior = dinv.optim.TVPrior(n_it_max=50)
-    grid = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    grid = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
     return best({f"weight {w:g}": variational(prior, w) for w in grid}, task, validation)
 
 
 def wavelet(task: Task, validation: Tensor) -> tuple[str, Any]:
     """ℓ1 of Daubechies wavelets, the weight tuned (deepinv's prox takes a tenth of it)."""
     prior = dinv.optim.WaveletPrior(level=3, wv="db8")
-    grid = (0.1, 0.3, 0.6, 1.2, 2.4, 4.8)
+    grid = (0.1, 0.3, 0.6, 1.2, 2.4, 4.8, 9.6)
     return best({f"weight {w:g}": variational(prior, w) for w in grid}, task, validation)
 
 
@@ -184,11 +184,28 @@ def joint(iterations: int) -> Joint:
     return Joint(max_iter=iterations, step_size=1.0, acceleration=10, tol=1e-4)
 
 
-def penalty_for(generator: MDEQDecoder, task: Task, validation: Tensor) -> float:
-    """The latent penalty that is best on validation images; all methods share it."""
-    grid = (0.03, 0.1, 0.3, 1.0)
-    name, _ = best({f"{w:g}": latent(generator, w, joint(60)) for w in grid}, task, validation)
-    return float(name)
+@dataclass(frozen=True)
+class Choice:
+    """A generator and its latent penalty, which all methods on it share."""
+
+    name: str
+    generator: MDEQDecoder
+    penalty: float
+
+    def __str__(self) -> str:
+        return f"{self.name}, λ {self.penalty:g}"
+
+
+def choose(generators: dict[str, MDEQDecoder], task: Task, validation: Tensor) -> Choice:
+    """The one with which JIIO is best on validation images."""
+    grid = (0.03, 0.1, 0.3, 1.0, 3.0)
+    choices = {
+        str(choice): choice
+        for name, generator in generators.items()
+        for choice in (Choice(name, generator, penalty) for penalty in grid)
+    }
+    solves = {name: latent(c.generator, c.penalty, joint(60)) for name, c in choices.items()}
+    return choices[best(solves, task, validation)[0]]
 
 
 def adam(steps: int, rate: float, cap: int | None) -> NestedAdam:

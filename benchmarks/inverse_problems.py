@@ -7,7 +7,8 @@ sensing with a quarter of the measurements, on Fashion-MNIST test images that no
 tuned on.
 
 * Not trained for the problem: total variation, wavelets, the deep image prior (an image at a time:
-  on fewer images, stated); JIIO and Adam over the latents of a generator.
+  on fewer images, stated); JIIO and Adam over the latents of a generator, the vector or
+  the spatial one, whichever is better on validation images.
 * Trained for it, on the same images by the same optimiser, ``minutes`` of CPU time each and about
   as many parameters: a U-Net, an unfolded proximal gradient, one with ``DEQ=``, and JIIO end to
   end: a U-Net's guess as centre of the latents of a :class:`jiio_plugins.models.MDEQRefiner`.
@@ -56,7 +57,7 @@ class Args:
     data: Path = Path("data")
     """folder of Fashion-MNIST"""
     generator: Path | None = None
-    """folder of a train-generator run; default: the shipped one with spatial latents"""
+    """folder of a train-generator run; default: the better of the two shipped ones"""
     minutes: float = 20.0
     """CPU minutes of every training"""
     images: int = 256
@@ -98,8 +99,11 @@ class Benchmark:
         train, _ = load_fashion_mnist(args.data, "train")
         self.train, self.validation = train[: -args.validation], train[-args.validation :]
         self.test = load_fashion_mnist(args.data, "test")[0][: args.images]
-        shipped: Any = load_pretrained("fashion-mnist-spatial") if args.generator is None else None
-        self.generator = shipped if args.generator is None else load_generator(args.generator)
+        names = ("fashion-mnist-generator", "fashion-mnist-spatial")
+        self.generators: Any = {n.split("-")[-1]: load_pretrained(n) for n in names}
+        if args.generator is not None:
+            self.generators = {args.generator.name: load_generator(args.generator)}
+        self.choices: dict[str, m.Choice] = {}
         args.out.mkdir(parents=True, exist_ok=True)
 
     def path(self, task: str, what: str, suffix: str = ".json") -> Path:
@@ -136,26 +140,30 @@ class Benchmark:
         images = self.test[: self.args.dip_images] if method == "DIP" else self.test
         return self.judge(task, method, setting, solve, images)
 
+    def choice(self, task: m.Task) -> m.Choice:
+        """The generator for a problem."""
+        if task.name not in self.choices:
+            self.choices[task.name] = m.choose(self.generators, task, self.validation)
+        return self.choices[task.name]
+
+    def on_generator(self, task: m.Task, method: Any) -> Any:
+        """A method over its latents."""
+        choice = self.choice(task)
+        return m.latent(choice.generator, choice.penalty, method)
+
     def jiio(self, task: m.Task, validation: Tensor) -> tuple[str, Any]:
         """The generator as it is."""
-        penalty = m.penalty_for(self.generator, task, validation)
-        return f"λ {penalty:g}, 60 its", m.latent(self.generator, penalty, m.joint(60))
+        return str(self.choice(task)), self.on_generator(task, m.joint(60))
 
     def adam(self, task: m.Task, validation: Tensor) -> tuple[str, Any]:
         """Cold, as CSGM does it."""
-        penalty = m.penalty_for(self.generator, task, validation)
-        rate = self.rate(task, penalty, None)
-        method = m.adam(STEPS[-1], rate, None)
-        return f"λ {penalty:g}, rate {rate:g}", m.latent(self.generator, penalty, method)
+        rate = self.rate(task, None)
+        return f"rate {rate:g}", self.on_generator(task, m.adam(STEPS[-1], rate, None))
 
-    def rate(self, task: m.Task, penalty: float, cap: int | None) -> float:
+    def rate(self, task: m.Task, cap: int | None) -> float:
         """Adam's rate that is best in 40 steps."""
-        name, _ = m.best(
-            {f"{r:g}": m.latent(self.generator, penalty, m.adam(40, r, cap)) for r in RATES},
-            task,
-            self.validation[:16],
-        )
-        return float(name)
+        settings = {f"{r:g}": self.on_generator(task, m.adam(40, r, cap)) for r in RATES}
+        return float(m.best(settings, task, self.validation[:16])[0])
 
     def learned(self, task: m.Task, method: str) -> Result:
         """A method that is trained for the problem."""
@@ -191,17 +199,16 @@ class Benchmark:
         """JIIO's and Adam's runs of several lengths, by family."""
         path = self.path(task.name, "cost")
         if not path.exists():
-            penalty = m.penalty_for(self.generator, task, self.validation)
             runs = {"JIIO": {n: m.joint(n) for n in COUNTS}}
             for cap in (None, 1, 2, 5):
-                rate = self.rate(task, penalty, cap)
+                rate = self.rate(task, cap)
                 name = f"Adam, {'cold' if cap is None else f'warm, cap {cap}'}, rate {rate:g}"
                 runs[name] = {n: m.adam(n, rate, cap) for n in STEPS}
             images = self.test[: self.args.cost_images]
             found = {
                 family: [
                     asdict(self.judge(
-                        task, family, str(n), m.latent(self.generator, penalty, method), images
+                        task, family, str(n), self.on_generator(task, method), images
                     ))
                     for n, method in methods.items()
                 ]
