@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
+from jiio_plugins import Anderson
 from tests.deepinv.toys import Encoder, Generator
 from tests.helpers import rand
 
@@ -140,3 +141,22 @@ def test_memory_does_not_depend_on_the_iterations() -> None:
         most.append(probe.most)
         assert len(probe.alive) <= 1
     assert most[1] <= most[0]
+
+
+def test_float32_is_close_to_float64() -> None:
+    """As users train it: no warning, and the gradient of a tight solution to a percent."""
+    problem = Problem()
+    problem.loss().backward()
+    exact = [p.grad.clone() for p in problem.model.generator.parameters()]
+    generator = Generator(SHAPE, dtype=torch.float32, solver=Anderson(max_iter=100, tol=1e-6))
+    model = JIIOReconstructor(generator.float(), iters=100)
+    physics = dinv.physics.Blur(
+        filter=problem.filter.float(),
+        padding="circular",
+        noise_model=dinv.physics.GaussianNoise(0.1),
+    )
+    (model(problem.y.float(), physics) * problem.target.float()).sum().backward()
+    for p, wanted in zip(generator.parameters(), exact, strict=True):
+        assert (p.grad - wanted).norm() < 0.01 * wanted.norm()
+    assert model.solution.stats.implicit.joint.max() < 1e-3
+    assert model.solution.stats.implicit.adjoint.max() < 1e-3

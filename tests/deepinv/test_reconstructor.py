@@ -86,10 +86,11 @@ def test_it_beats_the_measurements() -> None:
     assert (psnr(found, images[:8]) > psnr(y, images[:8]) + 4).all()
 
 
-def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("encoder", [None, Encoder()])
+def test_a_sample_does_not_depend_on_its_neighbours(encoder: nn.Module | None) -> None:
     physics = Denoising(GaussianNoise(torch.tensor([0.1, 0.2, 0.4])))
     _, y, _ = measured(physics, batch=3)
-    model = reconstructor(iters=30)
+    model = reconstructor(iters=30, encoder=encoder)
     with torch.no_grad():
         together = model(y, physics)
         iterations = model.solution.stats.iterations
