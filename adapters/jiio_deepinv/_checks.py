@@ -116,10 +116,14 @@ def check_measurements(y: Any) -> None:
 
 
 def usable(y: Any) -> Any:
-    """``y`` as autograd takes it: a tensor made in inference mode is cloned."""
-    if not any(part.is_inference() for part in parts(y)):
-        return y
-    return y.clone()
+    """``y`` as autograd takes it: a tensor made in inference mode is cloned.
+
+    A subclass is seen as a plain tensor: deepinv's transforms leave one that has its own minus.
+    """
+    if any(part.is_inference() for part in parts(y)):
+        y = y.clone()
+    plain = [part.as_subclass(Tensor) for part in parts(y)]
+    return TensorList(plain) if isinstance(y, TensorList) else plain[0]
 
 
 def usable_physics(physics: Physics) -> Physics:
