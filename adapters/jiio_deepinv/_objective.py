@@ -97,8 +97,8 @@ class Objective:
     """``(data(x, y) + w prior(x) + λ/2 ‖u − m‖² + ρ/2 ‖r‖²) / s`` per sample.
 
     s is about the curvature in u, so that one step size serves all operators, noise levels and
-    generators; it moves no minimum. It is that of the data term along a step of the generator
-    (:func:`curvature`) times the step's squared length (:meth:`Latents.probe`), plus λ.
+    generators; it moves no minimum. It is that of the data term along what the generator draws
+    (:func:`curvature`) times the squared length of a step (:meth:`Latents.probe`), plus λ.
 
     Attributes:
         centre: m, ``(batch, latent)``, where it is not zero.
@@ -118,10 +118,10 @@ class Objective:
         self.centre: Tensor | None = None
         self.image: Tensor | None = None
 
-    def measure(self, image: Tensor, change: Tensor) -> None:
+    def measure(self, image: Tensor, change: Tensor, direction: Tensor) -> None:
         """Take s from what :meth:`Latents.probe` saw; raise where all does not fit."""
         self._check(image)
-        self.stiffness = curvature(self.fidelity, image, change)
+        self.stiffness = curvature(self.fidelity, image, direction)
         gain = change.abs().square().flatten(1).sum(1)
         gain = torch.where(gain > 0, gain, torch.ones_like(gain))
         self.scale = self.stiffness * gain + self.latent_penalty
@@ -192,9 +192,10 @@ def _words(sizes: list[tuple[int, ...]]) -> str:
 def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
     """``|dᵀ H d| / dᵀd`` of a function of images along directions d, ``(batch,)``.
 
-    The directions are ones in which latents move the image: a compressed sensing matrix lengthens
-    its own row space tenfold, and smooth changes hardly at all. H is the second derivative, taken
-    as a difference of two gradients at ``image ± h d``: it costs no evaluation of f.
+    The directions stand for those in which latents move the image: a compressed sensing matrix
+    lengthens its own row space tenfold, and what a generator draws hardly at all. H is the second
+    derivative, taken as a difference of two gradients at ``image ± h d``: it costs no evaluation
+    of f.
     """
 
     def slope(at: Tensor) -> Tensor:

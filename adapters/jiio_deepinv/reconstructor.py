@@ -202,7 +202,9 @@ class JIIOReconstructor(Reconstructor):
             with count_evaluations() as probing:
                 image, change = model.probe(at, PROBES if centre is None else PROBES_EACH)
             whole = (len(v), *image.shape[1:])
-            objective.measure(image.expand(whole).contiguous(), change.expand(whole).contiguous())
+            image, change = image.expand(whole).contiguous(), change.expand(whole).contiguous()
+            # from zero latents move the image as a whole; from a guess, anywhere
+            objective.measure(image, change, image if centre is None else change)
             if self.range_penalty is not None:
                 v = model.open_range(
                     v, (objective.stiffness + self.range_penalty) / objective.scale
