@@ -14,6 +14,7 @@ the slice is matplotlib's sample MRI of a head (trained on its upper half, shown
 from __future__ import annotations
 
 import gzip
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,10 +122,13 @@ def train(model: Any, losses: list[Any], data: Any, physics: Physics, epochs: in
         save_path=None,
         device="cpu",
         non_blocking_transfers=False,
+        freq_update_progress_bar=10,
     ).train()
 
 
 def main(args: Args) -> None:
+    # the gradient is loose by choice, and looser still before the cell has learned to contract
+    warnings.filterwarnings("ignore", "the equation for the implicit gradient|the joint solution")
     torch.manual_seed(args.seed)
     images, others, physics = photographs() if args.problem == "photographs" else mri()
     some = torch.randperm(len(images))[: args.patches]
