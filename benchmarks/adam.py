@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jiio_plugins._problem import Problem
-    from jiio_plugins.methods import Callback, Path, Stop
+    from jiio_plugins.methods import Path
 
 
 class AdamDirections(FeasibleSet):
@@ -37,13 +37,6 @@ class AdamDirections(FeasibleSet):
 class NestedAdam(Nested):
     """The nested loop with Adam's steps; ``step_size`` is the rate."""
 
-    def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
+    def run(self, problem: Problem, feasible: FeasibleSet, *args: Any, **kwargs: Any) -> Path:
         """See :class:`jiio_plugins.Nested`."""
-        return super().run(problem, AdamDirections(feasible.center), v, stop, callback)
+        return super().run(problem, AdamDirections(feasible.center), *args, **kwargs)

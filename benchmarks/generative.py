@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
+from adam import NestedAdam
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,12 +41,12 @@ from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import load_generator
 from jiio_plugins.generative.step import default_step_size
-from jiio_plugins.methods import _AdjointEquation
 from jiio_plugins.models import MDEQDecoder, load_pretrained
-from jiio_plugins.solvers import iterate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from jiio_plugins.methods import Method
 
 RATES = (0.05, 0.1, 0.2, 0.4)
 
@@ -119,46 +120,26 @@ class Fits:
         start = self.decoder.zeros(self.rows)
         return Problem(Variable(self.decoder, start), self.objective, self.rows), start.flatten(1)
 
-    def joint(self, step_size: float, memory: int, steps: int) -> History:
+    def run(self, method: Method) -> History:
         problem, v = self.problem()
         history = History()
-        method = Joint(max_iter=steps, step_size=step_size, acceleration=memory, tol=0.0)
         method.run(
             problem, FeasibleSet(v), v, None,
             lambda at: history.add(at.v, problem.f_evals, problem.vjps),
         )  # fmt: skip
         return history
 
+    def joint(self, step_size: float, memory: int, steps: int) -> History:
+        return self.run(Joint(max_iter=steps, step_size=step_size, acceleration=memory, tol=0.0))
+
     def adam(
         self, rate: float, steps: int, tol: float, cap: int = 60, warm: bool = False
     ) -> History:
         """Adam on gradients from solves to ``tol``; costs at their least, as in ``Nested``."""
-        problem, v = self.problem()
-        history = History()
         solver = Anderson(max_iter=cap, tol=tol)
-        adam = torch.optim.Adam([v.requires_grad_()], lr=rate)
-        problem.solve(v.detach(), Anderson(max_iter=1))  # the state's layout
-        z = mu = None
-        if warm:
-            first = problem.solve(v.detach(), Anderson(max_iter=5, tol=1e-2))
-            problem.pay(f_evals=first.evals)
-            z = first.image
-        for _ in range(steps):
-            at = v.detach()
-            if cap > 1 or z is None:
-                solved = problem.solve(at, Anderson(max_iter=max(1, cap - 1), tol=tol), z)
-                problem.pay(f_evals=solved.evals)
-                z = solved.image
-            lin = problem.linearize(at, z)
-            b, direct = lin.gradient(problem.loss(lin.output))
-            equation = _AdjointEquation(problem, lin, at, z, b)
-            adjoint = iterate(equation, b if mu is None else mu, solver)
-            problem.pay(f_evals=1 + equation.f_evals, vjps=adjoint.evals)
-            history.add(at, problem.f_evals, problem.vjps)
-            v.grad = direct.reshape(v.shape) + equation.jv_mu
-            adam.step()
-            z, mu = (lin.f, adjoint.fz) if warm else (None, None)
-        return history
+        return self.run(
+            NestedAdam(solver=solver, warm_start=warm, warmup=5, max_iter=steps, step_size=rate)
+        )
 
     def through_the_model(self, rows: slice, make: Callable[[Tensor], Any], steps: int) -> History:
         """Any torch optimiser on ``decoder(u)``, with the gradient the layer carries."""

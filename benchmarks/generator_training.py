@@ -11,15 +11,15 @@ differs in how the latents of a batch are found inside the step, always from zer
 * the same with warm-started solves, for inner caps of 1, 2 and 5.
 
 The peers take ``nested_steps`` steps at the rate that fits best in so many, on the shipped
-generator.
-Every ``every`` steps held-out images are fitted with the averaged weights, by one converged method
-for all, which is not counted. Reported is what it took until those fits first met the target: CPU
-seconds of the training steps, f evaluations and VJPs an image and step.
+generator. Every ``every`` steps held-out images are fitted with the averaged weights, by one
+converged method for all, which is not counted. Reported is what it took until those fits first met
+the target: CPU seconds of the training steps, f evaluations and VJPs an image and step.
 
 Then a VAE with the same decoder is trained for the seconds that JIIO took, and both are judged by
 held-out fits and by the distance of their samples to held-out images.
 
-A run that was stopped goes on where it was; runs that met the target are not repeated.
+A run that was stopped goes on where it was; runs that met the target are not repeated, and a folder
+holds runs of the same settings alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 from adam import NestedAdam
+from records import keep_settings
 from torch import Tensor, nn
 
 from jiio_plugins import Anderson, Nested
@@ -137,7 +138,6 @@ def peers(args: Args, images: Tensor) -> dict[str, Nested | None]:
         for cap in (1, 2, 5):
             solver = Anderson(max_iter=cap, tol=1e-2)
             out[f"{name}, warm, cap {cap}"] = kind(solver=solver, warm_start=True, max_iter=steps)
-    for name, kind in (("Adam", NestedAdam), ("gradient", Nested)):
         out[f"{name}, cold"] = kind(solver=Anderson(max_iter=60, tol=1e-3), max_iter=steps)
     for name, method in out.items():
         if method is not None and name in args.methods:
@@ -197,10 +197,9 @@ class VAE(nn.Module):
         return loss
 
 
-def train_vae(seconds: float, args: Args) -> MDEQDecoder:
+def train_vae(seconds: float, images: Tensor, args: Args) -> MDEQDecoder:
     """With the trainer's architecture, optimiser and batches, for so many CPU seconds."""
     config = TrainConfig(data="fashion-mnist", out=args.out)
-    images, _ = load_fashion_mnist(args.data, "train")
     torch.manual_seed(config.seed)
     vae = VAE(config.model.build((1, 28, 28)))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -214,11 +213,10 @@ def train_vae(seconds: float, args: Args) -> MDEQDecoder:
     return vae.decoder.eval()
 
 
-def judge(decoder: MDEQDecoder, latents: Tensor, args: Args) -> dict[str, float]:
+def judge(decoder: MDEQDecoder, latents: Tensor, held_out: Tensor) -> dict[str, float]:
     """Held-out fits, and the distance of the images of these latents to held-out images."""
-    held_out, _ = load_fashion_mnist(args.data, "test")
     features: Any = load_pretrained("fashion-mnist-features")
-    found = distances(held_out[: args.images], decode(decoder, latents), features)
+    found = distances(held_out[: len(latents)], decode(decoder, latents), features)
     return {
         "PSNR": float(fit(decoder, held_out[:256]).psnr.mean()),
         "frechet": found.frechet,
@@ -228,7 +226,8 @@ def judge(decoder: MDEQDecoder, latents: Tensor, args: Args) -> dict[str, float]
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    names = ("every", "nested_steps", "batch_size")
+    keep_settings(args.out, {name: getattr(args, name) for name in names})
     held_out, _ = load_fashion_mnist(args.data, "test")
     for name, method in peers(args, held_out[-64:]).items():
         if name in args.methods:
@@ -237,6 +236,8 @@ def main(args: Args) -> None:
     curves = {name: curve for name, curve in found.items() if curve is not None}
     print(f"\nto {args.target:g} dB in fits of held-out images, batches of {args.batch_size}:")
     print(f"{'':20} {'steps':>6} {'seconds':>8} {'f':>5} {'VJP':>5} {'best':>6} {'to JIIO':>8}")
+    if "JIIO" not in curves:
+        raise SystemExit("there is no run of JIIO to compare with: add it to --methods")
     ours = curves["JIIO"].seconds[-1]
     for name, c in curves.items():
         short = "" if c.psnr[-1] >= args.target else ", not reached"
@@ -248,10 +249,10 @@ def main(args: Args) -> None:
     images, _ = load_fashion_mnist(args.data, "train")
     latents = fit_latents(decoder, (images[:2048] * 255).round().byte())
     torch.manual_seed(0)
-    vae = train_vae(ours, args)
+    vae = train_vae(ours, images, args)
     rows = {
-        "JIIO": judge(decoder, sample_latents(latents, args.images, prior="gmm"), args),
-        "VAE": judge(vae, torch.randn(args.images, *vae.latent_shape), args),
+        "JIIO": judge(decoder, sample_latents(latents, args.images, prior="gmm"), held_out),
+        "VAE": judge(vae, torch.randn(args.images, *vae.latent_shape), held_out),
     }
     print(
         f"\nafter {ours:.0f} CPU s; distances of {args.images} samples in fashion-mnist-features:"

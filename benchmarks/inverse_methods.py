@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jiio_deepinv import JIIOReconstructor
+from jiio_deepinv.losses import contraction
 from jiio_plugins import Anderson, Implicit, Joint
 from jiio_plugins.checkpoint import Trained, set_random_states
 from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.models import MDEQRefiner
-from jiio_plugins.regularization import jacobian_penalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,10 +73,8 @@ def _box() -> Tensor:
 TASKS = [
     Task("denoise 0.2", lambda: dinv.physics.Denoising(_noise(0.2))),
     Task("denoise 0.4", lambda: dinv.physics.Denoising(_noise(0.4))),
-    Task("box", lambda: dinv.physics.Inpainting(SHAPE, mask=_box(), noise_model=_noise(0.05))),
-    Task(
-        "inpaint 50 %", lambda: dinv.physics.Inpainting(SHAPE, mask=0.5, noise_model=_noise(0.05))
-    ),
+    Task("box", lambda: _inpainting(_box())),
+    Task("inpaint 50 %", lambda: _inpainting(0.5)),
     Task(
         "sensing 25 %",
         lambda: dinv.physics.CompressedSensing(m=196, img_size=SHAPE, noise_model=_noise(0.05)),
@@ -219,10 +217,10 @@ def adam(steps: int, rate: float, cap: int | None) -> NestedAdam:
 # Trained --------------------------------------------------------------------------------------
 
 
-def unet(residual: bool = True, widths: tuple[int, ...] = WIDTHS, norm: bool = True) -> nn.Module:
+def unet(widths: tuple[int, ...] = WIDTHS, norm: bool = True) -> nn.Module:
     """deepinv's, with three scales."""
     network: nn.Module = dinv.models.UNet(
-        1, 1, residual=residual, batch_norm=norm, scales=3, channels_per_scale=list(widths)
+        1, 1, batch_norm=norm, scales=3, channels_per_scale=list(widths)
     )
     return network
 
@@ -303,14 +301,10 @@ def end_to_end(task: Task) -> Learner:
         implicit=Anderson(max_iter=15, memory=8, tol=1e-2),
     )
 
-    def contraction(y: Tensor, physics: Physics) -> Tensor:
-        layer = generator.equilibrium
+    def regularise(y: Tensor, physics: Physics) -> Tensor:
         with torch.no_grad():
             u = encoder(y, physics)
-        injected = generator.injection(u)
-        with torch.no_grad():
-            z = layer(*injected)
-        return 0.05 * jacobian_penalty(layer.cell, z, *injected)
+        return 0.05 * contraction(generator, u)
 
     def tune(validation: Tensor) -> None:
         """How much the guess is trusted."""
@@ -326,7 +320,7 @@ def end_to_end(task: Task) -> Learner:
         Stage(0.45, lambda y, physics: generator(encoder(y, physics)), penalised=True),
         Stage(0.6, model, batch=32, penalised=True, tune=tune),
     ]
-    learner = Learner(model, stages, contraction)
+    learner = Learner(model, stages, regularise)
     return learner
 
 

@@ -18,7 +18,8 @@ to the PSNR at which Adam ends (less 0.1 dB): iterations are swept, each run is 
 converged image, rates are tuned on validation images.
 
 Every result is a file in ``--out``; a run that was stopped goes on with what is missing, and a
-training with its checkpoint. Seconds are of the CPU, an image, in batches.
+training with its checkpoint; a folder holds results of the same settings alone. Seconds are of the
+CPU, an image, in batches. deepinv's wavelets need ``ptwt``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import inverse_methods as m
 import torch
 import tyro
+from records import keep_settings
 from torch import Tensor
 
 from jiio_plugins.data import load_fashion_mnist
@@ -104,7 +106,9 @@ class Benchmark:
         if args.generator is not None:
             self.generators = {args.generator.name: load_generator(args.generator)}
         self.choices: dict[str, m.Choice] = {}
-        args.out.mkdir(parents=True, exist_ok=True)
+        names = ("minutes", "images", "dip_images", "cost_images", "validation")
+        settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+        keep_settings(args.out, {**settings, "generators": sorted(self.generators)})
 
     def path(self, task: str, what: str, suffix: str = ".json") -> Path:
         """File of a result."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 from deepinv.physics import GaussianNoise, Physics
+from deepinv_inverse_problems import draw
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -149,31 +150,17 @@ def main(args: Args) -> None:
         print(f"{name:20} {psnr(made, others).mean():.2f} dB on {len(others)} other patches")
     assert model.solution is not None
     print(model.solution.report(), model.solution.stats.summary())
-    rows = {"truth": others, "measured": seen, "guess": guess, "JIIO": found}
     shown = torch.linspace(0, len(others) - 1, args.images).round().long()
+    rows = [("truth", others), ("measured", seen), ("guess", guess), ("JIIO", found)]
     draw(
-        {name: t[shown] for name, t in rows.items()},
+        [(name, visible(images[shown])) for name, images in rows],
         args.out or Path(f"deepinv_{args.problem}.png"),
     )
 
 
-def draw(rows: dict[str, Tensor], path: Path) -> None:
-    """One row of images for each entry; of two channels the magnitude."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    columns = len(rows["truth"])
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 1, 1.3 * len(rows)))
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            gray = image.norm(dim=0, keepdim=True) if len(image) == 2 else image
-            axis.imshow(gray.clamp(0, 1).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
+def visible(images: Tensor) -> Tensor:
+    """The magnitude of two channels, which are a complex image."""
+    return images.norm(dim=1, keepdim=True) if images.shape[1] == 2 else images
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jiio_plugins._state import Layout, as_tensors
 from jiio_plugins.adjoints import Adjoint, CellMap, Implicit
-from jiio_plugins.solvers import Anderson, Solver
+from jiio_plugins.solvers import Anderson, Solver, check_solver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,10 +94,7 @@ class Equilibrium(nn.Module):
         self.cell = cell
         self.solver = solver if solver is not None else Anderson()
         self.adjoint = adjoint if adjoint is not None else Implicit()
-        if not isinstance(self.solver, Solver):
-            raise TypeError(
-                f"solver must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
-            )
+        check_solver(solver, "solver")
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(
                 "adjoint must be Implicit(...), Phantom(...), JacobianFree(...) or Unrolled(...), "

@@ -17,7 +17,7 @@ from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
 from jiio_plugins.methods import Callback, Joint, Method, Path, Stop
 from jiio_plugins.solution import Solution, Stats, Status
-from jiio_plugins.solvers import Anderson, Solver
+from jiio_plugins.solvers import Anderson, Solver, check_solver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +67,8 @@ def optimize_input(
             (:mod:`jiio_plugins.implicit`). It needs plain gradient steps to settle: the result is
             refined until they do, and a warning says when they do not. First derivatives only. A
             solver instead of True refines the result and solves the equation of the gradient: one
-            with fewer iterations and a larger ``tol`` makes a cheaper, less exact gradient.
+            with fewer iterations and a larger ``tol`` makes a cheaper, less exact gradient, and
+            warnings begin at ten times its ``tol``.
         verify: solver of the final check, started from the model's own solution; None: Anderson
             with relative tolerance 1e-5 (1e-9 in float64).
         training_mode: leave the model's train/eval flags as they are (default: eval mode while the
@@ -89,10 +90,7 @@ def optimize_input(
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
     """
-    if verify is not None and not isinstance(verify, Solver):
-        raise TypeError(
-            f"verify must be Anderson(...), Picard(...) or Broyden(...), got {verify!r}"
-        )
+    check_solver(verify, "verify")
     if not isinstance(differentiable, (bool, Solver)):
         raise TypeError(
             f"differentiable must be True, False, or a solver such as Anderson(...), got "

@@ -89,6 +89,14 @@ class Solver(abc.ABC):
         """Fresh history for the flat state ``z``."""
 
 
+def check_solver(solver: Any, name: str) -> None:
+    """TypeError unless it is a :class:`Solver` or None."""
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(
+            f"{name} must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
+        )
+
+
 def _check_positive(name: str, value: float, upper: float = float("inf")) -> None:
     if not 0 < value <= upper:
         limit = "" if upper == float("inf") else f" and at most {upper:g}"

@@ -11,7 +11,6 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium
-from jiio_plugins.solvers import Solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,14 +58,6 @@ def check_modules(
         raise ValueError(
             f"{type(prior).__name__} has no value to minimise (explicit_prior is False): give a "
             "prior that has one, such as deepinv.optim.TVPrior()"
-        )
-
-
-def check_solver(solver: Any, name: str) -> None:
-    """Raise unless it is one of the engine's, or None."""
-    if solver is not None and not isinstance(solver, Solver):
-        raise TypeError(
-            f"{name} must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
         )
 
 

@@ -109,13 +109,12 @@ class Objective:
 
     def __init__(
         self, model: Latents, y: Any, physics: Physics, data: DataFidelity, prior: Prior | None,
-        prior_weight: float, latent_penalty: float, range_penalty: float,
+        prior_weight: float, latent_penalty: float, range_penalty: float, centre: Tensor | None,
     ) -> None:  # fmt: skip
         self.model = model
         self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
-        self.range_penalty = range_penalty
-        self.centre: Tensor | None = None
+        self.range_penalty, self.centre = range_penalty, centre
         self.image: Tensor | None = None
 
     def measure(self, image: Tensor, change: Tensor, direction: Tensor) -> None:

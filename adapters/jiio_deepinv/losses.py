@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 from deepinv.loss import Loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from jiio_deepinv.reconstructor import JIIOReconstructor
 from jiio_plugins._session import PenaltySession, SolveSession
 from jiio_plugins.equilibrium import running
+
+
+def contraction(generator: nn.Module, u: Tensor) -> Tensor:
+    """``‖J_z‖²_F / n`` of the generator's cells where its states settle at latents u, a scalar."""
+    solve = SolveSession()
+    with torch.no_grad(), running(solve):
+        generator(u)
+    penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
+    with torch.enable_grad(), running(penalty):
+        generator(u)
+    return penalty.value
 
 
 class JacobianLoss(Loss):
@@ -45,10 +56,4 @@ class JacobianLoss(Loss):
         u = model.latents
         if u is None:
             raise RuntimeError("JacobianLoss comes after the model's forward, which was not called")
-        solve = SolveSession()
-        with torch.no_grad(), running(solve):
-            model.generator(u)
-        penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
-        with torch.enable_grad(), running(penalty):
-            model.generator(u)
-        return self.weight * penalty.value
+        return self.weight * contraction(model.generator, u)

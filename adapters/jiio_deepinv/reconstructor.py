@@ -14,7 +14,6 @@ from jiio_deepinv._checks import (
     check_latents,
     check_measurements,
     check_modules,
-    check_solver,
     check_weights,
     latent_shape_of,
     parts,
@@ -27,7 +26,7 @@ from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import check_method, optimize_input
-from jiio_plugins.solvers import Anderson
+from jiio_plugins.solvers import Anderson, check_solver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -193,9 +192,8 @@ class JIIOReconstructor(Reconstructor):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model, y, physics, data, self.prior, self.prior_weight, self.latent_penalty,
-                self.range_penalty or 0.0,
+                self.range_penalty or 0.0, centre,
             )  # fmt: skip
-            objective.centre = centre
             v = start.flatten(1)
             # at zero one row stands for the whole batch, and more steps can be tried
             at = torch.zeros_like(v[:1]) if centre is None else centre.detach()

@@ -19,7 +19,7 @@ from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
 from jiio_plugins.optimize import check_input, unwrap
-from jiio_plugins.solvers import Anderson, Solver
+from jiio_plugins.solvers import Anderson, Solver, check_solver
 
 GRADIENTS = ("implicit", "own", "unrolled", "intermediate", "none", "unknown")
 Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -325,7 +325,4 @@ def _check_arguments(
         raise ValueError(
             f"batch_size must be at least 1 and audit not negative, got {batch_size} and {audit}"
         )
-    if verify is not None and not isinstance(verify, Solver):
-        raise TypeError(
-            f"verify must be Anderson(...), Picard(...) or Broyden(...), got {verify!r}"
-        )
+    check_solver(verify, "verify")

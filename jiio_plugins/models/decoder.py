@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from jiio_plugins.equilibrium import Equilibrium
-from jiio_plugins.models.mdeq import MDEQCell
+from jiio_plugins.models.mdeq import MDEQCell, check_sizes, make_contractive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jiio_plugins.adjoints import Adjoint
-    from jiio_plugins.models.mdeq import ResidualBlock
     from jiio_plugins.solvers import Solver
 
 
@@ -75,12 +74,7 @@ class MDEQDecoder(nn.Module):
                 f"got {self.latent_shape} and {self.image_shape}"
             )
         colours, height, width = self.image_shape
-        factor = stride * 2 ** (len(channels) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"{len(channels)} scales at stride {stride} need a height and width divisible by "
-                f"{factor}, got {height}×{width}"
-            )
+        check_sizes(height, width, len(channels), stride)
         self.sizes = [
             (height // (stride * 2**s), width // (stride * 2**s)) for s in range(len(channels))
         ]
@@ -137,17 +131,3 @@ class MDEQDecoder(nn.Module):
         """``rows`` latents at zero, on the model's device: where a fit starts."""
         p = next(self.parameters())
         return torch.zeros(rows, *self.latent_shape, device=p.device, dtype=p.dtype)
-
-
-@torch.no_grad()
-def make_contractive(cell: MDEQCell) -> None:
-    """Shrink the residual branch and the state.
-
-    A latent fit through a cell that does not contract learns nothing, and the freshly made one does
-    not: its ``‖J‖²_F / n`` is 1.1, and 0.3 after this.
-    """
-    for block in cell.blocks:
-        conv, gain = cast("ResidualBlock", block).conv2, 0.3
-        conv.parametrizations.weight.original0.mul_(gain)  # type: ignore[union-attr,operator]
-    for post in cell.post:
-        cast("nn.GroupNorm", cast("nn.Sequential", post)[2]).weight.fill_(0.4)

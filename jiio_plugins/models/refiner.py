@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from jiio_plugins.equilibrium import Equilibrium
-from jiio_plugins.models.decoder import make_contractive
-from jiio_plugins.models.mdeq import MDEQCell
+from jiio_plugins.models.mdeq import MDEQCell, check_sizes, make_contractive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,12 +56,7 @@ class MDEQRefiner(nn.Module):
         super().__init__()
         self.image_shape = self.latent_shape = tuple(image_shape)
         colours, height, width = self.image_shape
-        factor = stride * 2 ** (len(channels) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"{len(channels)} scales at stride {stride} need a height and width divisible by "
-                f"{factor}, got {height}×{width}"
-            )
+        check_sizes(height, width, len(channels), stride)
         finest, wide = channels[0], max(8, channels[0] // stride)
         self.embed = nn.Sequential(
             nn.PixelUnshuffle(stride), nn.Conv2d(colours * stride**2, finest, 3, padding=1)
