@@ -179,7 +179,7 @@ def latent(generator: MDEQDecoder, penalty: float, method: Any) -> Any:
 
 def joint(iterations: int) -> Joint:
     """The reconstructor's default with other iterations."""
-    return Joint(max_iter=iterations, step_size=1.0, acceleration=10, tol=1e-4)
+    return Joint(max_iter=iterations, step_size=1.0, tol=1e-4)
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def end_to_end(task: Task) -> Learner:
         generator,
         encoder=encoder,
         latent_penalty=30.0,
-        method=Joint(max_iter=8, step_size=1.0, acceleration=10, tol=1e-3),
+        method=Joint(max_iter=8, step_size=1.0, tol=1e-3),
         implicit=Anderson(max_iter=15, memory=8, tol=1e-2),
     )
 

@@ -103,7 +103,7 @@ def reconstructor(channels: int, penalty: float) -> JIIOReconstructor:
         MDEQRefiner((channels, SIDE, SIDE), channels=(16,)),
         encoder=dinv.models.ArtifactRemoval(network),
         latent_penalty=penalty,
-        method=Joint(max_iter=10, step_size=1.0, acceleration=10, tol=1e-3),
+        method=Joint(max_iter=10, step_size=1.0, tol=1e-3),
         implicit=Anderson(max_iter=15, memory=8, tol=1e-2),
     )
 

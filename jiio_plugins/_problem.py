@@ -12,6 +12,7 @@ from torch.func import functional_call
 from jiio_plugins._session import NO_LAYER, Linearization, RecordSession, SolveSession, StateLayout
 from jiio_plugins.equilibrium import running
 from jiio_plugins.solution import Status
+from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
     from jiio_plugins.solvers import FlatSolution, Solver
@@ -57,6 +58,8 @@ class Groups:
 class Variable:
     """The optimised variable, flat ``(problems, d)``: the model's input."""
 
+    rows_see_v_alone = True
+
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self.shape = model, x.shape
         self.groups = Groups(len(x))
@@ -78,6 +81,8 @@ class Variable:
 
 class ParameterVariable(Variable):
     """Named parameters of the model; with several problems each row sees its problem's copy."""
+
+    rows_see_v_alone = False  # but their row of x too
 
     def __init__(
         self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None
@@ -140,6 +145,7 @@ class Problem:
         layout: the layers' states in one flat matrix, known after the first pass.
         splits: whether the model may be called on some of the rows; in train mode that would give
             them another dropout mask or other batch statistics.
+        one_start: whether the state that a method starts with is the same for all rows.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
     """
 
@@ -152,6 +158,7 @@ class Problem:
         self.layout: StateLayout | None = None
         self.z_start: Tensor | None = None
         self.jz_mu_start: Tensor | None = None
+        self.one_start = False
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 
@@ -192,24 +199,43 @@ class Problem:
             self.layout = StateLayout(session.layouts)
         return Solved(output, torch.cat(session.z, dim=1), session.results)
 
+    def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
+        """A state to start with: ``z_start`` or the initial one, and some evaluations of f from it.
+
+        At most ``max_iter``; a row that reaches 1e-2 needs fewer. With ``one_start`` one row is
+        solved for all.
+        """
+        solver = Anderson(max_iter=max_iter, tol=1e-2)
+        shared = self.one_start and self.z_start is None
+        rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
+        found = self.solve(v, solver, self.z_start, rows)
+        self.pay(f_evals=found.evals / self.rows if shared else found.evals)
+        z = torch.where(torch.isfinite(found.image), found.image, found.z)
+        return z.expand(self.rows, -1).contiguous()
+
+    def starts_at(self, v: Tensor) -> None:
+        """Note whether all rows start at one and the same input, as latents at zero do."""
+        alone = self.variable.rows_see_v_alone and self.splits
+        self.one_start = alone and bool((v == v[:1]).all())
+
     def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
-        """``f(z, v)`` without a graph; the layers answer with the state they were given."""
+        """``f(z, v)`` without a graph."""
         assert self.layout is not None
-        session = RecordSession(self.layout.split(z))
+        session = RecordSession(self.layout.split(z), image=True)
         with torch.no_grad(), running(session):
             self.variable.call(v)
         return session.flat.to(z.dtype)
 
-    def linearize(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Linearization:
+    def linearize(
+        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
+    ) -> Linearization:
         """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
         assert self.layout is not None
-        call = self.variable.call
-        if rows is not None:
-            some = rows
-            return Linearization(
-                lambda leaf: self.variable.call_rows(leaf, some), v, self.layout.split(z)
-            )
-        return Linearization(call, v, self.layout.split(z))
+
+        def call(leaf: Tensor) -> Any:
+            return self.variable.call(leaf) if rows is None else self.variable.call_rows(leaf, rows)
+
+        return Linearization(call, v, self.layout.split(z), image=image)
 
 
 class Solved(NamedTuple):

@@ -87,16 +87,27 @@ class SolveSession:
 
 
 class RecordSession:
-    """Every layer evaluates its cell once at a given state and returns that state as a leaf."""
+    """Every layer evaluates its cell once at a given state.
 
-    def __init__(self, z: Sequence[Tensor]) -> None:
-        self.z = z
+    Args:
+        z: flat state of each layer.
+        image: whether a layer answers with ``f(z)``, which is one step nearer to the fixed point
+            and costs nothing, instead of z; either as a leaf.
+
+    Attributes:
+        leaves, answers: of each layer, what f was evaluated at and what the layer returned.
+        f: of each layer, the evaluation with its graph.
+    """
+
+    def __init__(self, z: Sequence[Tensor], *, image: bool) -> None:
+        self.z, self.image = z, image
         self.leaves: list[tuple[Tensor, ...]] = []
+        self.answers: list[tuple[Tensor, ...]] = []
         self.f: list[tuple[Tensor, ...]] = []
         self.open = True
 
     def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
-        """Record ``cell(z, u)``, return ``z``."""
+        """Record ``cell(z, u)``, answer."""
         if not self.open or len(self.f) >= len(self.z):
             raise RuntimeError(
                 "an equilibrium layer was called more often than in the first pass of this "
@@ -105,16 +116,21 @@ class RecordSession:
                 "cell instead)"
             )
         state = f.layout.unpack(self.z[len(self.f)])
-        leaves = tuple(t.detach().requires_grad_() for t in as_tensors(state))
-        state = leaves if f.layout.is_tuple else leaves[0]
-        self.f.append(as_tensors(f.evaluate(state)))
+        leaves = _as_leaves(as_tensors(state))
+        self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
         self.leaves.append(leaves)
-        return state
+        self.answers.append(_as_leaves(self.f[-1]) if self.image else leaves)
+        answer = self.answers[-1]
+        return answer if f.layout.is_tuple else answer[0]
 
     @property
     def flat(self) -> Tensor:
         """``f`` of all layers, ``(rows, n)``."""
         return flatten([f.detach() for parts in self.f for f in parts])
+
+
+def _as_leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().requires_grad_() for t in tensors)
 
 
 class EnvelopeSession:
@@ -215,14 +231,26 @@ class PenaltySession:
 class Linearization:
     """One pass of the network at ``(v, z)``: its loss, ``f(z, v)``, and their derivatives.
 
+    Args:
+        call: the network as a function of v.
+        v: flat variable.
+        z: flat state of each layer.
+        image: whether what comes after a layer sees ``f(z, v)`` instead of z. At a fixed point that
+            is the same; before, the loss and its gradient are those of a state one step further.
+
     Attributes:
-        output: what the model returned, built on ``z`` as it is.
+        output: what the model returned.
         f: ``f(z, v)``, flat ``(rows, n)``.
+        own_jz_mu: of the last VJP, what went through each layer's own state.
     """
 
-    def __init__(self, call: Callable[[Tensor], Any], v: Tensor, z: Sequence[Tensor]) -> None:
+    own_jz_mu: Tensor
+
+    def __init__(
+        self, call: Callable[[Tensor], Any], v: Tensor, z: Sequence[Tensor], *, image: bool
+    ) -> None:
         self._v = v.detach().requires_grad_()
-        session = RecordSession(z)
+        session = RecordSession(z, image=image)
         with torch.enable_grad(), running(session):
             self.output = call(self._v)
         session.open = False
@@ -233,6 +261,7 @@ class Linearization:
             )
         self._session = session
         self._leaves = [leaf for leaves in session.leaves for leaf in leaves]
+        self._answers = [leaf for leaves in session.answers for leaf in leaves]
         self._f = [f for parts in session.f for f in parts]
         self.f = session.flat.to(z[0].dtype)
 
@@ -251,17 +280,21 @@ class Linearization:
         with running(self._session):
             grads = torch.autograd.grad(
                 loss.sum(),
-                self.leaves,
+                [*self._answers, self._v],
                 retain_graph=True,
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return self._pack(grads)
+        return self._pack(self._answers, grads[:-1]), self._of_v(grads[-1])
 
     def vjp(
         self, mu: Tensor, *, last: bool = True, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """``J_zᵀ μ`` ``(rows, n)`` and ``J_vᵀ μ``: one vector-Jacobian product."""
+        """``J_zᵀ μ`` ``(rows, n)`` and ``J_vᵀ μ``: one vector-Jacobian product.
+
+        With ``image`` a later layer's f depends on z through the answers of the earlier ones; what
+        arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
+        """
         parts = mu.split([leaf[0].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
         for f, part in zip(self._f, parts, strict=True):
@@ -269,21 +302,32 @@ class Linearization:
                 outputs.append(f)
                 weights.append(part.reshape(f.shape).to(f.dtype))
         if not outputs:
-            return torch.zeros_like(mu), torch.zeros_like(self._v)
+            self.own_jz_mu = torch.zeros_like(mu)
+            return self.own_jz_mu, torch.zeros_like(self._v)
+        passed_on = self._session.image and len(self._session.f) > 1
+        inputs = [*self._leaves, *(self._answers if passed_on else []), self._v]
         with running(self._session):
             grads = torch.autograd.grad(
                 outputs,
-                self.leaves,
+                inputs,
                 weights,
                 retain_graph=create_graph or not last,
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return self._pack(grads)
+        n = len(self._leaves)
+        jz_mu = self._pack(self._leaves, grads[:n])
+        self.own_jz_mu = jz_mu
+        if passed_on:
+            jz_mu = jz_mu + self._pack(self._answers, grads[n:-1])
+        return jz_mu, self._of_v(grads[-1])
 
-    def _pack(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _pack(self, like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
         filled = [
             torch.zeros_like(leaf) if grad is None else grad
-            for grad, leaf in zip(grads, self.leaves, strict=True)
+            for grad, leaf in zip(grads, like, strict=True)
         ]
-        return flatten(filled[:-1]).to(self.f.dtype), filled[-1]
+        return flatten(filled).to(self.f.dtype)
+
+    def _of_v(self, grad: Tensor | None) -> Tensor:
+        return torch.zeros_like(self._v) if grad is None else grad

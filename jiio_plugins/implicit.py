@@ -122,7 +122,7 @@ class JointMap:
     @torch.enable_grad()
     def evaluate(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
         """``F(z, μ, v)`` without a graph: one evaluation of f and one VJP."""
-        lin = self.problem.linearize(v, z)
+        lin = self.problem.linearize(v, z, image=False)
         b, direct = lin.gradient(self.problem.loss(lin.output))
         jz_mu, jv_mu = lin.vjp(mu)
         moved = v - self.step * (direct + jv_mu)
@@ -131,7 +131,7 @@ class JointMap:
     @torch.enable_grad()
     def linearize(self, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Parts, list[Tensor]]:
         """``F(z, μ, v)`` with its graph, and the leaves of z, μ and v in it."""
-        lin = self.problem.linearize(v, z)
+        lin = self.problem.linearize(v, z, image=False)
         mu = mu.detach().requires_grad_()
         b, direct = lin.gradient(self.problem.loss(lin.output), create_graph=True)
         jz_mu, jv_mu = lin.vjp(mu, create_graph=True)
@@ -157,7 +157,7 @@ class _FlatJointMap:
 @torch.enable_grad()
 def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """``ℓ(z) + μᵀ(f(z, v) − z)``, which is ``ℓ(z*)`` to second order, and its gradient in v."""
-    lin = problem.linearize(v, z)
+    lin = problem.linearize(v, z, image=False)
     loss = problem.loss(lin.output)
     _, direct = lin.gradient(loss)
     _, jv_mu = lin.vjp(mu)

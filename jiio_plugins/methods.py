@@ -10,13 +10,13 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from jiio_plugins._state import row_norm
-from jiio_plugins.mixing import Descent
+from jiio_plugins.mixing import MIXINGS, Descent
 from jiio_plugins.solvers import Anderson, HostFlag, Solver, iterate
 
 if TYPE_CHECKING:
@@ -239,25 +239,29 @@ class Joint(Method):
     One iteration at ``(z, w, v)``, where ``w`` stands for ``J_zᵀμ`` and ω = ``relaxation``::
 
         z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph
-        μ = w + ∂ℓ/∂z                      the head's gradient is free: it needs no VJP of f
+        μ = w + ∂ℓ/∂z at f(z, v)           the head's gradient is free: it needs no VJP of f
         w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too
         v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
 
-    Deviations from the paper, each measured at equal cost on a classifier attack: the adjoint
-    carries ``J_zᵀμ`` rather than μ, so that it always holds the current ∂ℓ/∂z; two evaluations of f
-    for each VJP (``state_steps=1`` is the paper's one); z is over-relaxed where the paper damps it;
-    no mixing over the history while v moves by normalised steps. The two residuals at one v tell
-    whether ω is too long for a row: if the second is not smaller, its ω is halved.
+    Deviations from the paper, each measured at equal cost: the adjoint carries ``J_zᵀμ`` rather
+    than μ, so that it always holds the current ∂ℓ/∂z; the head sees f(z, v) rather than z, a state
+    one step further that is there anyway; with a ball, two evaluations of f for each VJP
+    (``state_steps=1`` is the paper's one), z over-relaxed where the paper damps it, and no mixing
+    over the history while v moves by normalised steps. The two residuals at one v tell whether ω is
+    too long for a row: if the second is not smaller, its ω is halved.
 
-    Without a ball v takes plain gradient steps and settles; then z, μ and v are mixed by
-    Anderson's method (``acceleration``), with one set of weights per problem and each block of the
-    residual divided by its own norm; an iterate that makes a problem's objective worse is taken
-    back (:class:`jiio_plugins.mixing.Descent`).
+    Without a ball v settles, and the history of z, μ and v helps it to (``mixing``): by L-BFGS
+    steps of v that z and μ follow along their secants (:class:`jiio_plugins.mixing.QuasiNewton`),
+    which goes far in few iterations; or by Anderson's method on all three at once as in the paper
+    (:class:`jiio_plugins.mixing.BlockAnderson`), which settles to more digits where z and μ
+    converge slowly. An iterate that makes a problem's objective worse is taken back
+    (:class:`jiio_plugins.mixing.Descent`).
 
     Args:
-        state_steps: evaluations of f an iteration.
-        relaxation: ω in (0, 2).
-        acceleration: memory of the mixing for problems without a ball; 0 switches it off.
+        state_steps: evaluations of f an iteration; one where there is mixing.
+        relaxation: ω in (0, 2); 1 where there is mixing.
+        mixing: "quasi-newton" or "anderson", for problems without a ball.
+        acceleration: memory of the mixing, in iterations; 0 switches it off.
         tol: without a ball: relative residual of all three blocks at which the loop stops.
 
     Not for: an f that is not contractive around its fixed point (the status tells), nor batch
@@ -268,13 +272,16 @@ class Joint(Method):
 
     state_steps: int = 2
     relaxation: float = 1.5
-    acceleration: int = 5
+    mixing: Literal["quasi-newton", "anderson"] = "quasi-newton"
+    acceleration: int = 10
     tol: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation}")
+        if self.mixing not in MIXINGS:
+            raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {self.mixing!r}")
         if self.state_steps < 1 or self.acceleration < 0:
             raise ValueError(
                 "state_steps must be at least 1 and acceleration not negative, got "
@@ -290,12 +297,10 @@ class Joint(Method):
         callback: Callback | None = None,
     ) -> Path:
         """See :class:`Method`."""
-        warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2), problem.z_start)
-        problem.pay(f_evals=warm.evals)
-        z = torch.where(torch.isfinite(warm.image), warm.image, warm.z)
+        z = problem.warm_up(v, self.warmup)
         mix = None
         if feasible.radius is None and self.acceleration:
-            mix = Descent(self.acceleration, problem.groups)
+            mix = Descent(MIXINGS[self.mixing](self.acceleration, problem.groups))
         omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
         track = _Tracker(problem, v, stop)
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
@@ -330,7 +335,7 @@ class Joint(Method):
                 w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
             else:
                 change = jz_mu - w
-                value = problem.groups.sum(loss.detach() + ((jz_mu + b) * r).sum(1))
+                value = problem.groups.sum(loss.detach() + (lin.own_jz_mu * r).sum(1))
                 doubt = problem.groups.sum(row_norm(change) * row_norm(r))
                 z_next, w_next, v_next = mix((z, w, v), (r, change, v_next - v), value, doubt)
                 mu_accepted = torch.where(mix.worse_rows, mu_accepted, mu)
@@ -386,9 +391,7 @@ class Nested(Method):
         z: Tensor | None = None
         mu: Tensor | None = None
         if self.warm_start:
-            warm = problem.solve(v, Anderson(max_iter=self.warmup, tol=1e-2), problem.z_start)
-            problem.pay(f_evals=warm.evals)
-            z = warm.image
+            z = problem.warm_up(v, self.warmup)
         track = _Tracker(problem, v, stop)
         mu_residual = torch.zeros(problem.rows, device=v.device)
         for k, step in enumerate(self.steps(feasible, v)):

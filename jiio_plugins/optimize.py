@@ -115,6 +115,7 @@ def optimize_input(
         feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start)
     v = feasible.project(flat)
     problem = Problem(variable, objective, len(x), splits=not training_mode)
+    problem.starts_at(v)
     # the problem keeps the costs per row; what its layers report one by one would count twice
     with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
         path = method.run(problem, feasible, v, stop, callback)

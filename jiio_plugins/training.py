@@ -130,6 +130,7 @@ def joint_solution(
     feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach())
     v = feasible.project(first.reshape(len(x), -1))
     problem = Problem(variable, objective, len(x), splits=not training_mode)
+    problem.starts_at(v)
     if state is None and isinstance(start, JointSolution):
         state = start.flat
     if state is not None:

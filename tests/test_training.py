@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -147,12 +148,12 @@ def test_a_tensor_the_objective_uses_gets_its_gradient() -> None:
 
 
 def test_float32_on_the_shipped_digits_classifier() -> None:
-    """Cosine to the exact gradient, batches of 50: the loop alone, and refined."""
+    """Cosine to the exact gradient, all batches of 50: the loop alone, and refined."""
     images, labels = load_digits("test")
     model = load_pretrained("digits")
     layer: Any = model.equilibrium
     plain, refined = [], []
-    for batch in range(5):
+    for batch in range(10):
         rows = slice(50 * batch, 50 * batch + 50)
         x, y = images[rows], labels[rows]
 
@@ -167,8 +168,8 @@ def test_float32_on_the_shipped_digits_classifier() -> None:
         plain.append(cosine(exact, flat_gradient(model, envelope_loss(model, found, loss))))
         gradient = flat_gradient(model, envelope_loss(model, found, loss, refine=8))
         refined.append(cosine(exact, gradient))
-    assert sorted(plain)[2] >= 0.98, plain
-    assert sorted(refined)[2] >= 0.999, refined
+    assert statistics.median(plain) >= 0.98, plain
+    assert statistics.median(refined) >= 0.999, refined
 
 
 # The loop ---------------------------------------------------------------------------------------

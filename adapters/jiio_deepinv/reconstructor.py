@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     Init = Tensor | Callable[[Any, Physics], Tensor]
 
-MEMORY = 10  # of the mixing: five is too little for latents of 64 dimensions
 STEP = 1.0
 
 
@@ -129,7 +128,7 @@ class JIIOReconstructor(Reconstructor):
         self.latent_penalty, self.range_penalty = latent_penalty, range_penalty
         self.latent_shape = latent_shape_of(generator, latent_shape)
         self.encoder, self.init = encoder, init
-        default = Joint(max_iter=iters, step_size=step_size, acceleration=MEMORY, tol=tol)
+        default = Joint(max_iter=iters, step_size=step_size, tol=tol)
         self.method = check_method(method) if method is not None else default
         self.implicit = implicit
         self._solution: Solution | None = None

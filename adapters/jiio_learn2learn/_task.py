@@ -90,6 +90,8 @@ class TaskVariable(Variable):
         module: what holds the slots.
     """
 
+    rows_see_v_alone = False
+
     def __init__(
         self,
         slots: Slots,

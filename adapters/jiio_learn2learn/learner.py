@@ -127,7 +127,7 @@ class JIIOLearner(BaseLearner):
         allow_nograd: bool = False,
         *,
         tol: float | None = None,
-        memory: int = 5,
+        memory: int = 10,
         adjoint: Solver | None = None,
     ) -> None:
         super().__init__(model)
@@ -269,7 +269,10 @@ class JIIOLearner(BaseLearner):
 
     def _method(self, dtype: torch.dtype) -> Joint:
         tol = self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)
-        return Joint(max_iter=self.iters, step_size=self.lr, acceleration=self.memory, tol=tol)
+        return Joint(
+            max_iter=self.iters, step_size=self.lr, tol=tol, mixing="anderson",
+            acceleration=self.memory,
+        )  # fmt: skip
 
     def _task_slots(self, names: Sequence[str]) -> Slots:
         return Slots(self.module, names)

@@ -59,7 +59,7 @@ def fit_files(
             f"{pixels.shape[3]}×{pixels.shape[2]}: --resize crops and scales them"
         )
     images = to_unit(pixels)
-    method = Joint(max_iter=iterations, acceleration=10)
+    method = Joint(max_iter=iterations)
     fitted = fit(decoder, images, method=method, latent_penalty=latent_penalty, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     save_latents(out / LATENTS, fitted.latents)

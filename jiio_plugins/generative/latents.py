@@ -79,7 +79,7 @@ def fit(
     _check_images(decoder, images)
     start = decoder.zeros(len(images)) if start is None else start
     model = WithLatent(decoder)
-    method = with_step_size(method or Joint(max_iter=60, acceleration=10), decoder)
+    method = with_step_size(method or Joint(max_iter=60), decoder)
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
     for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
