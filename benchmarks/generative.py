@@ -11,7 +11,7 @@ of each image by
 * the same warm-started, over learning rates, tolerances and caps of {1, 2, 5} inner steps;
 * L-BFGS with full solves and a line search, one image at a time;
 * Adam through an unrolled decoder;
-* JIIO over step sizes and memories.
+* JIIO over step sizes and memories, and with the paper's Anderson mixing in place of ours.
 
 Every iterate is judged by a converged solve (1e-4) that no method had a part in and that is not
 counted. The target of each image is what the best cold Adam run reaches on it, plus ``slack``. A
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.methods import Method
 
-RATES = (0.05, 0.1, 0.2, 0.4)
+RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @dataclass
@@ -118,7 +118,12 @@ class Fits:
 
     def problem(self) -> tuple[Problem, Tensor]:
         start = self.decoder.zeros(self.rows)
-        return Problem(Variable(self.decoder, start), self.objective, self.rows), start.flatten(1)
+        problem, v = (
+            Problem(Variable(self.decoder, start), self.objective, self.rows),
+            start.flatten(1),
+        )
+        problem.starts_at(v)
+        return problem, v
 
     def run(self, method: Method) -> History:
         problem, v = self.problem()
@@ -129,8 +134,8 @@ class Fits:
         )  # fmt: skip
         return history
 
-    def joint(self, step_size: float, memory: int, steps: int) -> History:
-        return self.run(Joint(max_iter=steps, step_size=step_size, acceleration=memory, tol=0.0))
+    def joint(self, step_size: float, steps: int, **settings: Any) -> History:
+        return self.run(Joint(max_iter=steps, step_size=step_size, tol=0.0, **settings))
 
     def adam(
         self, rate: float, steps: int, tol: float, cap: int = 60, warm: bool = False
@@ -254,12 +259,16 @@ def methods(fits: Fits, args: Args) -> Iterator[tuple[str, str, Callable[[], His
 
         yield "Adam, unrolled", f"rate {rate:g}, depth {depth}", unrolled
     default = default_step_size(fits.decoder)
-    for share, memory in itertools.product((0.3, 0.6, 1.2), (5, 10, 20)):
+    settings: list[dict[str, Any]] = [{"acceleration": memory} for memory in (5, 10, 20)]
+    settings.append({"mixing": "anderson"})
+    for share, setting in itertools.product((0.5, 0.7, 1.0, 1.4), settings):
+        step = share * default
 
-        def joint(s: float = share * default, m: int = memory) -> History:
-            return fits.joint(s, m, args.joint_steps)
+        def joint(at: float = step, chosen: dict[str, Any] = setting) -> History:
+            return fits.joint(at, args.joint_steps, **chosen)
 
-        yield "JIIO", f"step {share * default:.2g}, memory {memory}", joint
+        family = "JIIO, Anderson mixing" if "mixing" in setting else "JIIO"
+        yield family, f"step {step:.2g}, memory {setting.get('acceleration', 10)}", joint
 
 
 def main(args: Args) -> None:
@@ -294,14 +303,14 @@ def show(rows: list[Row], target: Tensor, args: Args) -> None:
         "it meets its own target; batch: when the mean error meets the mean target"
     )
     print(
-        f"{'':21} {'':28} {'f':>6} {'VJP':>6} {'f+VJP':>7} {'missed':>6} {'batch':>7} "
+        f"{'':22} {'':28} {'f':>6} {'VJP':>6} {'f+VJP':>7} {'missed':>6} {'batch':>7} "
         f"{'seconds':>8} {'error':>8}"
     )
     for r in rows:
         batch = "-" if r.batch_cost is None else f"{r.batch_cost:.0f}"
         seconds = "-" if r.batch_seconds is None else f"{r.batch_seconds:.2f}"
         print(
-            f"{r.family:21} {r.name:28} {r.f_evals:6.0f} {r.vjps:6.0f} {r.cost:7.0f} "
+            f"{r.family:22} {r.name:28} {r.f_evals:6.0f} {r.vjps:6.0f} {r.cost:7.0f} "
             f"{r.missed:6d} {batch:>7} {seconds:>8} {r.error:8.5f}"
         )
     reached = [r for r in rows if r.batch_cost is not None]

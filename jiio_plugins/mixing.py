@@ -38,17 +38,23 @@ class Secants:
         self.memory, self.groups, self.count = memory, groups, 0
         self.y: list[Tensor] = []
         self.d: list[Tensor] = []
+        self.grams: list[Tensor] = []
 
     def add(self, y: Sequence[Tensor], d: Sequence[Tensor]) -> None:
         """Store one difference of each block, in the place of the oldest."""
         if not self.count:
-            # the last of y is the target, so that one product yields YᵀY and Yᵀt
-            self.y = [x.new_zeros(len(x), self.memory + 1, x.shape[1]) for x in y]
-            self.d = [x.new_zeros(len(x), self.memory, x.shape[1]) for x in d]
+            self.y, self.d = (
+                [x.new_zeros(len(x), self.memory, x.shape[1]) for x in blocks] for blocks in (y, d)
+            )
+            size = (self.groups.problems, self.memory, self.memory)
+            self.grams = [x.new_zeros(size, dtype=torch.float64) for x in y]
         slot = self.count % self.memory
         self.count += 1
         for kept, new in zip([*self.y, *self.d], [*y, *d], strict=True):
             kept[:, slot] = new
+        for gram, kept, new, by_row in zip(self.grams, self.y, y, _BY_ROW, strict=True):
+            products = self._products(kept, new, by_row)
+            gram[:, slot], gram[:, :, slot] = products, products
 
     def forget(self, problems: Tensor) -> None:
         """Drop the history of these."""
@@ -56,19 +62,18 @@ class Secants:
             for kept, by_row in zip([*self.y, *self.d], (*_BY_ROW, *_BY_ROW), strict=False):
                 drop = self.groups.spread(problems) if by_row else problems
                 kept.masked_fill_(drop[:, None, None], 0)
+            for gram in self.grams:
+                gram.masked_fill_(problems[:, None, None], 0)
 
     def weights(self, targets: Sequence[Tensor]) -> Tensor:
         """γ, ``(problems, 1, memory)``."""
-        products: Tensor | float = 0.0
-        for y, target, by_row in zip(self.y, targets, _BY_ROW, strict=True):
-            y[:, -1] = target
+        gram = torch.zeros_like(self.grams[0])
+        rhs = gram[:, :, :1]
+        for own, y, target, by_row in zip(self.grams, self.y, targets, _BY_ROW, strict=True):
             size = row_norm(target).square().double()
-            size = self.groups.sum(size) if by_row else size
-            part = torch.bmm(y, y.transpose(1, 2)).double()
-            part = self.groups.sum(part) if by_row else part
-            products = products + part / size.clamp(min=1e-300)[:, None, None]
-        assert isinstance(products, Tensor)
-        gram, rhs = products[:, :-1, :-1], products[:, :-1, -1:]
+            size = (self.groups.sum(size) if by_row else size).clamp(min=1e-300)[:, None, None]
+            gram = gram + own / size
+            rhs = rhs + self._products(y, target, by_row).unsqueeze(2) / size
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
         gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
@@ -77,6 +82,11 @@ class Secants:
         gamma = torch.cholesky_solve(rhs * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
         ok = (info == 0) & torch.isfinite(gamma).all(1).squeeze(1)
         return torch.where(ok[:, None, None], gamma, 0.0).transpose(1, 2)
+
+    def _products(self, y: Tensor, x: Tensor, by_row: bool) -> Tensor:
+        """``Yᵀ x``, ``(problems, memory)``."""
+        products = torch.bmm(x.unsqueeze(1), y.transpose(1, 2)).squeeze(1).double()
+        return self.groups.sum(products) if by_row else products
 
 
 class Mixing(abc.ABC):
@@ -152,7 +162,7 @@ class BlockAnderson(Mixing):
         turn = _mixed(r[2], gamma, d_v) * r[2]
         gamma = torch.where((turn.sum(1) > 0)[:, None, None], gamma, 0.0)
         per_row = self.groups.spread(gamma)
-        d_v = d_v - (1 - step).unsqueeze(2) * self.secants.y[2][:, :-1]
+        d_v = d_v - (1 - step).unsqueeze(2) * self.secants.y[2]
         return (
             _mixed(t[0] + r[0], per_row, d_z),
             _mixed(t[1] + r[1], per_row, d_w),
@@ -201,10 +211,12 @@ class QuasiNewton(Mixing):
 
     def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
         """Take in a step of v and how its gradient changed; those taken back start anew."""
-        sy, yy = (s * y).sum(1), y.square().sum(1)
-        keep = sy > _CURVED * (s.square().sum(1) * yy).sqrt()
-        size = sy / yy.clamp(min=torch.finfo(y.dtype).tiny)
-        self.gamma = torch.where(keep, size, self.gamma[:, 0])[:, None]
+        s_size, y_size = row_norm(s), row_norm(y).clamp(min=torch.finfo(y.dtype).tiny)
+        cosine = (s * y).sum(1) / (s_size * y_size).clamp(min=torch.finfo(y.dtype).tiny)
+        keep = cosine > _CURVED
+        # between the short step of Barzilai and Borwein, ∝ cosine, and their long one, ∝ 1 / cosine
+        gamma = s_size / y_size * cosine.clamp(min=_CURVED).sqrt()
+        self.gamma = torch.where(keep, gamma, self.gamma[:, 0])[:, None]
         pairs = []
         for kept, new in ((self.s, s), (self.y, y)):
             longer = torch.cat([kept[:, 1:], new[:, None]], dim=1)

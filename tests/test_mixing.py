@@ -93,9 +93,9 @@ def test_quasi_newton_steps_are_those_of_bfgs() -> None:
 
 
 def bfgs(pairs: list[tuple[Tensor, Tensor]], r: Tensor) -> Tensor:
-    """``H r``, H built from ``γ I`` by the update formula, γ from the last pair."""
+    """``H r``, H built from ``γ I`` by the update formula; γ = ‖s‖ / ‖y‖ √cos of the last pair."""
     s, y = pairs[-1]
-    gamma = (s * y).sum(1) / y.square().sum(1)
+    gamma = (s * y).sum(1).sqrt() * s.norm(dim=1).sqrt() / y.norm(dim=1).pow(1.5)
     eye = torch.eye(s.shape[1])
     h = gamma[:, None, None] * eye
     for s, y in pairs:
