@@ -24,7 +24,7 @@ import platform
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +139,9 @@ class Learner:
         setting = Setting(self.model, tasks, self.args.reg)
         training = self.model.training
         method = Joint(
-            max_iter=10 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3
-        )
+            max_iter=10 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3,
+            mixing="anderson",
+        )  # fmt: skip
         with setting.frozen():
             problem, feasible, v0 = setting.problem()
             path = method.run(problem, feasible, v0)
@@ -386,8 +387,10 @@ def arrive(setting: Setting, method: Joint | Nested, goal: Tensor) -> tuple[Tens
 def candidates() -> list[tuple[str, dict[str, float], Joint | Nested]]:
     out: list[tuple[str, dict[str, float], Joint | Nested]] = []
     for rate, memory in itertools.product(JOINT_RATES, MEMORIES):
+        settings = {"rate": rate, "memory": memory}
         joint = Joint(max_iter=2000, step_size=rate, acceleration=memory, tol=0.0)
-        out.append(("joint", {"rate": rate, "memory": memory}, joint))
+        out.append(("joint", settings, replace(joint, mixing="anderson")))
+        out.append(("joint, quasi-Newton", settings, joint))
     for rate, cap in itertools.product(RATES, CAPS):
         warm = Nested(
             max_iter=2000, step_size=rate, warm_start=True, solver=Anderson(max_iter=cap, tol=1e-4)
@@ -425,7 +428,7 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
             (k for k, r in enumerate(rows) if r.family == family),
             key=lambda k: rows[k].cost,
         )
-        for family in ("joint", "nested warm", "nested cold")
+        for family in dict.fromkeys(row.family for row in rows)
     }
     times: dict[str, list[float]] = {family: [] for family in best}
     for _ in range(args.repeats):
@@ -438,7 +441,7 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
         row = rows[k]
         row.seconds = statistics.median(times[family])
         print(
-            f"{family:12} {row.setting!s:32} {row.arrived}/{args.tasks} arrived   "
+            f"{family:20} {row.setting!s:32} {row.arrived}/{args.tasks} arrived   "
             f"f {row.f_evals:7.1f}  VJP {row.vjps:7.1f}  f+VJP {row.cost:7.1f}  "
             f"{row.seconds:6.2f} s   ×{row.cost / rows[best['joint']].cost:.2f} of joint"
         )
