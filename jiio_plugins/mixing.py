@@ -30,31 +30,44 @@ _SURE = 0.1  # of the gain: a doubt below it does not put the gain in question
 class Secants:
     """The last ``memory`` differences Y of some blocks, and D of what goes with them.
 
+    Until there are so many, ``y``, ``d`` and γ are as long as what there is.
+
     ``weights(t)`` are ``γ = argmin Σ_blocks ‖t − Yγ‖² / ‖t‖²``, one set per problem over all its
     rows. Each block counts relative to its own target: otherwise the largest decides alone.
     """
 
     def __init__(self, memory: int, groups: Groups) -> None:
         self.memory, self.groups, self.count = memory, groups, 0
-        self.y: list[Tensor] = []
-        self.d: list[Tensor] = []
-        self.grams: list[Tensor] = []
+        self._y: list[Tensor] = []
+        self._d: list[Tensor] = []
+        self._grams: list[Tensor] = []
+
+    @property
+    def y(self) -> list[Tensor]:
+        """Of each block, ``(rows or problems, differences, n)``."""
+        return [kept[:, : self.count] for kept in self._y]
+
+    @property
+    def d(self) -> list[Tensor]:
+        """Likewise."""
+        return [kept[:, : self.count] for kept in self._d]
 
     def add(self, y: Sequence[Tensor], d: Sequence[Tensor]) -> None:
         """Store one difference of each block, in the place of the oldest."""
         if not self.count:
-            self.y, self.d = (
-                [x.new_zeros(len(x), self.memory, x.shape[1]) for x in blocks] for blocks in (y, d)
+            self._y, self._d = (
+                [x.new_empty(len(x), self.memory, x.shape[1]) for x in blocks] for blocks in (y, d)
             )
             size = (self.groups.problems, self.memory, self.memory)
-            self.grams = [x.new_zeros(size, dtype=torch.float64) for x in y]
+            self._grams = [x.new_zeros(size, dtype=torch.float64) for x in y]
         slot = self.count % self.memory
         self.count += 1
-        for kept, new in zip([*self.y, *self.d], [*y, *d], strict=True):
+        for kept, new in zip([*self._y, *self._d], [*y, *d], strict=True):
             kept[:, slot] = new
-        for gram, kept, new, by_row in zip(self.grams, self.y, y, _BY_ROW, strict=True):
+        for gram, kept, new, by_row in zip(self._grams, self.y, y, _BY_ROW, strict=True):
             products = self._products(kept, new, by_row)
-            gram[:, slot], gram[:, :, slot] = products, products
+            gram[:, slot, : self.count] = products
+            gram[:, : self.count, slot] = products
 
     def forget(self, problems: Tensor) -> None:
         """Drop the history of these."""
@@ -62,14 +75,15 @@ class Secants:
             for kept, by_row in zip([*self.y, *self.d], (*_BY_ROW, *_BY_ROW), strict=False):
                 drop = self.groups.spread(problems) if by_row else problems
                 kept.masked_fill_(drop[:, None, None], 0)
-            for gram in self.grams:
+            for gram in self._grams:
                 gram.masked_fill_(problems[:, None, None], 0)
 
     def weights(self, targets: Sequence[Tensor]) -> Tensor:
-        """γ, ``(problems, 1, memory)``."""
-        gram = torch.zeros_like(self.grams[0])
+        """γ, ``(problems, 1, differences)``."""
+        grams = [gram[:, : self.count, : self.count] for gram in self._grams]
+        gram = torch.zeros_like(grams[0])
         rhs = gram[:, :, :1]
-        for own, y, target, by_row in zip(self.grams, self.y, targets, _BY_ROW, strict=True):
+        for own, y, target, by_row in zip(grams, self.y, targets, _BY_ROW, strict=True):
             size = row_norm(target).square().double()
             size = (self.groups.sum(size) if by_row else size).clamp(min=1e-300)[:, None, None]
             gram = gram + own / size
