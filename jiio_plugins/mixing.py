@@ -208,6 +208,8 @@ class QuasiNewton(Mixing):
             self.gamma = torch.ones_like(v[:, :1])
             self.reach = row_norm(step * r[2])
             return t[0] + r[0], t[1] + r[1], v + step * r[2]
+        # a run may begin where the gradient is 0 and go on where it is not
+        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * r[2]))
         before, moved = self.last
         y = [now - old for now, old in zip(r, moved, strict=True)]
         change = [now - old for now, old in zip(t, before, strict=True)]
