@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from jiio_plugins import Equilibrium, Joint, mixing, optimize_input
-from jiio_plugins._problem import Groups
+from jiio_plugins._problem import Groups, Problem, Variable
 from jiio_plugins.mixing import QuasiNewton, Secants
-from tests.helpers import TIGHT, TanhCell, linear, rand
+from tests.helpers import TIGHT, Net, PairNet, Series, TanhCell, linear, rand
 
 
 class Wells(nn.Module):
@@ -142,3 +142,27 @@ def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
 def test_bad_mixing_is_named() -> None:
     with pytest.raises(ValueError, match="quasi-newton, anderson"):
         Joint(mixing="broyden")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("network", [Net, PairNet, Series])
+def test_the_estimate_of_the_objective_is_exact_to_second_order(network: Any) -> None:
+    """``ℓ(f) + μᵀ J_z (f − z)`` at a state and adjoint that are off by ε: the error falls as ε²."""
+    x, rows = rand(4, 5, seed=1), 4
+    problem = Problem(Variable(network(), x), lambda y: y.square().sum(1), rows)
+    exact = problem.solve(x, TIGHT)
+    z, value = exact.z, problem.loss(exact.output)
+    w = torch.zeros_like(z)
+    for _ in range(200):
+        at = problem.linearize(x, z)
+        b, _ = at.gradient(problem.loss(at.output))
+        w, _ = at.vjp(w + b)
+    errors = []
+    for eps in (1e-2, 1e-3):
+        away, off = z + eps * rand(*z.shape, seed=2), w + eps * rand(*z.shape, seed=3)
+        at = problem.linearize(x, away)
+        loss = problem.loss(at.output)
+        b, _ = at.gradient(loss)
+        at.vjp(off + b)
+        estimate = loss.detach() + (at.own_jz_mu * (at.f - away)).sum(1)
+        errors.append(float((estimate - value).abs().max()))
+    assert errors[1] < 2e-2 * errors[0]
