@@ -444,11 +444,13 @@ def test_five_rows_that_share_a_variable(method: Any, constraint: Any) -> None:
 def test_values_agree_in_float32(constraint: Any) -> None:
     model = Net(seed=1, solver=Anderson(tol=1e-6, max_iter=100)).float()
     x, targets = mixed_batch().float(), rand(64, 3, seed=2).float()
+    method = Joint(max_iter=100)  # settled: on the way a rounding may decide what is taken back
 
     def run(rows: Any) -> Tensor:
         return optimize_input(
-            model, x[rows], lambda y: (y - targets[rows]).square().sum(1), constraint=constraint
-        ).value
+            model, x[rows], lambda y: (y - targets[rows]).square().sum(1), constraint=constraint,
+            method=method,
+        ).value  # fmt: skip
 
     together = run(slice(None))
     for i in SOME:
