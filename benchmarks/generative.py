@@ -118,12 +118,9 @@ class Fits:
 
     def problem(self) -> tuple[Problem, Tensor]:
         start = self.decoder.zeros(self.rows)
-        problem, v = (
-            Problem(Variable(self.decoder, start), self.objective, self.rows),
-            start.flatten(1),
-        )
-        problem.starts_at(v)
-        return problem, v
+        problem = Problem(Variable(self.decoder, start), self.objective, self.rows)
+        problem.starts_at(start.flatten(1))
+        return problem, start.flatten(1)
 
     def run(self, method: Method) -> History:
         problem, v = self.problem()

@@ -131,9 +131,9 @@ class Mixing(abc.ABC):
             n / s.clamp(min=tiny) for n, s in zip(self._norms(r), self._norms(t), strict=True)
         ]
         self.size = torch.stack(ratios).sum(0)
-        z, w, v = self._propose(t, r, step, back)
+        proposed = self._propose(t, r, step, back)
         self.last = (t, r)
-        return z, w, torch.where(back[:, None], t[2], v)
+        return proposed
 
     @abc.abstractmethod
     def _propose(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
@@ -177,11 +177,8 @@ class BlockAnderson(Mixing):
         gamma = torch.where((turn.sum(1) > 0)[:, None, None], gamma, 0.0)
         per_row = self.groups.spread(gamma)
         d_v = d_v - (1 - step).unsqueeze(2) * self.secants.y[2]
-        return (
-            _mixed(t[0] + r[0], per_row, d_z),
-            _mixed(t[1] + r[1], per_row, d_w),
-            _mixed(t[2] + step * r[2], gamma, d_v),
-        )
+        v = torch.where(back[:, None], t[2], _mixed(t[2] + step * r[2], gamma, d_v))
+        return _mixed(t[0] + r[0], per_row, d_z), _mixed(t[1] + r[1], per_row, d_w), v
 
 
 class QuasiNewton(Mixing):
@@ -204,7 +201,8 @@ class QuasiNewton(Mixing):
     def _propose(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
         v = t[2]
         if self.last is None:
-            self.s = self.y = v.new_zeros(len(v), self.memory, v.shape[1])
+            shape = len(v), self.memory, v.shape[1]
+            self.s = self.y = v.new_zeros(shape, dtype=torch.float64)
             self.gamma = torch.ones_like(v[:, :1])
             self.reach = row_norm(step * r[2])
             return t[0] + r[0], t[1] + r[1], v + step * r[2]
@@ -235,14 +233,14 @@ class QuasiNewton(Mixing):
         self.gamma = torch.where(keep, gamma, self.gamma[:, 0])[:, None]
         pairs = []
         for kept, new in ((self.s, s), (self.y, y)):
-            longer = torch.cat([kept[:, 1:], new[:, None]], dim=1)
+            longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
             kept = torch.where(keep[:, None, None], longer, kept)
             pairs.append(kept if _none(back) else kept.masked_fill(back[:, None, None], 0))
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:
         """``H r``; a pair of zeros has no part in H."""
-        s, y, g = self.s.double(), self.y.double(), r.double().unsqueeze(2)
+        s, y, g = self.s, self.y, r.double().unsqueeze(2)
         gamma = self.gamma.double().unsqueeze(2)
         upper = torch.bmm(s, y.transpose(1, 2)).triu()
         curvature = upper.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
@@ -316,7 +314,8 @@ class Descent:
         worse = ~(value - doubt <= self.limit) & ~self.again
         betrayed = ~(value - doubt <= self.safe_limit) & self.again & ~self.home
         lost = ~(value - doubt <= self.safe_limit) & ~self.again & ~worse
-        back, new = worse | betrayed | lost, ~worse & ~lost & ~self.again
+        undone = betrayed | lost  # of an anchor that was there before
+        back, new = worse | undone, ~worse & ~lost & ~self.again
         sure = ~back & ((doubt <= _SURE * (self.safe_limit - value)) | (self.again & self.home))
         self.limit = torch.where(back, self.limit, value + doubt)
         self.safe_limit = torch.where(sure, value + doubt, self.safe_limit)
@@ -325,12 +324,12 @@ class Descent:
         self.anchor = self._where(lost, self.safe, self.anchor)
         self.home = torch.where(new, sure, self.home | sure)
         self.home = torch.where(betrayed, self.before_home, self.home) | lost
-        self.before = self._where(betrayed | lost, self.safe, self._where(new, before, self.before))
-        self.before_home = torch.where(new, before_home, self.before_home) | betrayed | lost
+        self.before = self._where(undone, self.safe, self._where(new, before, self.before))
+        self.before_home = torch.where(new, before_home, self.before_home) | undone
         self.safe = self._where(sure, now, self.safe)
         halved = self.step / 2
         self.ceiling = torch.where(
-            (betrayed | lost)[:, None], halved, (self.ceiling * _FORGIVE).clamp(max=1.0)
+            undone[:, None], halved, (self.ceiling * _FORGIVE).clamp(max=1.0)
         )
         regrown = torch.minimum(self.step * _REGROW, self.ceiling)
         self.step = torch.where(back[:, None], halved, regrown)

@@ -61,14 +61,14 @@ def test_a_step_too_long_is_cut_until_the_state_can_follow(kind: Any, step: floa
     """The longest is ten times too long for plain descent: v outruns z, and its loss misleads."""
     model, x = Wells(), 0.3 * rand(16, 3, seed=5)
     start = wells(model(x)).detach()
-    for iterations in (2, 4, 8, 16, 32, 64):
+    for iterations in (2, 4, 8, 16, 32, 64 if kind == "quasi-newton" else 200):
         method = Joint(max_iter=iterations, step_size=step, tol=0.0, mixing=kind)
         solution = optimize_input(model, x, wells, method=method)
         assert bool((solution.value <= start + 1e-12).all())
     assert bool((solution.value < start).all())
     # the minima are at -0.75
     if kind == "anderson":
-        assert float(solution.value.mean()) < -0.6
+        assert float(solution.value.mean()) < -0.65
     else:
         assert float(solution.value.max()) < -0.74
 
@@ -128,11 +128,9 @@ def test_state_and_adjoint_follow_a_step_of_v(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
     model = Wells()
-    alone = optimize_input(
-        model, torch.full((1, 3), 0.2, dtype=torch.float64), wells, method=Joint(max_iter=3)
-    )
-    together = optimize_input(
-        model, torch.full((8, 3), 0.2, dtype=torch.float64), wells, method=Joint(max_iter=3)
+    x = torch.full((8, 3), 0.2, dtype=torch.float64)
+    alone, together = (
+        optimize_input(model, rows, wells, method=Joint(max_iter=3)) for rows in (x[:1], x)
     )
     assert torch.allclose(together.x, alone.x.expand(8, 3))
     saved = alone.stats.f_evals - together.stats.f_evals[0]
