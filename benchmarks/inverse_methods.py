@@ -313,7 +313,7 @@ def end_to_end(task: Task) -> Learner:
             model.latent_penalty = penalty
             return quality(learner.solve, task, validation)
 
-        model.latent_penalty = max((10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4), key=by)
+        model.latent_penalty = max((30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5), key=by)
 
     stages = [
         Stage(0.0, encoder),

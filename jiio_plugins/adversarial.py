@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     LossRows = Callable[[Any, Tensor], Tensor]
 
-TRAINING_METHOD = Joint(max_iter=10)
+# one f an iteration and a short warm-up: a third cheaper, and a robust model's loss is the same
+TRAINING_METHOD = Joint(max_iter=10, warmup=2, state_steps=1)
 
 
 def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class AdversarialTraining:
         eps: ε in the units of x.
         lower: pixel box, a number or broadcastable to x; None: no bound.
         upper: likewise.
-        method: of the inner problem; ``Joint(max_iter=10)`` if not given.
+        method: of the inner problem; ``TRAINING_METHOD`` if not given.
         random_start: start in the ball at random instead of at the image; TRADES always does.
         ratio: share of each batch that is attacked; the rest stays clean.
         trades: β; None: no TRADES.

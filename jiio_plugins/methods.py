@@ -84,8 +84,8 @@ class Method(abc.ABC):
         max_iter: steps on v.
         step_size: α_0, in units of ε (one value, or one per problem); without a ball α, in units
             of v² / objective. None: 2.0 with a ball, 0.1 without.
-        final_step_size: α at the last step, same units. None: with a ball a twentieth of step_size,
-            less in runs of more than 16 steps (as 0.8 / max_iter); without one step_size.
+        final_step_size: α at the last step, same units. None: with a ball 0.8 / max_iter of
+            step_size, so that a short run ends in a long step; without one step_size.
         warmup: forward-only evaluations of f before the first step, at most; a row that reaches
             1e-2 needs fewer. The adjoint at a state far from the fixed point is noise.
     """
@@ -135,7 +135,7 @@ class Method(abc.ABC):
         first = _column(first, like)
         last = self.final_step_size
         if last is None:
-            last = first / max(20.0, 1.25 * self.max_iter) if has_ball else first
+            last = first * min(1.0, 0.8 / self.max_iter) if has_ball else first
         last = _column(last, like)
         for name, value in (("step_size", first), ("final_step_size", last)):
             if len(value) not in (1, len(like)):

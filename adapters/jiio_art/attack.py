@@ -50,8 +50,9 @@ class JIIOAttack(EvasionAttack):
         norm: 1, 2, ``np.inf`` or "inf".
         eps: ε, a number or an array: ``(n,)`` or ``(n, 1, …)`` for one value per sample; with the
             L∞ norm also anything else that broadcasts to the images.
-        eps_step: first step in the units of the images; later ones are shorter, down to a
-            twentieth. Same kind and shape as eps. None: the method's own, a multiple of ε.
+        eps_step: first step in the units of the images; later ones are shorter, down to
+            0.8 / max_iter of it. Same kind and shape as eps. None: the method's own, a multiple
+            of ε.
         max_iter: steps; None: the method's own.
         targeted: move towards ``y`` instead of away from it.
         num_random_init: 0: start at the image; n: up to n random starts in the ball, the best kept

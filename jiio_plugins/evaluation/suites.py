@@ -95,7 +95,7 @@ def default_suite(
         lower: least pixel value; images are rescaled to [0, 1] for torchattacks.
         upper: largest pixel value.
         steps: of APGD. JIIO, whose steps are cheap, takes 50 at least; the three PGDs, whose steps
-            fall to a twentieth and need no tuning, half as many. To publish a result take 100.
+            shrink and need no tuning, half as many. To publish a result take 100.
         queries: of Square, each one a solve. To publish a result take 1,000 or more.
         seed: of the random starts and of Square.
 
