@@ -259,7 +259,8 @@ class Joint(Method):
 
     Args:
         state_steps: evaluations of f an iteration; one where there is mixing.
-        relaxation: ω in (0, 2); 1 where there is mixing.
+        relaxation: ω in (0, 2); at most 1 with one state step, where nothing would tell that it is
+            too long; 1 where there is mixing.
         mixing: "quasi-newton" or "anderson", for problems without a ball.
         acceleration: memory of the mixing, in iterations; 0 switches it off.
         tol: without a ball: relative residual of all three blocks at which the loop stops.
@@ -301,7 +302,10 @@ class Joint(Method):
         mix = None
         if feasible.radius is None and self.acceleration:
             mix = Descent(MIXINGS[self.mixing](self.acceleration, problem.groups))
-        omega = torch.full_like(z[:, :1], self.relaxation if mix is None else 1.0)
+        relaxation = self.relaxation if mix is None else 1.0
+        if self.state_steps == 1:  # no second residual at the same v that could halve it
+            relaxation = min(relaxation, 1.0)
+        omega = torch.full_like(z[:, :1], relaxation)
         track = _Tracker(problem, v, stop)
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
         mu_accepted = torch.zeros_like(z)
