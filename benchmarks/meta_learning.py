@@ -139,7 +139,7 @@ class Learner:
         setting = Setting(self.model, tasks, self.args.reg)
         training = self.model.training
         method = Joint(
-            max_iter=10 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3,
+            max_iter=6 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3,
             mixing="anderson",
         )  # fmt: skip
         with setting.frozen():
@@ -148,7 +148,7 @@ class Learner:
         if not training:
             return path.v
         step = torch.full((1, 1), 0.4)
-        solver = Anderson(max_iter=10, memory=10, tol=5e-2)
+        solver = Anderson(max_iter=4, memory=4, tol=5e-2)
         return attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)[0]
 
     def _nested(self, tasks: Tasks) -> Tensor:
