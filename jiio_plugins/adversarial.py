@@ -75,7 +75,7 @@ class AdversarialTraining:
         eps: ε in the units of x.
         lower: pixel box, a number or broadcastable to x; None: no bound.
         upper: likewise.
-        method: of the inner problem; ``TRAINING_METHOD`` if not given.
+        method: of the inner problem; ``Joint(max_iter=10, warmup=2)`` if not given.
         random_start: start in the ball at random instead of at the image; TRADES always does.
         ratio: share of each batch that is attacked; the rest stays clean.
         trades: β; None: no TRADES.

@@ -135,7 +135,7 @@ class Method(abc.ABC):
         first = _column(first, like)
         last = self.final_step_size
         if last is None:
-            last = first * min(1.0, 0.8 / self.max_iter) if has_ball else first
+            last = first * (0.8 / self.max_iter) if has_ball else first
         last = _column(last, like)
         for name, value in (("step_size", first), ("final_step_size", last)):
             if len(value) not in (1, len(like)):
@@ -303,9 +303,9 @@ class Joint(Method):
         if feasible.radius is None and self.acceleration:
             mix = Descent(MIXINGS[self.mixing](self.acceleration, problem.groups))
         relaxation = self.relaxation if mix is None else 1.0
-        if self.state_steps == 1:  # no second residual at the same v that could halve it
-            relaxation = min(relaxation, 1.0)
-        omega = torch.full_like(z[:, :1], relaxation)
+        # with one state step there is no second residual at the same v that could halve it
+        longest = 1.0 if self.state_steps == 1 else 2.0
+        omega = torch.full_like(z[:, :1], min(relaxation, longest))
         track = _Tracker(problem, v, stop)
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
         mu_accepted = torch.zeros_like(z)

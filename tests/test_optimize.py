@@ -6,6 +6,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -1008,6 +1009,30 @@ def test_step_sizes_per_problem() -> None:
     with pytest.raises(ValueError, match=r"step_size must hold one value or one per problem \(3\)"):
         optimize_input(model, x, squared, method=Joint(step_size=torch.ones(2)),
                        constraint=L2Ball(0.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [Joint, partial(Nested, warm_start=True)])
+@pytest.mark.parametrize("iterations", [1, 4, 40])
+def test_steps_in_a_ball_fall_from_twice_the_radius(make: Any, iterations: int) -> None:
+    x = rand(3, 5, seed=1)
+    feasible = L2Ball(0.5).bind(x)
+    lengths = torch.cat(make(max_iter=iterations).steps(feasible, x), dim=1)
+    assert torch.all(lengths[:, 0] == 1.0)
+    if iterations > 1:
+        assert torch.allclose(lengths[:, -1], x.new_tensor(0.8 / iterations))
+        assert bool((lengths.diff(dim=1) < 0).all())
+
+
+def test_one_state_step_may_be_damped_but_is_not_over_relaxed() -> None:
+    model, x = Net(seed=1), rand(6, 5, seed=2)
+
+    def end(state_steps: int, relaxation: float) -> Tensor:
+        method = Joint(max_iter=5, state_steps=state_steps, relaxation=relaxation)
+        return optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5)).x
+
+    assert torch.equal(end(1, 1.5), end(1, 1.0))
+    assert not torch.equal(end(1, 0.5), end(1, 1.0))
+    assert not torch.equal(end(2, 1.5), end(2, 1.0))
 
 
 @pytest.mark.parametrize(
