@@ -369,9 +369,10 @@ def compare(rows: list[Row], warm: list[Row]) -> dict[str, Any]:
 
 def plot(path: Path, rows: list[Row], warm: list[Row], norm: str, eps: float) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.scatter([r.cost for r in warm], [r.loss for r in warm], s=8, color="0.75")
-    best = front(warm)
-    axes.plot([r.cost for r in best], [r.loss for r in best], color="0.5", label="nested, warm")
+    if warm:
+        axes.scatter([r.cost for r in warm], [r.loss for r in warm], s=8, color="0.75")
+        best = front(warm)
+        axes.plot([r.cost for r in best], [r.loss for r in best], color="0.5", label="nested, warm")
     for family, marker, label in (
         ("jiio", "o-", "JIIO"), ("jiio retry", "*", "JIIO with retry"),
         ("nested cold 0.001", "s", "nested, cold, tol 1e-3"),
