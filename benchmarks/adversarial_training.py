@@ -61,11 +61,10 @@ from jiio_plugins.evaluation import (
 from jiio_plugins.fitting import TensorBatches, fit_adversarially
 from jiio_plugins.models import load_pretrained
 
-CAPPED = Anderson(max_iter=5, tol=1e-1)
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
 CHEAP, CHEAPEST = "PGD-10 warm, cap 1", "PGD-5 warm, cap 1"
 SUITE = ("JIIO", "PGD nested, tight")
-REFINE = (0, 5, 8)
+REFINE = (0, 5, 8, 12)
 
 
 @dataclass
