@@ -64,7 +64,7 @@ from jiio_plugins.models import load_pretrained
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
 CHEAP, CHEAPEST = "PGD-10 warm, cap 1", "PGD-5 warm, cap 1"
 SUITE = ("JIIO", "PGD nested, tight")
-REFINE = (0, 5, 8, 12)
+REFINE = (0, 5, 8, 12, 100)
 
 
 @dataclass
