@@ -88,6 +88,8 @@ class Args:
     fashion_test: int = 1000
     suite: Literal["engine", "full"] = "engine"
     """engine: JIIO and tight nested PGD; full: DLR, APGD, Square and others too"""
+    methods: tuple[str, ...] = ()
+    """the trainings to make, by the names that are printed; none given: all of them"""
     train: bool = True
     """train and judge; otherwise only the steps are measured"""
 
@@ -313,7 +315,7 @@ def _report(saved: dict[str, Any]) -> RobustnessReport:
 
 def compare(setting: Setting, seeds: int, reports: dict[str, list[RobustnessReport]]) -> None:
     """Paired differences to the reference, over the seeds that both have."""
-    reference = reports[setting.reference]
+    reference = reports.get(setting.reference, [])
     for name, own in reports.items():
         count = min(len(own), len(reference))
         if name == setting.reference or not count:
@@ -327,14 +329,18 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     store = Store(args)
     chosen = [settings(args)[name] for name in args.data]
+    known = {name for setting in chosen for name in setting.methods}
+    if unknown := set(args.methods) - known:
+        raise SystemExit(f"no training is called {sorted(unknown)}; there are {sorted(known)}")
     for setting in chosen:
         measure_gradients(args, setting, store)
         measure_steps(args, setting, store)
         if not args.train:
             continue
-        reports: dict[str, list[RobustnessReport]] = {name: [] for name in setting.methods}
+        names = [n for n in setting.methods if not args.methods or n in args.methods]
+        reports: dict[str, list[RobustnessReport]] = {name: [] for name in names}
         for seed in range(args.seeds):
-            for name in setting.methods:
+            for name in names:
                 reports[name].append(train(args, setting, name, seed, store))
             compare(setting, args.seeds, reports)
 

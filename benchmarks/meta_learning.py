@@ -26,7 +26,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import learn2learn as l2l
 import torch
@@ -47,11 +47,12 @@ from jiio_plugins.models import MDEQFewShot
 from jiio_plugins.tasks import ClassImages, Tasks, sample_tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from jiio_plugins.methods import Progress
 
 ADAPT = ("context", "head.weight", "head.bias")  # what JIIO and nested descent adapt
+HEAD = ("weight", "bias")  # what JIIO adapts of a head alone, and ANIL
 WAYS = 5
 DISTANCE = 1e-3
 RATES = (0.1, 0.2, 0.3)  # at 0.4 and above plain descent hardly arrives
@@ -70,12 +71,21 @@ class Args:
     """folder for the rendered glyphs; None: the user's cache"""
     minutes: float = 8.0
     """training time of each method, CPU minutes"""
-    methods: tuple[str, ...] = ("jiio", "nested first-order", "maml unrolled", "anil")
+    methods: tuple[str, ...] = (
+        "jiio", "jiio head", "nested first-order", "maml unrolled", "anil"
+    )  # fmt: skip
     parts: tuple[str, ...] = ("training", "adaptation", "overhead")
     meta_lr: float = 3e-3
     meta_batch: int = 8
-    reg: float = 0.5
+    reg: float = 0.1
+    """of JIIO and nested descent"""
+    head_reg: float = 0.03
+    """of JIIO where the head alone is adapted"""
+    anil_lr: float = 0.4
+    """of ANIL's steps on the head"""
     test_tasks: int = 600
+    judge_on: Literal["test", "validation"] = "test"
+    """scripts that the trained models are judged on; settings were chosen on those of validation"""
     tasks: int = 8
     """tasks of the comparison of adaptation"""
     repeats: int = 3
@@ -106,22 +116,25 @@ class Learner:
             self.model.equilibrium.adjoint = Unrolled(steps=10)
             self.learner: Any = l2l.algorithms.MAML(self.model, lr=0.1, allow_unused=True)
         elif name == "anil":
-            self.learner = l2l.algorithms.MAML(self.model.head, lr=0.4)
+            self.learner = l2l.algorithms.MAML(self.model.head, lr=args.anil_lr)
 
     def logits(self, tasks: Tasks) -> Tensor:
         """``(tasks, queries, ways)``."""
         if self.name == "jiio":
-            return self._answers(self._jiio(tasks), tasks)
+            return self._answers(self._jiio(tasks), tasks.x_query, self.model, ADAPT)
         if self.name == "nested first-order":
-            return self._answers(self._nested(tasks), tasks)
+            return self._answers(self._nested(tasks), tasks.x_query, self.model, ADAPT)
+        both = torch.cat([tasks.x_support, tasks.x_query], dim=1)
+        if self.name == "maml unrolled":
+            return torch.stack([self._steps(x, y, 3) for x, y in self._with_labels(both, tasks)])
+        # the head alone: the features do not change
+        features = self.model.features(both.flatten(0, 1)).unflatten(0, both.shape[:2])
         if self.name == "anil":
-            both = torch.cat([tasks.x_support, tasks.x_query], dim=1)
-            features = self.model.features(both.flatten(0, 1)).unflatten(0, both.shape[:2])
             return torch.stack(
                 [self._steps(f, y, 5) for f, y in self._with_labels(features, tasks)]
             )
-        both = torch.cat([tasks.x_support, tasks.x_query], dim=1)
-        return torch.stack([self._steps(x, y, 3) for x, y in self._with_labels(both, tasks)])
+        support, query = features.split([tasks.y_support.shape[1], tasks.y_query.shape[1]], dim=1)
+        return self._answers(self._head(support, tasks.y_support), query, self.model.head, HEAD)
 
     def _with_labels(self, both: Tensor, tasks: Tasks) -> Any:
         return zip(both, tasks.y_support, strict=True)
@@ -136,7 +149,7 @@ class Learner:
 
     def _jiio(self, tasks: Tasks) -> Tensor:
         """The joint solution, with its implicit gradient; training needs neither to the end."""
-        setting = Setting(self.model, tasks, self.args.reg)
+        setting = Setting(self.model, tasks.x_support, tasks.y_support, self.args.reg)
         training = self.model.training
         method = Joint(
             max_iter=6 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3,
@@ -151,30 +164,39 @@ class Learner:
         solver = Anderson(max_iter=4, memory=4, tol=5e-2)
         return attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)[0]
 
+    def _head(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The optimum of the head alone, for features that do not change, and its gradient."""
+        setting = Setting(self.model.head, features, labels, self.args.head_reg, HEAD)
+        method = Joint(max_iter=10 if self.model.training else 50, step_size=0.2, tol=1e-3)
+        with setting.frozen():
+            problem, feasible, v0 = setting.problem()
+            path = method.run(problem, feasible, v0)
+        if not self.model.training:
+            return path.v
+        step, solver = torch.full((1, 1), 0.2), Anderson(max_iter=10, memory=10, tol=1e-2)
+        return attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)[0]
+
     def _nested(self, tasks: Tasks) -> Tensor:
         """Ten steps, each with full solves of state and adjoint; v − v0 is held constant."""
-        setting = Setting(self.model, tasks, self.args.reg)
+        setting = Setting(self.model, tasks.x_support, tasks.y_support, self.args.reg)
         tight = Anderson(max_iter=30, tol=1e-3)
         with setting.frozen():
             problem, feasible, v0 = setting.problem()
             path = Nested(max_iter=10, step_size=0.4, solver=tight).run(problem, feasible, v0)
         return (path.v - v0) + setting.anchor()
 
-    def _answers(self, v: Tensor, tasks: Tasks) -> Tensor:
-        """The query sets at each task's v."""
-        count, queries = tasks.y_query.shape
-        rows = v.repeat_interleave(queries, dim=0)
-        out: Tensor = functional_call(
-            self.model, split_variables(self.model, rows), (tasks.x_query.flatten(0, 1),)
-        )
-        return out.unflatten(0, (count, queries))
+    def _answers(self, v: Tensor, x: Tensor, model: nn.Module, names: Sequence[str]) -> Tensor:
+        """``model`` on the query sets ``x`` ``(tasks, queries, ...)``, at each task's v."""
+        rows = split_variables(model, v.repeat_interleave(x.shape[1], dim=0), names)
+        out: Tensor = functional_call(model, rows, (x.flatten(0, 1),))
+        return out.unflatten(0, x.shape[:2])
 
 
-def split_variables(model: nn.Module, v: Tensor) -> dict[str, Tensor]:
+def split_variables(model: nn.Module, v: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """Rows of v as the parameters they are made of."""
     like = dict(model.named_parameters())
-    parts = v.split([like[n].numel() for n in ADAPT], dim=1)
-    return {n: t.reshape(len(v), *like[n].shape[1:]) for n, t in zip(ADAPT, parts, strict=True)}
+    parts = v.split([like[n].numel() for n in names], dim=1)
+    return {n: t.reshape(len(v), *like[n].shape[1:]) for n, t in zip(names, parts, strict=True)}
 
 
 def train(name: str, args: Args, data: ClassImages) -> Learner:
@@ -220,7 +242,7 @@ def judge(learner: Learner, tasks: Tasks) -> dict[str, float]:
 def part_training(args: Args, results: dict[str, Any]) -> None:
     data = load_glyphs("train", cache=args.cache)
     test = sample_tasks(
-        load_glyphs("test", cache=args.cache), args.test_tasks, ways=WAYS, queries=5,
+        load_glyphs(args.judge_on, cache=args.cache), args.test_tasks, ways=WAYS, queries=5,
         generator=torch.Generator().manual_seed(args.seed + 1),
     )  # fmt: skip
     done = results.setdefault("training", {})
@@ -250,25 +272,35 @@ def part_training(args: Args, results: dict[str, Any]) -> None:
 class WithVariables(nn.Module):
     """The model; its output carries v along, for the proximal term."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parameters = dict(self.model.named_parameters())
-        v = torch.cat([parameters[n].flatten(1).expand(len(x), -1) for n in ADAPT], dim=1)
+        v = torch.cat([parameters[n].flatten(1).expand(len(x), -1) for n in self.names], dim=1)
         return self.model(x), v
 
 
 class Setting:
-    """Some tasks side by side: ``min_v Σ CE + reg/2 ‖v − v0‖²`` for each."""
+    """Some tasks side by side: ``min_v Σ CE + reg/2 ‖v − v0‖²`` for each.
 
-    def __init__(self, model: nn.Module, tasks: Tasks, reg: float) -> None:
-        self.tasks, self.reg = tasks, reg
-        self.count, self.rows = tasks.y_support.shape
+    Args:
+        model: with an equilibrium, or a head alone.
+        x: support sets, ``(tasks, rows, ...)``.
+        y: their labels, ``(tasks, rows)``.
+        reg: of the proximal term.
+        names: of the parameters that are v.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, y: Tensor, reg: float, names: Sequence[str] = ADAPT
+    ) -> None:
+        self.x, self.reg, self.names = x.flatten(0, 1), reg, names
+        self.count, self.rows = y.shape
         self.groups = torch.arange(self.count).repeat_interleave(self.rows)
-        self.labels = tasks.y_support.flatten()
-        self.model = WithVariables(model)
+        self.labels = y.flatten()
+        self.model = WithVariables(model, names)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -283,19 +315,22 @@ class Setting:
     def anchor(self) -> Tensor:
         """v0 ``(1, d)``, live."""
         parameters = dict(self.model.model.named_parameters())
-        return torch.cat([parameters[n].reshape(1, -1) for n in ADAPT], dim=1)
+        return torch.cat([parameters[n].reshape(1, -1) for n in self.names], dim=1)
 
     def problem(self, dtype: torch.dtype = torch.float32) -> tuple[Problem, FeasibleSet, Tensor]:
         model = self.model.to(dtype)
-        x = self.tasks.x_support.flatten(0, 1).to(dtype)
-        variable = ParameterVariable(model, x, [f"model.{n}" for n in ADAPT], self.groups)
+        x = self.x.to(dtype)
+        variable = ParameterVariable(model, x, [f"model.{n}" for n in self.names], self.groups)
 
         def objective(output: tuple[Tensor, Tensor]) -> Tensor:
             logits, v = output
             proximal = 0.5 * self.reg * (v - self.anchor()).square().sum(1) / self.rows
             return cross_entropy(logits, self.labels, reduction="none") + proximal
 
-        return Problem(variable, objective, len(x)), FeasibleSet(variable.start), variable.start
+        problem = Problem(variable, objective, len(x))
+        if self.names == HEAD:
+            problem.held = ()  # there is no equilibrium in a head
+        return problem, FeasibleSet(variable.start), variable.start
 
 
 class Arrived(Exception):  # noqa: N818, it is no error
@@ -412,7 +447,7 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
         load_glyphs("test", cache=args.cache), args.tasks, ways=WAYS,
         generator=torch.Generator().manual_seed(args.seed + 2),
     )  # fmt: skip
-    setting = Setting(model, tasks, args.reg)
+    setting = Setting(model, tasks.x_support, tasks.y_support, args.reg)
     goal, gradient = optimum(setting)
     goal = goal.float()
     rows: list[Row] = []

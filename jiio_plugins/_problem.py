@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from jiio_plugins._session import NO_LAYER, Linearization, RecordSession, SolveSession, StateLayout
+from jiio_plugins._session import (
+    NO_LAYER,
+    HeldLinearization,
+    Linearization,
+    RecordSession,
+    SolveSession,
+    StateLayout,
+)
 from jiio_plugins.equilibrium import running
 from jiio_plugins.solution import Status
 from jiio_plugins.solvers import Anderson
@@ -147,6 +154,8 @@ class Problem:
             them another dropout mask or other batch statistics.
         one_start: whether the state that a method starts with is the same for all rows.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
+        held: flat states of the layers, with their graph, where v reaches none of them: they stay
+            what they are, z and μ are ``(rows, 0)``, and iterations cost no evaluation of f.
     """
 
     def __init__(
@@ -158,12 +167,15 @@ class Problem:
         self.layout: StateLayout | None = None
         self.z_start: Tensor | None = None
         self.jz_mu_start: Tensor | None = None
+        self.held: Sequence[Tensor] | None = None
         self.one_start = False
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 
     def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """Add to the cost per row."""
+        """Add to the cost per row, unless the layers are held: then no f is evaluated."""
+        if self.held is not None:
+            return
         self.f_evals = self.f_evals + f_evals
         self.vjps = self.vjps + vjps
 
@@ -205,6 +217,8 @@ class Problem:
         At most ``max_iter``; a row that reaches 1e-2 needs fewer. With ``one_start`` one row is
         solved for all.
         """
+        if self.held is not None:
+            return v.new_zeros(self.rows, 0)
         solver = Anderson(max_iter=max_iter, tol=1e-2)
         shared = self.one_start and self.z_start is None
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
@@ -220,6 +234,8 @@ class Problem:
 
     def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
         """``f(z, v)`` without a graph."""
+        if self.held is not None:
+            return z
         assert self.layout is not None
         session = RecordSession(self.layout.split(z), image=True)
         with torch.no_grad(), running(session):
@@ -230,6 +246,8 @@ class Problem:
         self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
     ) -> Linearization:
         """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
+        if self.held is not None:
+            return HeldLinearization(self.variable.call, v, self.rows, self.held)
         assert self.layout is not None
 
         def call(leaf: Tensor) -> Any:

@@ -228,6 +228,23 @@ class PenaltySession:
         return tensors if f.layout.is_tuple else tensors[0]
 
 
+class HeldSession:
+    """Every layer answers with a given state and is not evaluated.
+
+    Args:
+        z: flat state of each layer.
+    """
+
+    def __init__(self, z: Sequence[Tensor]) -> None:
+        self.z, self.visits = z, 0
+
+    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+        """The state as it is."""
+        state = f.layout.unpack(self.z[self.visits])
+        self.visits += 1
+        return state
+
+
 class Linearization:
     """One pass of the network at ``(v, z)``: its loss, ``f(z, v)``, and their derivatives.
 
@@ -331,3 +348,43 @@ class Linearization:
 
     def _of_v(self, grad: Tensor | None) -> Tensor:
         return torch.zeros_like(self._v) if grad is None else grad
+
+
+class HeldLinearization(Linearization):
+    """The same where v reaches no layer: the rest of the network is all that is left.
+
+    The states are given and stand still, so there are no z and no μ to advance: both are
+    ``(rows, 0)``, and no f is evaluated.
+    """
+
+    def __init__(
+        self, call: Callable[[Tensor], Any], v: Tensor, rows: int, states: Sequence[Tensor]
+    ) -> None:
+        self._v = v.detach().requires_grad_()
+        self._held = HeldSession(states)
+        with torch.enable_grad(), running(self._held):
+            self.output = call(self._v)
+        self.f = self.own_jz_mu = v.new_zeros(rows, 0)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """An empty z, and v."""
+        return [self.f.clone().requires_grad_(), self._v]
+
+    @property
+    def live_f(self) -> Tensor:
+        """Empty."""
+        return self.f
+
+    def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """An empty ``∂ℓ/∂z`` and ``∂ℓ/∂v``."""
+        (grad,) = torch.autograd.grad(
+            loss.sum(), [self._v], create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        return self.f, torch.zeros_like(self._v) if grad is None else grad
+
+    def vjp(
+        self, mu: Tensor, *, last: bool = True, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Nothing passes through a layer."""
+        return self.f, torch.zeros_like(self._v)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,7 @@ class Blocks:
         rows, v = flat.split([flat.shape[1] - self.d, self.d], dim=1)
         if self.place is not None:
             rows = rows.reshape(len(flat), self.width, 2 * self.n)[self.place]
-        z, mu = rows.split(self.n, dim=1)
+        z, mu = rows.split([self.n, self.n], dim=1)
         if self.units is not None:
             z = z * self.groups.spread(self.units[0])
             mu = mu * self.groups.spread(self.units[1])
@@ -289,19 +290,20 @@ class _Adjoint:
 
     def __init__(self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], rows: int) -> None:
         self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, rows
+        self.live = [image.requires_grad for image in images]
 
     def __call__(self, flat: Tensor) -> Tensor:
         z, mu, v = self.blocks.unpack(flat)
         scaled = self.share * v
         grads = torch.autograd.grad(
-            self.images,
+            list(compress(self.images, self.live)),
             self.leaves,
-            (z, mu, scaled),
+            list(compress((z, mu, scaled), self.live)),
             retain_graph=True,
             materialize_grads=True,
         )
         *z_grads, mu_grad, v_grad = grads
-        z_grad = torch.cat([t.reshape(self.rows, -1) for t in z_grads], dim=1)
+        z_grad = torch.cat([t.reshape(self.rows, t[0].numel()) for t in z_grads], dim=1)
         return self.blocks.pack(z_grad.to(mu_grad.dtype), mu_grad, v + v_grad + self.g - scaled)
 
     def restrict(self, rows: Tensor) -> None:
@@ -363,8 +365,9 @@ class _Gate(torch.autograd.Function):
         with counting_into(ctx.counters):
             # one pass through F's graph differentiates f and its VJP: two products a row
             rows = count_rows(ctx.equation.rows, g.device)
-            per_row = ctx.equation.blocks.groups.spread(found.evals)
-            count(vjps=2 * (per_row + 1) * rows)
+            if ctx.equation.blocks.n:
+                per_row = ctx.equation.blocks.groups.spread(found.evals)
+                count(vjps=2 * (per_row + 1) * rows)
         worst = float(found.residual.max())
         if not worst <= warn_above(ctx.solver):
             warnings.warn(

@@ -20,6 +20,7 @@ from jiio_learn2learn._checks import (
     check_replay,
     has_dropout,
     influential,
+    reaches,
     same_inputs,
 )
 from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, kept
@@ -83,7 +84,8 @@ class JIIOLearner(BaseLearner):
         lr: step size on v, in units of v² / loss; it changes the way to v*, not v*. A loss summed
             over n samples wants ``lr / n``.
         adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
-            after it; None: those called ``context``.
+            after it; None: those called ``context``. Where none of them reaches an equilibrium (a
+            head alone), z stays what the forward pass found and ``adapt`` evaluates no f.
         reg: pulls v to v0, in units of loss / v². With 0 the optimum does not depend on v0, whose
             meta-gradient is then 0, and has to exist: a cross-entropy of separable data has none.
         iters: iterations at most, per call of ``adapt``; it ends at ``tol``.
@@ -249,6 +251,8 @@ class JIIOLearner(BaseLearner):
         problem.layout = StateLayout(forward.session.layouts)
         feasible = FeasibleSet(variable.start)
         problem.z_start, problem.jz_mu_start = z, task.jz_mu
+        if not any(any(reaches(s, variable.slots.get())) for s in forward.session.z):
+            problem.held = forward.session.z  # a head alone: the fixed point is where it will be
         with kept(self.module, frozen=True), counting_into(()):
             path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
         count(f_evals=problem.f_evals, vjps=problem.vjps)
@@ -264,8 +268,11 @@ class JIIOLearner(BaseLearner):
             warn_if_loose(self.residuals)
         variable.slots.put(variable.parts(found))
         task.version += 1
-        task.support, task.jz_mu = forward.inputs, path.jz_mu
-        task.z = problem.layout.split(path.z)
+        task.support = forward.inputs
+        if problem.held is None:
+            task.z, task.jz_mu = problem.layout.split(path.z), path.jz_mu
+        else:
+            task.z = [state.detach() for state in problem.held]
 
     def _method(self, dtype: torch.dtype) -> Joint:
         tol = self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)

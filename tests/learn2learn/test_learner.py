@@ -151,6 +151,31 @@ def test_names_in_the_head_and_before_the_cell() -> None:
         assert all(p.grad is not None for p in maml.parameters() if p is not maml.module.context)
 
 
+@pytest.mark.parametrize("memory", [0, 10])
+def test_a_head_alone_costs_no_evaluation_of_f(memory: int) -> None:
+    """The fixed point does not move with the head, so ``adapt`` leaves it where it is."""
+    names = ("head.weight", "head.bias")
+    maml, (x, y, query, query_y) = learner(adapt=names, memory=memory, tol=1e-11), task(30)
+    clone = maml.clone()
+    loss = cross_entropy(clone(x), y)
+    with count_evaluations() as counter:
+        clone.adapt(loss)
+    assert counter.f_evals == counter.vjps == 0
+    # the optimum, and that a further call stays there
+    features = clone.module.equilibrium(clone.module.encoder(x) + clone.module.film(clone.context))
+    values = [clone.module.head.weight, clone.module.head.bias]
+    v = [t.detach().requires_grad_() for t in values]
+    v0 = [t.detach() for t in (maml.module.head.weight, maml.module.head.bias)]
+    objective = cross_entropy(nn.functional.linear(features, *v), y)
+    objective = objective + 0.15 * sum((a - b).square().sum() for a, b in zip(v, v0, strict=True))
+    assert all(float(g.norm()) < 1e-8 for g in torch.autograd.grad(objective, v))
+    clone.adapt(cross_entropy(clone(x), y))
+    for now, before in zip([clone.module.head.weight, clone.module.head.bias], v, strict=True):
+        torch.testing.assert_close(now.detach(), before.detach(), rtol=0, atol=1e-9)
+    cross_entropy(clone(query), query_y).backward()
+    assert all(p.grad is not None for p in maml.parameters())
+
+
 def test_gradients_reach_support_inputs_and_what_made_them() -> None:
     features = linear(4, 4, seed=1)
     maml, (x, y, query, query_y) = learner(), task(30)

@@ -61,3 +61,22 @@ def test_meta_gradient_of_interleaved_tasks(pair: bool, reg: float) -> None:
             assert abs(float(derivative)) < 1e-8
         else:
             torch.testing.assert_close(got, derivative, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["tensor", "tuple"])
+def test_meta_gradient_of_a_head_alone(pair: bool) -> None:
+    """The fixed point does not depend on v; its own gradient rule takes λ on to the weights."""
+    model, data, name = Toy(pair=pair), task(seed=30), "head.weight"
+    maml = JIIOLearner(model, lr=1.0, adapt=[name], reg=0.3, iters=400, tol=1e-12)
+    clone = maml.clone()
+    x, y, query, query_y = data
+    clone.adapt(cross_entropy(clone(x), y))
+    cross_entropy(clone(query), query_y).backward()
+    assert float(clone.residuals.adjoint) < 1e-9
+    reference = Reference(exact(model), data, 0.3, clone.module.head.weight.detach(), name)
+    expected = finite_differences([reference])
+    for key, parameter in model.named_parameters():
+        direction, derivative = expected[key]
+        torch.testing.assert_close(
+            (parameter.grad * direction).sum(), derivative, rtol=1e-6, atol=0
+        )

@@ -56,20 +56,28 @@ class Reference:
         data: as :func:`task` gives it.
         reg: of the proximal term.
         near: v close to the optimum at the model's own parameters.
+        name: of the parameter that is v.
     """
 
-    def __init__(self, model: Toy, data: tuple[Tensor, ...], reg: float, near: Tensor) -> None:
-        self.model, self.data, self.reg, self.near = model, data, reg, near
+    def __init__(
+        self,
+        model: Toy,
+        data: tuple[Tensor, ...],
+        reg: float,
+        near: Tensor,
+        name: str = "context",
+    ) -> None:
+        self.model, self.data, self.reg, self.near, self.name = model, data, reg, near, name
         self.hessian = torch.autograd.functional.hessian(self._objective({}), near)
         self.hessian = self.hessian.reshape(near.numel(), near.numel())
         assert bool((torch.linalg.eigvalsh(self.hessian) > 0).all())
 
     def _objective(self, values: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         x, y, _, _ = self.data
-        v0 = values.get("context", self.model.context.detach())
+        v0 = values.get(self.name, self.model.get_parameter(self.name).detach())
 
         def objective(v: Tensor) -> Tensor:
-            loss = cross_entropy(functional_call(self.model, {**values, "context": v}, (x,)), y)
+            loss = cross_entropy(functional_call(self.model, {**values, self.name: v}, (x,)), y)
             return loss + 0.5 * self.reg * (v - v0).square().sum()
 
         return objective
@@ -86,5 +94,5 @@ class Reference:
         _, _, x, y = self.data
         with torch.no_grad():
             return float(
-                cross_entropy(functional_call(self.model, {**values, "context": v}, (x,)), y)
+                cross_entropy(functional_call(self.model, {**values, self.name: v}, (x,)), y)
             )
