@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import learn2learn as l2l
 import torch
 import tyro
+from records import keep_settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -555,7 +556,8 @@ def save(args: Args, results: dict[str, Any]) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    free = ("out", "cache", "methods", "parts", "repeats")
+    keep_settings(args.out, {k: v for k, v in asdict(args).items() if k not in free})
     path = args.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     parts = {

@@ -155,7 +155,8 @@ class Problem:
         one_start: whether the state that a method starts with is the same for all rows.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
         held: flat states of the layers, with their graph, where v reaches none of them: they stay
-            what they are, z and μ are ``(rows, 0)``, and iterations cost no evaluation of f.
+            what they are, z and μ are ``(rows, 0)``, and iterations cost no evaluation of f. For
+            :class:`Joint` and :mod:`jiio_plugins.implicit`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jiio_plugins.adjoints import CellMap
+    from jiio_plugins.adjoints import Adjoint, CellMap
 
 NO_LAYER = (
     "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
@@ -30,6 +30,21 @@ NO_LAYER = (
     "in __init__ 'self.equilibrium = jiio_plugins.Equilibrium(cell)', in forward "
     "'z = self.equilibrium(self.encoder(x))'"
 )
+
+
+CALLED_MORE = (
+    "an equilibrium layer was called more often than in the first pass of this optimisation. Its "
+    "calls must not depend on the input, and activation checkpointing must not wrap the layer "
+    "(wrap the encoder, the head or parts of the cell instead)"
+)
+
+
+def called_fewer(calls: int, expected: int) -> RuntimeError:
+    """The error for a pass in which fewer layers were called than in the first."""
+    return RuntimeError(
+        f"the model called {calls} equilibrium layers where its first pass called {expected}: its "
+        "calls must not depend on the input"
+    )
 
 
 class StateLayout:
@@ -57,6 +72,7 @@ class SolveSession:
     Args:
         solver: used by all layers, without a graph; None: each layer's own solver and gradient
             rule, as in a plain call of the model.
+        adjoint: gradient rule that goes with ``solver``; None: there is no graph.
         start: flat state of each layer to start from; None: the layer's initial state.
         max_iter: overrides the solver's.
     """
@@ -66,8 +82,10 @@ class SolveSession:
         solver: Solver | None = None,
         start: Sequence[Tensor] | None = None,
         max_iter: int | None = None,
+        adjoint: Adjoint | None = None,
     ) -> None:
         self.solver, self.start, self.max_iter = solver, start, max_iter
+        self.adjoint = adjoint
         self.layouts: list[Layout] = []
         self.results: list[FlatSolution] = []
         self.z: list[Tensor] = []
@@ -77,13 +95,15 @@ class SolveSession:
         flat = f.layout.pack(z0) if self.start is None else self.start[len(self.layouts)]
         if self.solver is None:
             flat = layer.adjoint.forward(f, flat, layer.solver)
+        elif self.adjoint is not None:
+            flat = self.adjoint.forward(f, flat, self.solver)
         else:
             result = iterate(f, flat, self.solver, max_iter=self.max_iter)
             self.results.append(result)
             flat = result.z
         self.layouts.append(f.layout)
         self.z.append(flat)
-        return f.layout.unpack(flat)
+        return f.layout.unpack(flat.clone())  # the network may change it in place
 
 
 class RecordSession:
@@ -109,12 +129,7 @@ class RecordSession:
     def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
         """Record ``cell(z, u)``, answer."""
         if not self.open or len(self.f) >= len(self.z):
-            raise RuntimeError(
-                "an equilibrium layer was called more often than in the first pass of this "
-                "optimisation. Its calls must not depend on the input, and activation "
-                "checkpointing must not wrap the layer (wrap the encoder, the head or parts of the "
-                "cell instead)"
-            )
+            raise RuntimeError(CALLED_MORE)
         state = f.layout.unpack(self.z[len(self.f)])
         leaves = _as_leaves(as_tensors(state))
         self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
@@ -240,9 +255,11 @@ class HeldSession:
 
     def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
         """The state as it is."""
-        state = f.layout.unpack(self.z[self.visits])
+        if self.visits >= len(self.z):
+            raise RuntimeError(CALLED_MORE)
+        state = self.z[self.visits].clone()  # the network may change it in place
         self.visits += 1
-        return state
+        return f.layout.unpack(state)
 
 
 class Linearization:
@@ -272,10 +289,7 @@ class Linearization:
             self.output = call(self._v)
         session.open = False
         if len(session.f) != len(z):
-            raise RuntimeError(
-                f"the model called {len(session.f)} equilibrium layers where its first pass called "
-                f"{len(z)}: its calls must not depend on the input"
-            )
+            raise called_fewer(len(session.f), len(z))
         self._session = session
         self._leaves = [leaf for leaves in session.leaves for leaf in leaves]
         self._answers = [leaf for leaves in session.answers for leaf in leaves]
@@ -351,10 +365,9 @@ class Linearization:
 
 
 class HeldLinearization(Linearization):
-    """The same where v reaches no layer: the rest of the network is all that is left.
+    """A pass of a network in which v reaches no layer: their states are given and stand still.
 
-    The states are given and stand still, so there are no z and no μ to advance: both are
-    ``(rows, 0)``, and no f is evaluated.
+    There are no z and no μ to advance, both are ``(rows, 0)``, and no f is evaluated.
     """
 
     def __init__(
@@ -364,6 +377,8 @@ class HeldLinearization(Linearization):
         self._held = HeldSession(states)
         with torch.enable_grad(), running(self._held):
             self.output = call(self._v)
+        if self._held.visits != len(states):
+            raise called_fewer(self._held.visits, len(states))
         self.f = self.own_jz_mu = v.new_zeros(rows, 0)
 
     @property
@@ -378,10 +393,12 @@ class HeldLinearization(Linearization):
 
     def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """An empty ``∂ℓ/∂z`` and ``∂ℓ/∂v``."""
-        (grad,) = torch.autograd.grad(
-            loss.sum(), [self._v], create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
-        return self.f, torch.zeros_like(self._v) if grad is None else grad
+        with running(self._held):
+            (grad,) = torch.autograd.grad(
+                loss.sum(), [self._v], create_graph=create_graph, retain_graph=True,
+                allow_unused=True,
+            )  # fmt: skip
+        return self.f, self._of_v(grad)
 
     def vjp(
         self, mu: Tensor, *, last: bool = True, create_graph: bool = False

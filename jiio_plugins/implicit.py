@@ -363,7 +363,8 @@ class _Gate(torch.autograd.Function):
         (z, mu, v), found = ctx.equation.solve(g, ctx.solver)
         ctx.residuals.adjoint, ctx.residuals.adjoint_evals = found.residual, found.evals
         with counting_into(ctx.counters):
-            # one pass through F's graph differentiates f and its VJP: two products a row
+            # one pass through F's graph differentiates f and its VJP: two products a row, where
+            # there is an f and no layer is held
             rows = count_rows(ctx.equation.rows, g.device)
             if ctx.equation.blocks.n:
                 per_row = ctx.equation.blocks.groups.spread(found.evals)

@@ -24,14 +24,16 @@ from jiio_learn2learn._checks import (
     same_inputs,
 )
 from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, kept
-from jiio_plugins._counting import count, counting_into
+from jiio_plugins._counting import count, count_evaluations, counting_into
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
+from jiio_plugins.adjoints import Implicit
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import in_joint_mode, running
-from jiio_plugins.implicit import Residuals, attach, warn_if_loose
+from jiio_plugins.implicit import Residuals, adjoint_solver, attach, warn_if_loose
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import same_randomness
 from jiio_plugins.recording import Recorded, Tape
+from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +50,7 @@ class _TaskState:
         initial: v0, functions of the meta-parameters.
         version: how often v has changed.
         support: what the model was called with at the last adaptation.
-        z, w: where that ended.
+        z, jz_mu: where that ended.
         called_with: the model's last arguments inside a closure.
     """
 
@@ -84,8 +86,8 @@ class JIIOLearner(BaseLearner):
         lr: step size on v, in units of v² / loss; it changes the way to v*, not v*. A loss summed
             over n samples wants ``lr / n``.
         adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
-            after it; None: those called ``context``. Where none of them reaches an equilibrium (a
-            head alone), z stays what the forward pass found and ``adapt`` evaluates no f.
+            after it; None: those called ``context``. Where the graph of no equilibrium leads to
+            them (a head alone), ``adapt`` refines the fixed point once and leaves it there.
         reg: pulls v to v0, in units of loss / v². With 0 the optimum does not depend on v0, whose
             meta-gradient is then 0, and has to exist: a cross-entropy of separable data has none.
         iters: iterations at most, per call of ``adapt``; it ends at ``tol``.
@@ -250,9 +252,11 @@ class JIIOLearner(BaseLearner):
         problem = variable.problem()
         problem.layout = StateLayout(forward.session.layouts)
         feasible = FeasibleSet(variable.start)
-        problem.z_start, problem.jz_mu_start = z, task.jz_mu
-        if not any(any(reaches(s, variable.slots.get())) for s in forward.session.z):
-            problem.held = forward.session.z  # a head alone: the fixed point is where it will be
+        held_residual = 0.0
+        if any(any(reaches(state, variable.slots.get())) for state in forward.session.z):
+            problem.z_start, problem.jz_mu_start = z, task.jz_mu
+        else:
+            problem.held, held_residual = self._fixed_points(variable, forward, first_order)
         with kept(self.module, frozen=True), counting_into(()):
             path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
         count(f_evals=problem.f_evals, vjps=problem.vjps)
@@ -265,6 +269,7 @@ class JIIOLearner(BaseLearner):
                 found, self.residuals = attach(
                     problem, feasible, step, path.z, path.mu, path.v, solver=self.adjoint
                 )
+            self.residuals.joint.clamp_(min=held_residual)
             warn_if_loose(self.residuals)
         variable.slots.put(variable.parts(found))
         task.version += 1
@@ -272,12 +277,35 @@ class JIIOLearner(BaseLearner):
         if problem.held is None:
             task.z, task.jz_mu = problem.layout.split(path.z), path.jz_mu
         else:
-            task.z = [state.detach() for state in problem.held]
+            task.z, task.jz_mu = [state.detach() for state in problem.held], None
+
+    def _fixed_points(
+        self, variable: TaskVariable, forward: _Forward, first_order: bool
+    ) -> tuple[list[Tensor], float]:
+        """Flat states of layers that v does not reach, with a gradient, and their residual.
+
+        They go on from where the forward pass ended, which the layers' own solver decided, and get
+        the exact gradient, whatever rule the layers have, in a graph of their own.
+        """
+        dtype = variable.z.dtype
+        session = SolveSession(
+            Anderson(max_iter=200, tol=self._tol(dtype)),
+            [state.detach() for state in forward.session.z],
+            adjoint=Implicit(solver=self.adjoint or adjoint_solver(dtype)),
+        )
+        with (
+            kept(self.module), torch.set_grad_enabled(not first_order),
+            count_evaluations() as counter, running(session),
+        ):  # fmt: skip
+            variable.call(variable.start)
+        return session.z, counter.worst_residual
+
+    def _tol(self, dtype: torch.dtype) -> float:
+        return self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)
 
     def _method(self, dtype: torch.dtype) -> Joint:
-        tol = self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)
         return Joint(
-            max_iter=self.iters, step_size=self.lr, tol=tol, mixing="anderson",
+            max_iter=self.iters, step_size=self.lr, tol=self._tol(dtype), mixing="anderson",
             acceleration=self.memory,
         )  # fmt: skip
 

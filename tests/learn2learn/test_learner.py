@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jiio_learn2learn import JIIOLearner
-from jiio_plugins import Equilibrium, count_evaluations
+from jiio_plugins import Anderson, Equilibrium, JacobianFree, count_evaluations
 from tests.helpers import TIGHT, TanhCell, linear, rand
 from tests.learn2learn.toys import Toy, task
 
@@ -151,29 +151,108 @@ def test_names_in_the_head_and_before_the_cell() -> None:
         assert all(p.grad is not None for p in maml.parameters() if p is not maml.module.context)
 
 
+HEAD = ("head.weight", "head.bias")
+
+
+def slope_of_head(clone: Any, maml: Any, z: Tensor, y: Tensor) -> float:
+    """Norm of the task's gradient in the head's parameters, for the features ``z``."""
+    v0 = [t.detach() for t in maml.module.head.parameters()]
+    v = [t.detach().requires_grad_() for t in (clone.module.head.weight, clone.module.head.bias)]
+    loss = cross_entropy(nn.functional.linear(z.detach(), *v), y)
+    loss = loss + 0.15 * sum((a - b).square().sum() for a, b in zip(v, v0, strict=True))
+    return max(float(g.norm()) for g in torch.autograd.grad(loss, v))
+
+
 @pytest.mark.parametrize("memory", [0, 10])
-def test_a_head_alone_costs_no_evaluation_of_f(memory: int) -> None:
-    """The fixed point does not move with the head, so ``adapt`` leaves it where it is."""
-    names = ("head.weight", "head.bias")
-    maml, (x, y, query, query_y) = learner(adapt=names, memory=memory, tol=1e-11), task(30)
-    clone = maml.clone()
-    loss = cross_entropy(clone(x), y)
-    with count_evaluations() as counter:
-        clone.adapt(loss)
-    assert counter.f_evals == counter.vjps == 0
-    # the optimum, and that a further call stays there
-    features = clone.module.equilibrium(clone.module.encoder(x) + clone.module.film(clone.context))
-    values = [clone.module.head.weight, clone.module.head.bias]
-    v = [t.detach().requires_grad_() for t in values]
-    v0 = [t.detach() for t in (maml.module.head.weight, maml.module.head.bias)]
-    objective = cross_entropy(nn.functional.linear(features, *v), y)
-    objective = objective + 0.15 * sum((a - b).square().sum() for a, b in zip(v, v0, strict=True))
-    assert all(float(g.norm()) < 1e-8 for g in torch.autograd.grad(objective, v))
-    clone.adapt(cross_entropy(clone(x), y))
-    for now, before in zip([clone.module.head.weight, clone.module.head.bias], v, strict=True):
-        torch.testing.assert_close(now.detach(), before.detach(), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("first_order", [False, True])
+def test_iterations_on_a_head_alone_cost_no_evaluation_of_f(memory: int, first_order: bool) -> None:
+    """The fixed point does not move with the head: it is solved for once."""
+    maml = learner(adapt=HEAD, memory=memory, tol=1e-11, first_order=first_order)
+    clone, (x, y, query, query_y) = maml.clone(), task(30)
+    for _ in range(2):
+        loss = cross_entropy(clone(x), y)
+        with count_evaluations() as counter:
+            clone.adapt(loss)
+        assert counter.f_evals <= 3 * len(x)
+        assert counter.vjps == 0
+        toy = clone.module
+        z = toy.equilibrium(toy.encoder(x) + toy.film(toy.context))
+        assert slope_of_head(clone, maml, z, y) < 1e-8
+    loss.backward()  # its graph is its own
     cross_entropy(clone(query), query_y).backward()
     assert all(p.grad is not None for p in maml.parameters())
+
+
+def test_a_network_may_change_a_held_state_in_place() -> None:
+    class InPlace(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.equilibrium(self.encoder(x) + self.film(self.context))
+            z += 0.3
+            return self.head(z.relu_())
+
+    maml, (x, y, query, query_y) = learner(model=InPlace(), adapt=HEAD, tol=1e-11), task(30)
+    clone = maml.clone()
+    clone.adapt(cross_entropy(clone(x), y))
+    toy = clone.module
+    z = toy.equilibrium(toy.encoder(x) + toy.film(toy.context))
+    assert slope_of_head(clone, maml, (z + 0.3).relu(), y) < 1e-8
+    cross_entropy(clone(query), query_y).backward()
+    assert all(p.grad is not None for p in maml.parameters())
+
+
+def test_a_head_alone_after_more_than_a_head() -> None:
+    class Parts(Toy):
+        def forward(self, x: Tensor, head_alone: bool = False) -> Tensor:
+            z = self.equilibrium(self.encoder(x) + self.film(self.context))
+            return self.head(z.detach() if head_alone else z)
+
+    maml, (x, y, _, _) = (
+        learner(model=Parts(), adapt=("context", *HEAD), allow_unused=True),
+        task(30),
+    )
+    clone = maml.clone()
+    clone.adapt(cross_entropy(clone(x), y))
+    before = clone.context
+    clone.adapt(cross_entropy(clone(x, head_alone=True), y))
+    assert clone.context is before
+
+
+def test_the_gradient_of_a_head_alone_is_exact_whatever_the_layer_does() -> None:
+    grads = []
+    for loose in (False, True):
+        model = Toy()
+        if loose:
+            model.equilibrium.solver = Anderson(max_iter=3, tol=0.1)
+            model.equilibrium.adjoint = JacobianFree()
+        maml, (x, y, _, _) = learner(model=model, adapt=HEAD, tol=1e-11), task(30)
+        clone = maml.clone()
+        clone.adapt(cross_entropy(clone(x), y))
+        clone.module.head.weight.square().sum().backward()
+        grads.append(model.encoder.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-7, atol=1e-9)
+
+
+def test_dropout_before_the_layer_keeps_one_mask_where_the_head_alone_is_adapted() -> None:
+    class Skip(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            u = torch.nn.functional.dropout(self.encoder(x), 0.5, self.training)
+            return self.head(self.equilibrium(u + self.film(self.context)) + u)
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    model = Skip()
+    model.dropout = nn.Dropout(0.5)  # tells the learner
+    handle = model.equilibrium.register_forward_hook(
+        lambda layer, args, z: seen.append((args[0].detach(), z.detach()))
+    )
+    clone, (x, y, _, _) = learner(model=model, adapt=HEAD).clone(), task(30)
+    loss = cross_entropy(clone(x), y)
+    seen.clear()
+    clone.adapt(loss)
+    handle.remove()
+    assert len(seen) > 2
+    for u, z in seen:
+        assert torch.equal(u, seen[0][0])
+        torch.testing.assert_close(model.equilibrium.cell(z, u), z, rtol=0, atol=1e-7)
 
 
 def test_gradients_reach_support_inputs_and_what_made_them() -> None:
