@@ -12,6 +12,7 @@ from torch.func import functional_call
 from jiio_plugins._session import (
     NO_LAYER,
     HeldLinearization,
+    IterateSession,
     Linearization,
     RecordSession,
     SolveSession,
@@ -203,7 +204,7 @@ class Problem:
         ``solver=None`` lets every layer do what it does outside an optimisation.
         """
         parts = None if start is None or self.layout is None else self.layout.split(start)
-        session = SolveSession(solver, parts)
+        session = SolveSession(start=parts) if solver is None else IterateSession(solver, parts)
         with torch.no_grad(), running(session):
             output = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
         if not session.z:

@@ -67,43 +67,55 @@ class StateLayout:
 
 
 class SolveSession:
-    """Every layer solves its fixed point.
+    """Every layer solves its fixed point, with a graph; what is not told is the layer's own.
 
     Args:
-        solver: used by all layers, without a graph; None: each layer's own solver and gradient
-            rule, as in a plain call of the model.
-        adjoint: gradient rule that goes with ``solver``; None: there is no graph.
+        solver: instead of the layers' own.
+        adjoint: gradient rule instead of the layers' own.
         start: flat state of each layer to start from; None: the layer's initial state.
-        max_iter: overrides the solver's.
+
+    Attributes:
+        z: of each layer, the flat state that it answered with.
+        results: how each solve ended; empty where the gradient rule solves.
     """
 
     def __init__(
         self,
         solver: Solver | None = None,
-        start: Sequence[Tensor] | None = None,
-        max_iter: int | None = None,
         adjoint: Adjoint | None = None,
+        start: Sequence[Tensor] | None = None,
     ) -> None:
-        self.solver, self.start, self.max_iter = solver, start, max_iter
-        self.adjoint = adjoint
+        self.solver, self.adjoint, self.start = solver, adjoint, start
         self.layouts: list[Layout] = []
         self.results: list[FlatSolution] = []
         self.z: list[Tensor] = []
 
     def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
-        """Solve; keep the state and how the solve ended."""
+        """Solve; keep the state."""
         flat = f.layout.pack(z0) if self.start is None else self.start[len(self.layouts)]
-        if self.solver is None:
-            flat = layer.adjoint.forward(f, flat, layer.solver)
-        elif self.adjoint is not None:
-            flat = self.adjoint.forward(f, flat, self.solver)
-        else:
-            result = iterate(f, flat, self.solver, max_iter=self.max_iter)
-            self.results.append(result)
-            flat = result.z
+        flat = self.solve(layer, f, flat)
         self.layouts.append(f.layout)
         self.z.append(flat)
         return f.layout.unpack(flat.clone())  # the network may change it in place
+
+    def solve(self, layer: Equilibrium, f: CellMap, flat: Tensor) -> Tensor:
+        """The fixed point of ``f``, from ``flat``."""
+        rule = self.adjoint or layer.adjoint
+        return rule.forward(f, flat, self.solver or layer.solver)
+
+
+class IterateSession(SolveSession):
+    """The same by one solver, without a graph and uncounted; ``results`` says how it ended."""
+
+    def __init__(self, solver: Solver, start: Sequence[Tensor] | None = None) -> None:
+        super().__init__(start=start)
+        self.by = solver
+
+    def solve(self, layer: Equilibrium, f: CellMap, flat: Tensor) -> Tensor:
+        """The fixed point of ``f``, from ``flat``."""
+        result = iterate(f, flat, self.by)
+        self.results.append(result)
+        return result.z
 
 
 class RecordSession:

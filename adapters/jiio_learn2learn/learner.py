@@ -290,8 +290,8 @@ class JIIOLearner(BaseLearner):
         dtype = variable.z.dtype
         session = SolveSession(
             Anderson(max_iter=200, tol=self._tol(dtype)),
+            Implicit(solver=self.adjoint or adjoint_solver(dtype)),
             [state.detach() for state in forward.session.z],
-            adjoint=Implicit(solver=self.adjoint or adjoint_solver(dtype)),
         )
         with (
             kept(self.module), torch.set_grad_enabled(not first_order),

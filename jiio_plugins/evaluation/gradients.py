@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from jiio_plugins._counting import Counter, counting_into, open_counters
-from jiio_plugins._session import NO_LAYER, StateLayout
+from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Adjoint, Unrolled
 from jiio_plugins.equilibrium import running
 from jiio_plugins.methods import Method, Path, Progress, _Tracker
@@ -25,28 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from jiio_plugins._problem import Problem
-    from jiio_plugins._state import Layout
-    from jiio_plugins.adjoints import CellMap
     from jiio_plugins.constraints import FeasibleSet
-    from jiio_plugins.equilibrium import Equilibrium
     from jiio_plugins.methods import Callback, Stop
     from jiio_plugins.solvers import Solver
-
-
-class _View:
-    """A session: every layer solves as told, with a graph; what is not told is the layer's own."""
-
-    def __init__(self, solver: Solver | None, adjoint: Adjoint | None) -> None:
-        self.solver, self.adjoint = solver, adjoint
-        self.layouts: list[Layout] = []
-        self.z: list[Tensor] = []
-
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
-        rule = self.adjoint or layer.adjoint
-        flat = rule.forward(f, f.layout.pack(z0), self.solver or layer.solver)
-        self.layouts.append(f.layout)
-        self.z.append(flat.detach())
-        return f.layout.unpack(flat)
 
 
 @contextmanager
@@ -64,7 +45,7 @@ def layers_as(*, solver: Solver | None = None, adjoint: Adjoint | None = None) -
         >>> with layers_as(adjoint=Unrolled(steps=30)):
         ...     x_adv = torchattacks.PGD(model)(x, y)
     """
-    with running(_View(solver, adjoint)):
+    with running(SolveSession(solver, adjoint)):
         yield
 
 
@@ -113,7 +94,7 @@ class Backpropagated(Method):
                 leaf = v.detach().requires_grad_()
                 losses = []
                 for rule in self.views:
-                    view = _View(self.solver, rule)
+                    view = SolveSession(self.solver, rule)
                     with running(view):
                         output = problem.variable.call(leaf)
                     if not view.z:
@@ -121,7 +102,7 @@ class Backpropagated(Method):
                     losses.append(problem.loss(output))
                 loss = torch.stack(losses).mean(0)
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-                z = torch.cat(view.z, dim=1)
+                z = torch.cat(view.z, dim=1).detach()
                 unknown = torch.full_like(z[:, :1], torch.inf)  # no residual: the start is judged
                 track.see(v, loss, output, unknown, unknown, track.active_rows())
                 if callback is not None:
