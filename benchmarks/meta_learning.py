@@ -79,7 +79,9 @@ class Args:
     meta_lr: float = 3e-3
     meta_batch: int = 8
     reg: float = 0.1
-    """of JIIO and nested descent"""
+    """of JIIO and nested descent in training"""
+    adaptation_reg: float = 0.5
+    """of the comparison of adaptation, whose tasks must have an optimum that L-BFGS can reach"""
     head_reg: float = 0.03
     """of JIIO where the head alone is adapted"""
     anil_lr: float = 0.4
@@ -448,7 +450,7 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
         load_glyphs("test", cache=args.cache), args.tasks, ways=WAYS,
         generator=torch.Generator().manual_seed(args.seed + 2),
     )  # fmt: skip
-    setting = Setting(model, tasks.x_support, tasks.y_support, args.reg)
+    setting = Setting(model, tasks.x_support, tasks.y_support, args.adaptation_reg)
     goal, gradient = optimum(setting)
     goal = goal.float()
     rows: list[Row] = []
