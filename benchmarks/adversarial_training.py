@@ -126,6 +126,7 @@ def warm(steps: int, cap: int, tol: float = 1e-1) -> Nested:
 METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     "JIIO, 5 iterations": (joint(5), 0),
     "JIIO, 10 iterations": (joint(10), 0),
+    "JIIO, 15 iterations": (joint(15), 0),
     "PGD-20 cold, tol 1e-3": (
         Nested(max_iter=20, solver=Anderson(tol=1e-3)), Anderson(tol=1e-3),
     ),
@@ -145,7 +146,7 @@ def settings(args: Args) -> dict[str, Setting]:
     return {
         "digits": Setting(
             "digits", 0.6, 5e-3, 4.0, args.digits_epochs,
-            (*own, PGD_20, PGD_10, CHEAP, CHEAPEST), PGD_20,
+            ("JIIO, 15 iterations", *own, PGD_20, PGD_10, CHEAP, CHEAPEST), PGD_20,
         ),
         "fashion-mnist": Setting(
             "fashion-mnist", 1.0, 2e-3, 6.0, args.fashion_epochs,
