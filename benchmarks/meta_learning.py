@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Anderson, Joint, Nested, Unrolled
-from jiio_plugins._problem import ParameterVariable, Problem
+from jiio_plugins._problem import HeldProblem, ParameterVariable, Problem
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.glyphs import load_glyphs
 from jiio_plugins.implicit import attach
@@ -330,9 +330,10 @@ class Setting:
             proximal = 0.5 * self.reg * (v - self.anchor()).square().sum(1) / self.rows
             return cross_entropy(logits, self.labels, reduction="none") + proximal
 
-        problem = Problem(variable, objective, len(x))
-        if self.names == HEAD:
-            problem.held = ()  # there is no equilibrium in a head
+        if self.names == HEAD:  # there is no equilibrium in a head
+            problem: Problem = HeldProblem(variable, objective, len(x), ())
+        else:
+            problem = Problem(variable, objective, len(x))
         return problem, FeasibleSet(variable.start), variable.start
 
 
@@ -474,14 +475,15 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
             begin = time.perf_counter()
             arrive(setting, methods[k], goal)
             times[family].append(time.perf_counter() - begin)
-    print(f"\n{args.tasks} tasks to {DISTANCE:g} of the optimum (|gradient| there {gradient:.0e})")
     for family, k in best.items():
-        row = rows[k]
-        row.seconds = statistics.median(times[family])
+        rows[k].seconds = statistics.median(times[family])
+    print(f"\n{args.tasks} tasks to {DISTANCE:g} of the optimum (|gradient| there {gradient:.0e})")
+    for k, row in enumerate(rows):
+        best_of_family = f"  {row.seconds:6.2f} s, best" if k in best.values() else ""
         print(
-            f"{family:20} {row.setting!s:32} {row.arrived}/{args.tasks} arrived   "
+            f"{row.family:20} {row.setting!s:32} {row.arrived}/{args.tasks} arrived   "
             f"f {row.f_evals:7.1f}  VJP {row.vjps:7.1f}  f+VJP {row.cost:7.1f}  "
-            f"{row.seconds:6.2f} s   ×{row.cost / rows[best['joint']].cost:.2f} of joint"
+            f"×{row.cost / rows[best['joint']].cost:.2f} of joint{best_of_family}"
         )
     results["adaptation"] = {
         "distance": DISTANCE, "gradient_at_optimum": gradient, "trained": weights.is_file(),

@@ -155,9 +155,6 @@ class Problem:
             them another dropout mask or other batch statistics.
         one_start: whether the state that a method starts with is the same for all rows.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
-        held: flat states of the layers, with their graph, where v reaches none of them: they stay
-            what they are, z and μ are ``(rows, 0)``, and iterations cost no evaluation of f. For
-            :class:`Joint` and :mod:`jiio_plugins.implicit`.
     """
 
     def __init__(
@@ -169,15 +166,12 @@ class Problem:
         self.layout: StateLayout | None = None
         self.z_start: Tensor | None = None
         self.jz_mu_start: Tensor | None = None
-        self.held: Sequence[Tensor] | None = None
         self.one_start = False
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 
     def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """Add to the cost per row, unless the layers are held: then no f is evaluated."""
-        if self.held is not None:
-            return
+        """Add to the cost per row."""
         self.f_evals = self.f_evals + f_evals
         self.vjps = self.vjps + vjps
 
@@ -219,8 +213,6 @@ class Problem:
         At most ``max_iter``; a row that reaches 1e-2 needs fewer. With ``one_start`` one row is
         solved for all.
         """
-        if self.held is not None:
-            return v.new_zeros(self.rows, 0)
         solver = Anderson(max_iter=max_iter, tol=1e-2)
         shared = self.one_start and self.z_start is None
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
@@ -236,8 +228,6 @@ class Problem:
 
     def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
         """``f(z, v)`` without a graph."""
-        if self.held is not None:
-            return z
         assert self.layout is not None
         session = RecordSession(self.layout.split(z), image=True)
         with torch.no_grad(), running(session):
@@ -248,14 +238,47 @@ class Problem:
         self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
     ) -> Linearization:
         """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
-        if self.held is not None:
-            return HeldLinearization(self.variable.call, v, self.rows, self.held)
         assert self.layout is not None
 
         def call(leaf: Tensor) -> Any:
             return self.variable.call(leaf) if rows is None else self.variable.call_rows(leaf, rows)
 
         return Linearization(call, v, self.layout.split(z), image=image)
+
+
+class HeldProblem(Problem):
+    """A problem whose variable reaches no layer: the states are given and stand still.
+
+    z and μ are ``(rows, 0)``, and iterations evaluate no f. For :class:`jiio_plugins.Joint` and
+    :mod:`jiio_plugins.implicit`.
+
+    Args:
+        variable, objective, rows: of :class:`Problem`.
+        states: flat state of each layer, with its graph.
+    """
+
+    def __init__(
+        self, variable: Variable, objective: Objective, rows: int, states: Sequence[Tensor]
+    ) -> None:
+        super().__init__(variable, objective, rows)
+        self.states = states
+
+    def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
+        """Nothing: a pass is one of the rest of the network."""
+
+    def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
+        """An empty state."""
+        return v.new_zeros(self.rows, 0)
+
+    def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
+        """An empty f."""
+        return z
+
+    def linearize(
+        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
+    ) -> Linearization:
+        """One pass of the rest of the network, for all rows."""
+        return HeldLinearization(self.variable.call, v, self.rows, self.states)
 
 
 class Solved(NamedTuple):

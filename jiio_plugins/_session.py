@@ -108,12 +108,12 @@ class IterateSession(SolveSession):
     """The same by one solver, without a graph and uncounted; ``results`` says how it ended."""
 
     def __init__(self, solver: Solver, start: Sequence[Tensor] | None = None) -> None:
-        super().__init__(start=start)
-        self.by = solver
+        super().__init__(solver, start=start)
 
     def solve(self, layer: Equilibrium, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
-        result = iterate(f, flat, self.by)
+        assert self.solver is not None
+        result = iterate(f, flat, self.solver)
         self.results.append(result)
         return result.z
 

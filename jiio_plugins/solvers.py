@@ -425,7 +425,7 @@ class _Running:
 
 
 @torch.no_grad()
-def iterate(f: FlatMap, z0: Tensor, solver: Solver, *, max_iter: int | None = None) -> FlatSolution:
+def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
     """Run ``solver`` on the flat map ``f`` from ``z0`` ``(rows, n)``; the best iterate per row."""
     run = _Running(z0.detach())
     rows = torch.arange(len(z0), device=z0.device)
@@ -434,12 +434,11 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver, *, max_iter: int | None = No
         return run.result()
     state = solver.start(run.z)
     all_done = HostFlag(z0.device)
-    steps = solver.max_iter if max_iter is None else max_iter
     compact_below = getattr(f, "compact_below", _COMPACT_BELOW)
-    for k in range(steps):
+    for k in range(solver.max_iter):
         fz = f(run.z)
         reject = run.observe(fz, solver)
-        if k + 1 == steps or all_done(~run.active.any()):
+        if k + 1 == solver.max_iter or all_done(~run.active.any()):
             break
         run.advance(state.advance(run.z, fz, reject, run.z_best, run.f_best), reject)
         if z0.device.type == "cpu" and int(run.active.sum()) < compact_below * len(rows):

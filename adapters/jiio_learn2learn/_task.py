@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins._problem import Groups, Problem, Variable
+from jiio_plugins._problem import Groups, HeldProblem, Problem, Variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -129,10 +129,19 @@ class TaskVariable(Variable):
             for flat, (shape, dtype) in zip(flats, self.like, strict=True)
         ]
 
-    def problem(self) -> Problem:
-        """The task as the engine takes it; its objective is one number for all rows."""
+    def problem(self, held: Sequence[Tensor] | None = None) -> Problem:
+        """The task as the engine takes it; its objective is one number for all rows.
+
+        ``held``: states of the layers, where v reaches none of them.
+        """
         rows = len(self.z)
-        return Problem(self, lambda value: (value / rows).expand(rows), rows)
+
+        def objective(value: Tensor) -> Tensor:
+            return (value / rows).expand(rows)
+
+        if held is not None:
+            return HeldProblem(self, objective, rows, held)
+        return Problem(self, objective, rows)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -249,14 +249,14 @@ class JIIOLearner(BaseLearner):
     def _solve(self, variable: TaskVariable, forward: _Forward, first_order: bool) -> None:
         """Run the joint iteration and put its end in the module, differentiable."""
         task, z = forward.task, variable.z
-        problem = variable.problem()
+        held, held_residual = None, 0.0
+        if not any(any(reaches(state, variable.slots.get())) for state in forward.session.z):
+            held, held_residual = self._fixed_points(variable, forward, first_order)
+        problem = variable.problem(held)
         problem.layout = StateLayout(forward.session.layouts)
         feasible = FeasibleSet(variable.start)
-        held_residual = 0.0
-        if any(any(reaches(state, variable.slots.get())) for state in forward.session.z):
+        if held is None:
             problem.z_start, problem.jz_mu_start = z, task.jz_mu
-        else:
-            problem.held, held_residual = self._fixed_points(variable, forward, first_order)
         with kept(self.module, frozen=True), counting_into(()):
             path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
         count(f_evals=problem.f_evals, vjps=problem.vjps)
@@ -274,10 +274,10 @@ class JIIOLearner(BaseLearner):
         variable.slots.put(variable.parts(found))
         task.version += 1
         task.support = forward.inputs
-        if problem.held is None:
+        if held is None:
             task.z, task.jz_mu = problem.layout.split(path.z), path.jz_mu
         else:
-            task.z, task.jz_mu = [state.detach() for state in problem.held], None
+            task.z, task.jz_mu = [state.detach() for state in held], None
 
     def _fixed_points(
         self, variable: TaskVariable, forward: _Forward, first_order: bool
