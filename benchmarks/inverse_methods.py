@@ -244,6 +244,10 @@ class Learner:
     stages: list[Stage] = field(default_factory=list)
     regularise: Callable[[Tensor, Physics], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        # convolutions of a processor are a third faster so, and minutes are what is given
+        self.model.to(memory_format=torch.channels_last)
+
     def solve(self, y: Tensor, physics: Physics) -> Found:
         """In eval mode."""
         self.model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,11 +30,18 @@ Objective = Callable[[Any], Tensor]
 
 
 class Groups:
-    """Which problem each row of the batch belongs to; one row per problem by default."""
+    """Which problem each row of the batch belongs to; one row per problem by default.
+
+    Attributes:
+        problems: how many there are.
+        width: rows of the largest of them.
+    """
 
     def __init__(self, rows: int, index: Tensor | None = None) -> None:
         self.index = index
-        self.problems = rows if index is None else int(index.max()) + 1
+        counts = None if index is None else torch.bincount(index)
+        self.problems = rows if counts is None else len(counts)
+        self.width = 1 if counts is None else int(counts.max())
 
     def sum(self, per_row: Tensor) -> Tensor:
         """``(rows, ...) -> (problems, ...)``, summed."""
@@ -61,6 +69,41 @@ class Groups:
             return per_row.amax(0, keepdim=True)
         out = per_row.new_zeros(self.problems)
         return out.scatter_reduce(0, self.index, per_row, "amax", include_self=False)
+
+    @cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Problem of each row, and which of its rows it is."""
+        assert self.index is not None
+        rows = torch.arange(len(self.index), device=self.index.device)
+        order = torch.argsort(self.index, stable=True)
+        counts = rows.new_zeros(self.problems).index_add(0, self.index, torch.ones_like(rows))
+        first = counts.cumsum(0) - counts
+        slot = torch.empty_like(rows).index_put((order,), rows - first[self.index[order]])
+        return self.index, slot
+
+    def gather(self, per_row: Tensor) -> Tensor:
+        """``(rows, k) -> (problems, width, k)``: each problem's rows, then zeros."""
+        if self.index is None:
+            return per_row[:, None]
+        if self.problems == 1:
+            return per_row[None]
+        empty = per_row.new_zeros(self.problems, self.width, *per_row.shape[1:])
+        return empty.index_put(self.place, per_row)
+
+    def scatter(self, gathered: Tensor) -> Tensor:
+        """The inverse of :meth:`gather`."""
+        if self.index is None:
+            return gathered[:, 0]
+        return gathered[0] if self.problems == 1 else gathered[self.place]
+
+    def join(self, z: Tensor, w: Tensor) -> Tensor:
+        """Two blocks by row -> ``(problems, 2, width · n)``."""
+        return torch.stack((self.gather(z), self.gather(w)), dim=1).flatten(2)
+
+    def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`join`."""
+        z, w = joined.unflatten(2, (self.width, joined.shape[2] // self.width)).unbind(1)
+        return self.scatter(z), self.scatter(w)
 
 
 class Variable:

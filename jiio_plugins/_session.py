@@ -338,7 +338,7 @@ class Linearization:
         With ``image`` a later layer's f depends on z through the answers of the earlier ones; what
         arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
         """
-        parts = mu.split([leaf[0].numel() for leaf in self._leaves], dim=1)
+        parts = mu.split([leaf.shape[1:].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
         for f, part in zip(self._f, parts, strict=True):
             if f.requires_grad:

@@ -26,7 +26,7 @@ from jiio_plugins._state import row_norm
 from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from jiio_plugins._problem import Groups, Problem
     from jiio_plugins.constraints import FeasibleSet
@@ -70,15 +70,6 @@ class Blocks:
     def __init__(self, groups: Groups, n: int, d: int) -> None:
         self.groups, self.n, self.d = groups, n, d
         self.units: Parts | None = None
-        self.place: tuple[Tensor, Tensor] | None = None
-        index = groups.index
-        if index is not None:
-            rows = torch.arange(len(index), device=index.device)
-            order = torch.argsort(index, stable=True)
-            counts = torch.bincount(index, minlength=groups.problems)
-            slot = torch.empty_like(rows)
-            slot[order] = rows - (counts.cumsum(0) - counts)[index[order]]
-            self.place, self.width = (index, slot), int(counts.max())
 
     def measure(self, z: Tensor, mu: Tensor, v: Tensor) -> None:
         """Take the norms of these blocks as units from now on."""
@@ -95,18 +86,14 @@ class Blocks:
             z = z / self.groups.spread(self.units[0])
             mu = mu / self.groups.spread(self.units[1])
             v = v / self.units[2]
-        rows = torch.cat([z, mu], dim=1)
-        if self.place is not None:
-            empty = rows.new_zeros(self.groups.problems, self.width, 2 * self.n)
-            rows = empty.index_put(self.place, rows).flatten(1)
-        return torch.cat([rows, v], dim=1)
+        rows = self.groups.gather(torch.cat([z, mu], dim=1))
+        return torch.cat([rows.flatten(1), v], dim=1)
 
     def unpack(self, flat: Tensor) -> Parts:
         """Flat -> blocks."""
         rows, v = flat.split([flat.shape[1] - self.d, self.d], dim=1)
-        if self.place is not None:
-            rows = rows.reshape(len(flat), self.width, 2 * self.n)[self.place]
-        z, mu = rows.split([self.n, self.n], dim=1)
+        rows = rows.reshape(len(flat), self.groups.width, 2 * self.n)
+        z, mu = self.groups.scatter(rows).split([self.n, self.n], dim=1)
         if self.units is not None:
             z = z * self.groups.spread(self.units[0])
             mu = mu * self.groups.spread(self.units[1])
@@ -259,7 +246,7 @@ def attach(
     return attached, residuals
 
 
-def graph_of(*tensors: Tensor) -> set[torch.autograd.graph.Node]:
+def graph_of(*tensors: Tensor) -> Iterator[torch.autograd.graph.Node]:
     """All nodes of the tensors' graphs; a leaf is there as its gradient accumulator."""
     edge = torch.autograd.graph.get_gradient_edge
     todo = [edge(t).node for t in tensors if t.requires_grad]
@@ -268,16 +255,16 @@ def graph_of(*tensors: Tensor) -> set[torch.autograd.graph.Node]:
         node = todo.pop()
         if node not in seen:
             seen.add(node)
+            yield node
             todo.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return seen
 
 
 def _leads_elsewhere(images: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether the graph holds a leaf that is none of ``leaves``."""
-    own = graph_of(*leaves)
+    own = set(graph_of(*leaves))
     return any(
-        getattr(node, "variable", None) is not None or not node.next_functions
-        for node in graph_of(*images) - own
+        node not in own and (getattr(node, "variable", None) is not None or not node.next_functions)
+        for node in graph_of(*images)
     )
 
 

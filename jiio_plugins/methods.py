@@ -143,11 +143,9 @@ class Method(abc.ABC):
                     f"{name} must hold one value or one per problem ({len(like)}), got {len(value)}"
                 )
         scale = feasible.radius if feasible.radius is not None else like.new_ones(1, 1)
-        out = []
-        for k in range(self.max_iter):
-            mix = 0.5 * (1 + math.cos(math.pi * k / max(1, self.max_iter - 1)))
-            out.append(scale * (last + (first - last) * mix))
-        return out
+        share = torch.arange(self.max_iter, dtype=like.dtype, device=like.device)
+        mix = 0.5 * (1 + torch.cos(math.pi * share / max(1, self.max_iter - 1)))
+        return list(scale * (last + (first - last) * mix[:, None, None]))
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -213,7 +211,7 @@ class _Tracker:
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
         """``v_next`` where it is finite and the problem is not holding."""
-        ok = torch.isfinite(v_next).all(1) & ~self.holding
+        ok = (row_norm(v_next) < torch.inf) & ~self.holding
         return torch.where(ok[:, None], v_next, v)
 
     def path(
@@ -301,7 +299,7 @@ class Joint(Method):
         z = problem.warm_up(v, self.warmup)
         mix = None
         if feasible.radius is None and self.acceleration:
-            mix = Descent(MIXINGS[self.mixing](self.acceleration, problem.groups))
+            mix = Descent(MIXINGS[self.mixing](self.acceleration), problem.groups)
         relaxation = self.relaxation if mix is None else 1.0
         # with one state step there is no second residual at the same v that could halve it
         longest = 1.0 if self.state_steps == 1 else 2.0
@@ -354,7 +352,7 @@ class Joint(Method):
         if mix is not None:  # the last trial has not been evaluated: it may be worse
             z, w, v = mix.accepted
             path = track.path(v, z, mu_accepted, w, z_residual, mu_residual)
-            return replace(path, v_best=mix.safe[2], loss_best=mix.safe_limit, bounded=True)
+            return replace(path, v_best=mix.safe_v, loss_best=mix.safe_limit, bounded=True)
         return track.path(v, z, mu, w, z_residual, mu_residual)
 
 

@@ -15,104 +15,99 @@ if TYPE_CHECKING:
 
     from jiio_plugins._problem import Groups
 
-Blocks = tuple[Tensor, Tensor, Tensor]
-Iterate = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # (z, w, v) and its residuals
+Blocks = tuple[Tensor, Tensor]  # z and w, ``(problems, 2, N)``, and v, ``(problems, 1, d)``
+Iterate = tuple[Tensor, Tensor, Tensor, Tensor]  # blocks and their residuals
+ZWV = tuple[Tensor, Tensor, Tensor]  # z and w ``(rows, n)``, v ``(problems, d)``
 
-_BY_ROW = (True, True, False)  # z and w are per row, v per problem
 _RIDGE = 1e-3  # of the least squares, relative to their diagonal
 _CURVED = 0.1  # least cosine between a step of v and the change of its gradient
 _REGROW = 1.2  # of the step, each time an iterate is accepted
 _FORGIVE = 1.05  # how fast the step may grow back over where z could not follow v
 _NOISE = 2.0  # times the product of the residuals: how wrong the estimate of the objective may be
 _SURE = 0.1  # of the gain: a doubt below it does not put the gain in question
+_LEAST = 1e-300  # of a square that something is divided by
 
 
 class Secants:
-    """The last ``memory`` differences Y of some blocks, and D of what goes with them.
+    """The last ``memory`` differences Y of the blocks, and D of what goes with them.
 
-    Until there are so many, ``y``, ``d`` and γ are as long as what there is.
-
-    ``weights(t)`` are ``γ = argmin Σ_blocks ‖t − Yγ‖² / ‖t‖²``, one set per problem over all its
-    rows. Each block counts relative to its own target: otherwise the largest decides alone.
+    ``γ = argmin Σ_{z, w, v} ‖t − Yγ‖² / ‖t‖²``, one set of weights per problem. Each of the three
+    counts relative to its own target: otherwise the largest decides alone.
     """
 
-    def __init__(self, memory: int, groups: Groups) -> None:
-        self.memory, self.groups, self.count = memory, groups, 0
+    def __init__(self, memory: int) -> None:
+        self.memory, self.count = memory, 0
         self._y: list[Tensor] = []
         self._d: list[Tensor] = []
-        self._grams: list[Tensor] = []
+        self._gram = torch.empty(0)
 
     @property
     def y(self) -> list[Tensor]:
-        """Of each block, ``(rows or problems, differences, n)``."""
-        return [kept[:, : self.count] for kept in self._y]
+        """Of z and w by turns ``(2 · problems, differences, N)``, of v ``(…, differences, d)``."""
+        return [past[:, : self.count] for past in self._y]
 
     @property
     def d(self) -> list[Tensor]:
-        """Likewise."""
-        return [kept[:, : self.count] for kept in self._d]
+        """Of each block, flat: ``(problems, differences, 2 N or d)``."""
+        return [past[:, : self.count] for past in self._d]
 
-    def add(self, y: Sequence[Tensor], d: Sequence[Tensor]) -> None:
-        """Store one difference of each block, in the place of the oldest."""
+    def weights(
+        self, y: Blocks, d: Sequence[Tensor], t: Blocks, squares: Tensor,
+        forget: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Take in a difference, in the place of the oldest, and return γ.
+
+        Args:
+            y: difference of the blocks.
+            d: what goes with it, for as many blocks as are to be mixed.
+            t: target of the least squares.
+            squares: ‖t‖² of z, w and v, ``(problems, 3)`` in float64.
+            forget: problems whose whole history is dropped, ``(problems,)``.
+
+        Shape:
+            γ is ``(problems, 1, differences)``, as many as there are by now.
+        """
+        problems = len(squares)
+        new = [*(x.flatten(0, 1) for x in y), *(x.flatten(1) for x in d)]
         if not self.count:
-            self._y, self._d = (
-                [x.new_empty(len(x), self.memory, x.shape[1]) for x in blocks] for blocks in (y, d)
-            )
-            size = (self.groups.problems, self.memory, self.memory)
-            self._grams = [x.new_zeros(size, dtype=torch.float64) for x in y]
+            kept = [x.new_empty(len(x), self.memory, x.shape[1]) for x in new]
+            self._y, self._d = kept[: len(y)], kept[len(y) :]
+            self._gram = squares.new_zeros(problems, 3, self.memory, self.memory)
         slot = self.count % self.memory
         self.count += 1
-        for kept, new in zip([*self._y, *self._d], [*y, *d], strict=True):
-            kept[:, slot] = new
-        for gram, kept, new, by_row in zip(self._grams, self.y, y, _BY_ROW, strict=True):
-            products = self._products(kept, new, by_row)
-            gram[:, slot, : self.count] = products
-            gram[:, : self.count, slot] = products
-
-    def forget(self, problems: Tensor) -> None:
-        """Drop the history of these."""
-        if self.count and not _none(problems):
-            for kept, by_row in zip([*self.y, *self.d], (*_BY_ROW, *_BY_ROW), strict=False):
-                drop = self.groups.spread(problems) if by_row else problems
-                kept.masked_fill_(drop[:, None, None], 0)
-            for gram in self._grams:
-                gram.masked_fill_(problems[:, None, None], 0)
-
-    def weights(self, targets: Sequence[Tensor]) -> Tensor:
-        """γ, ``(problems, 1, differences)``."""
-        grams = [gram[:, : self.count, : self.count] for gram in self._grams]
-        gram = torch.zeros_like(grams[0])
-        rhs = gram[:, :, :1]
-        for own, y, target, by_row in zip(grams, self.y, targets, _BY_ROW, strict=True):
-            size = row_norm(target).square().double()
-            size = (self.groups.sum(size) if by_row else size).clamp(min=1e-300)[:, None, None]
-            gram = gram + own / size
-            rhs = rhs + self._products(y, target, by_row).unsqueeze(2) / size
+        for past, now in zip([*self._y, *self._d], new, strict=True):
+            past[:, slot] = now
+        products = [
+            torch.bmm(torch.stack((own, target), dim=2).flatten(0, 1), past.mT)
+            for past, own, target in zip(self.y, y, t, strict=True)
+        ]
+        products = [x.reshape(problems, -1, *x.shape[1:]) for x in products]
+        with_y, with_t = torch.cat(products, dim=1).double().unbind(2)
+        self._gram[:, :, slot, : self.count] = with_y
+        self._gram[:, :, : self.count, slot] = with_y
+        if forget is not None and not _none(forget):
+            for past in (*self._y, *self._d, self._gram):
+                past.view(problems, -1).masked_fill_(forget[:, None], 0)
+            with_t = with_t.masked_fill(forget[:, None, None], 0)
+        share = squares.clamp(min=_LEAST).reciprocal()[:, :, None]
+        gram = (self._gram[:, :, : self.count, : self.count] * share[..., None]).sum(1)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-        gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        gram.diagonal(dim1=1, dim2=2).fill_(1.0 + _RIDGE)
+        diagonal.copy_(torch.where(diagonal > 0, (1 + _RIDGE) * diagonal, 1.0))
         factor, info = torch.linalg.cholesky_ex(gram)
-        gamma = torch.cholesky_solve(rhs * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
-        ok = (info == 0) & torch.isfinite(gamma).all(1).squeeze(1)
-        return torch.where(ok[:, None, None], gamma, 0.0).transpose(1, 2)
-
-    def _products(self, y: Tensor, x: Tensor, by_row: bool) -> Tensor:
-        """``Yᵀ x``, ``(problems, memory)``."""
-        products = torch.bmm(x.unsqueeze(1), y.transpose(1, 2)).squeeze(1).double()
-        return self.groups.sum(products) if by_row else products
+        gamma = torch.cholesky_solve((with_t * share).sum(1)[:, :, None], factor).mT
+        return torch.where((info == 0)[:, None, None] & _finite(gamma), gamma, 0.0)
 
 
 class Mixing(abc.ABC):
     """Proposes the next iterate from the history of (z, w, v) and their residuals.
 
     Attributes:
-        size: relative residuals of the three blocks at the last call, summed, ``(problems,)``.
+        size: relative residuals of z, w and v at the last call, summed, ``(problems,)``.
     """
 
-    def __init__(self, memory: int, groups: Groups) -> None:
-        self.memory, self.groups = memory, groups
-        self.secants = Secants(memory, groups)
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.secants = Secants(memory)
         self.last: tuple[Blocks, Blocks] | None = None
         self.size: Tensor | None = None
 
@@ -120,65 +115,52 @@ class Mixing(abc.ABC):
         """The next iterate.
 
         Args:
-            t: iterate (z, w, v).
+            t: iterate.
             r: its residuals, that of v being its plain step.
-            step: share of the step on v that is taken, ``(problems, 1)``.
+            step: share of the step on v that is taken, ``(problems, 1, 1)``.
             back: problems that have just been taken back to ``t``: their v stays where it is, for
                 once, ``(problems,)``.
         """
-        tiny = torch.finfo(t[0].dtype).tiny
-        ratios = [
-            n / s.clamp(min=tiny) for n, s in zip(self._norms(r), self._norms(t), strict=True)
-        ]
-        self.size = torch.stack(ratios).sum(0)
-        proposed = self._propose(t, r, step, back)
+        squares = _squares(r)
+        self.size = (squares / _squares(t).clamp(min=_LEAST)).sqrt().sum(1)
+        proposed = self._propose(t, r, squares, step, back)
         self.last = (t, r)
         return proposed
 
     @abc.abstractmethod
-    def _propose(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
-        """See ``__call__``; ``self.last`` is what the call before was given."""
-
-    def _norms(self, blocks: Blocks) -> list[Tensor]:
-        sizes = [row_norm(x) for x in blocks]
-        return [
-            self.groups.sum(size.square()).sqrt() if by_row else size
-            for size, by_row in zip(sizes, _BY_ROW, strict=True)
-        ]
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+        """See ``__call__``; ``squares`` are ‖r‖², ``self.last`` what the call before was given."""
 
 
 class BlockAnderson(Mixing):
     """Anderson's method on (z, w, v) as one: v comes from the same least squares as z and w.
 
-    With Y the differences of residuals and D those of images, ``γ`` cancels the residuals and
-    ``t⁺ = t + r − Dγ``. The residual of v is its plain step; only ``step`` times that is taken,
-    ``v⁺ = v + s r − (ΔV + s Y) γ``.
+    With Y the differences of residuals and ΔT those of iterates, ``γ`` cancels the residuals and
+    ``t⁺ = t + r − (ΔT + Y) γ``. The residual of v is its plain step; only ``step`` times that is
+    taken, ``v⁺ = v + s r − (ΔV + s Y) γ``.
 
     A problem takes a plain step (γ = 0) where the mixed one would turn v against it: near a maximum
     or a saddle, which to a root finder are as good as a minimum. One whose residual grows tenfold
     over its best forgets its history, as one does that is taken back.
     """
 
-    def _propose(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
         assert self.size is not None
         if self.last is None:
             self.best = self.size
-            return t[0] + r[0], t[1] + r[1], t[2] + step * r[2]
-        forget = back | ~torch.isfinite(self.size) | (self.size > 10 * self.best)
+            return t[0] + r[0], t[1] + step * r[1]
+        forget = back | ~(self.size <= 10 * self.best)
         self.best = torch.where(forget, self.size, torch.minimum(self.best, self.size))
         before, moved = self.last
-        y = [now - old for now, old in zip(r, moved, strict=True)]
-        d = [dy + now - old for dy, now, old in zip(y, t, before, strict=True)]
-        self.secants.add(y, d)
-        self.secants.forget(forget)
-        gamma = self.secants.weights(r)
-        d_z, d_w, d_v = self.secants.d
-        turn = _mixed(r[2], gamma, d_v) * r[2]
-        gamma = torch.where((turn.sum(1) > 0)[:, None, None], gamma, 0.0)
-        per_row = self.groups.spread(gamma)
-        d_v = d_v - (1 - step).unsqueeze(2) * self.secants.y[2]
-        v = torch.where(back[:, None], t[2], _mixed(t[2] + step * r[2], gamma, d_v))
-        return _mixed(t[0] + r[0], per_row, d_z), _mixed(t[1] + r[1], per_row, d_w), v
+        y = r[0] - moved[0], r[1] - moved[1]
+        d = y[0] + (t[0] - before[0]), t[1] - before[1]
+        gamma = self.secants.weights(y, d, r, squares, forget).to(t[0].dtype)
+        y_v, (d_zw, d_v) = self.secants.y[1], self.secants.d
+        along_y, along_v = torch.bmm(gamma, y_v), torch.bmm(gamma, d_v)
+        turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
+        v = t[1] + step * r[1] - torch.where(turned, 0.0, along_v + step * along_y)
+        v = torch.where(back[:, None, None], t[1], v)
+        return _mixed(t[0] + r[0], torch.where(turned, 0.0, gamma), d_zw), v
 
 
 class QuasiNewton(Mixing):
@@ -198,30 +180,27 @@ class QuasiNewton(Mixing):
     form of Byrd, Nocedal and Schnabel (1994).
     """
 
-    def _propose(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
-        v = t[2]
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+        (zw, v), (zw_r, v_r), step = t, (r[0], r[1][:, 0]), step[:, 0]
         if self.last is None:
-            shape = len(v), self.memory, v.shape[1]
+            shape = len(v), self.memory, v.shape[2]
             self.s = self.y = v.new_zeros(shape, dtype=torch.float64)
-            self.gamma = torch.ones_like(v[:, :1])
-            self.reach = row_norm(step * r[2])
-            return t[0] + r[0], t[1] + r[1], v + step * r[2]
+            self.gamma = torch.ones_like(v[:, 0, :1])
+            self.reach = row_norm(step * v_r)
+            return zw + zw_r, v + (step * v_r)[:, None]
         # a run may begin where the gradient is 0 and go on where it is not
-        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * r[2]))
+        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * v_r))
         before, moved = self.last
-        y = [now - old for now, old in zip(r, moved, strict=True)]
-        change = [now - old for now, old in zip(t, before, strict=True)]
-        d = [dy + dt for dy, dt in zip(y[:2], change[:2], strict=True)]
-        self.secants.add([*y[:2], -change[2]], d)
-        self._learn(change[2], -y[2], back)
-        dv = step * self._direction(r[2])
+        y, change = (zw_r - moved[0], r[1] - moved[1]), (zw - before[0], v - before[1])
+        self._learn(change[1][:, 0], -y[1][:, 0], back)
+        dv = step * self._direction(v_r)
         length = row_norm(dv)
         share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
-        dv = torch.where(back[:, None], 0.0, share[:, None] * dv)
+        dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
         self.reach = torch.where((share < 1) & ~back, _REGROW * self.reach, self.reach)
-        per_row = self.groups.spread(self.secants.weights((r[0], r[1], dv)))
-        d_z, d_w = self.secants.d
-        return _mixed(t[0] + r[0], per_row, d_z), _mixed(t[1] + r[1], per_row, d_w), v + dv
+        squares = torch.cat([squares[:, :2], _squares((dv,))], dim=1)
+        gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (zw_r, dv), squares)
+        return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv
 
     def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
         """Take in a step of v and how its gradient changed; those taken back start anew."""
@@ -261,8 +240,22 @@ def _none(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and not bool(mask.any())
 
 
+def _squares(blocks: Sequence[Tensor]) -> Tensor:
+    """‖z‖², ‖w‖² and ‖v‖², ``(problems, 3)``."""
+    norms = [torch.linalg.vector_norm(block, dim=2) for block in blocks]
+    return torch.cat(norms, dim=1).double().square()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether all of a problem's entries are, ``(problems, 1, 1)``."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    return norm < torch.inf
+
+
 def _mixed(plain: Tensor, gamma: Tensor, d: Tensor) -> Tensor:
-    return torch.baddbmm(plain.unsqueeze(1), gamma.to(plain.dtype), d, alpha=-1).squeeze(1)
+    """``plain − D γ``."""
+    flat = plain.reshape(len(plain), 1, -1)
+    return torch.baddbmm(flat, gamma.to(flat.dtype), d, alpha=-1).reshape(plain.shape)
 
 
 class Descent:
@@ -279,8 +272,8 @@ class Descent:
     an iterate that is worse than it beyond doubt.
     """
 
-    def __init__(self, mix: Mixing) -> None:
-        self.groups, self.mix = mix.groups, mix
+    def __init__(self, mix: Mixing, groups: Groups) -> None:
+        self.mix, self.groups = mix, groups
         self.first = True
 
     @property
@@ -293,61 +286,76 @@ class Descent:
         assert self.mix.size is not None
         return self.mix.size < tol
 
-    def __call__(self, t: Blocks, r: Blocks, value: Tensor, doubt: Tensor) -> Blocks:
+    def __call__(self, t: ZWV, r: ZWV, value: Tensor, doubt: Tensor) -> ZWV:
         """The next iterate.
 
         Args:
-            t: iterate (z, w, v).
+            t: iterate (z, w, v), z and w ``(rows, n)``, v ``(problems, d)``.
             r: its residuals, that of v being its plain step.
             value: estimate of φ, ``(problems,)``.
             doubt: by how much it may be wrong, ``(problems,)``.
         """
-        now = (*t, *r)
+        now = (*self._join(t), *self._join(r))
         if self.first:
             self.anchor = self.before = self.safe = now
             self.limit = self.safe_limit = torch.full_like(value, torch.inf)
             # whether the anchor is evaluated once more; whether it, or the one before, is the safe
             self.again = self.home = self.before_home = torch.ones_like(value, dtype=torch.bool)
-            self.step = self.ceiling = torch.ones_like(t[2][:, :1])
+            self.step = self.ceiling = torch.ones_like(t[2][:, :1, None])
             self.first = False
-        doubt = _NOISE * doubt + 10 * torch.finfo(value.dtype).eps * value.abs()
-        worse = ~(value - doubt <= self.limit) & ~self.again
-        betrayed = ~(value - doubt <= self.safe_limit) & self.again & ~self.home
-        lost = ~(value - doubt <= self.safe_limit) & ~self.again & ~worse
-        undone = betrayed | lost  # of an anchor that was there before
-        back, new = worse | undone, ~worse & ~lost & ~self.again
-        sure = ~back & ((doubt <= _SURE * (self.safe_limit - value)) | (self.again & self.home))
-        self.limit = torch.where(back, self.limit, value + doubt)
-        self.safe_limit = torch.where(sure, value + doubt, self.safe_limit)
-        before, before_home = self.anchor, self.home
-        self.anchor = self._where(betrayed, self.before, self._where(worse, self.anchor, now))
-        self.anchor = self._where(lost, self.safe, self.anchor)
-        self.home = torch.where(new, sure, self.home | sure)
-        self.home = torch.where(betrayed, self.before_home, self.home) | lost
-        self.before = self._where(undone, self.safe, self._where(new, before, self.before))
-        self.before_home = torch.where(new, before_home, self.before_home) | undone
-        self.safe = self._where(sure, now, self.safe)
-        halved = self.step / 2
-        self.ceiling = torch.where(
-            undone[:, None], halved, (self.ceiling * _FORGIVE).clamp(max=1.0)
-        )
-        regrown = torch.minimum(self.step * _REGROW, self.ceiling)
-        self.step = torch.where(back[:, None], halved, regrown)
-        self.again = back
-        return self.mix(self.anchor[:3], self.anchor[3:], self.step, back)
+        doubt = torch.add(_NOISE * doubt, value.abs(), alpha=10 * torch.finfo(value.dtype).eps)
+        low, high = value - doubt, value + doubt
+        sure = doubt <= _SURE * (self.safe_limit - value)
+        before, before_home, before_step = self.anchor, self.home, self.step
+        self.ceiling = (self.ceiling * _FORGIVE).clamp(max=1.0)
+        self.step = torch.minimum(self.step * _REGROW, self.ceiling)
+        if _none(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
+            self.limit, self.anchor, self.home = high, now, sure
+            self.before, self.before_home = before, before_home
+        else:
+            worse = ~(low <= self.limit) & ~self.again
+            betrayed = ~(low <= self.safe_limit) & self.again & ~self.home
+            lost = ~(low <= self.safe_limit) & ~self.again & ~worse
+            undone = betrayed | lost  # of an anchor that was there before
+            back, new = worse | undone, ~worse & ~lost & ~self.again
+            sure = ~back & (sure | (self.again & self.home))
+            self.limit = torch.where(back, self.limit, high)
+            self.anchor = _where(betrayed, self.before, _where(worse, self.anchor, now))
+            self.anchor = _where(lost, self.safe, self.anchor)
+            self.home = torch.where(new, sure, self.home | sure)
+            self.home = torch.where(betrayed, self.before_home, self.home) | lost
+            self.before = _where(undone, self.safe, _where(new, before, self.before))
+            self.before_home = torch.where(new, before_home, self.before_home) | undone
+            halved = before_step / 2
+            self.ceiling = torch.where(undone[:, None, None], halved, self.ceiling)
+            self.step = torch.where(back[:, None, None], halved, self.step)
+            self.again = back
+        self.safe_limit = torch.where(sure, high, self.safe_limit)
+        self.safe = _where(sure, now, self.safe)
+        return self._part(self.mix(self.anchor[:2], self.anchor[2:], self.step, self.again))
 
     @property
-    def accepted(self) -> Blocks:
+    def accepted(self) -> ZWV:
         """The last accepted iterate (z, w, v)."""
-        return self.anchor[:3]
+        return self._part(self.anchor[:2])
 
-    def _where(self, condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
-        if _none(condition):
-            return second
-        if _none(~condition):
-            return first
-        rows, problems = self.groups.spread(condition)[:, None], condition[:, None]
-        return tuple(  # type: ignore[return-value]
-            torch.where(rows if by_row else problems, a, b)
-            for by_row, a, b in zip(_BY_ROW * 2, first, second, strict=True)
-        )
+    @property
+    def safe_v(self) -> Tensor:
+        """The last v whose gain was beyond doubt, ``(problems, d)``."""
+        return self.safe[1][:, 0]
+
+    def _join(self, t: ZWV) -> Blocks:
+        return self.groups.join(t[0], t[1]), t[2][:, None]
+
+    def _part(self, blocks: Blocks) -> ZWV:
+        return (*self.groups.part(blocks[0]), blocks[1][:, 0])
+
+
+def _where(condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
+    """By problem."""
+    if _none(condition):
+        return second
+    if _none(~condition):
+        return first
+    chosen = condition[:, None, None]
+    return tuple(torch.where(chosen, a, b) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]

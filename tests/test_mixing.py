@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from jiio_plugins import Equilibrium, Joint, mixing, optimize_input
-from jiio_plugins._problem import Groups, Problem, Variable
+from jiio_plugins._problem import Problem, Variable
 from jiio_plugins.mixing import QuasiNewton, Secants
 from tests.helpers import TIGHT, Net, PairNet, Series, TanhCell, linear, rand
 
@@ -78,13 +78,14 @@ def test_quasi_newton_steps_are_those_of_bfgs() -> None:
     rows, d = 3, 6
     hessian = rand(rows, d, d, seed=1)
     hessian = hessian @ hessian.mT + 0.5 * torch.eye(d)
-    mix = QuasiNewton(memory=20, groups=Groups(rows))
-    v, idle, alpha = rand(rows, d, seed=2), torch.zeros(rows, 4), 0.05
-    one, never = torch.ones(rows, 1), torch.zeros(rows, dtype=torch.bool)
+    mix = QuasiNewton(memory=20)
+    v, idle, alpha = rand(rows, d, seed=2), torch.zeros(rows, 2, 4), 0.05
+    one, never = torch.ones(rows, 1, 1), torch.zeros(rows, dtype=torch.bool)
     seen: list[tuple[Tensor, Tensor]] = []
     for _ in range(5):
         r = -alpha * (hessian @ v[:, :, None]).squeeze(2)
-        _, _, moved = mix((idle, idle, v), (idle, idle, r), one, never)
+        _, moved = mix((idle, v[:, None]), (idle, r[:, None]), one, never)
+        moved = moved[:, 0]
         seen.append((v, r))
         pairs = [(v1 - v0, r0 - r1) for (v0, r0), (v1, r1) in itertools.pairwise(seen)]
         if pairs:  # the length may be cut
@@ -110,20 +111,27 @@ def test_state_and_adjoint_follow_a_step_of_v(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mixing, "_RIDGE", 1e-13)
     n, d = 5, 3
     a, b = 0.3 * rand(n, n, seed=1), rand(n, d, seed=2)
-    secants = Secants(memory=n + d, groups=Groups(1))
+    secants = Secants(memory=n + d)
     z, v = rand(1, n, seed=3), rand(1, d, seed=4)
     for k in range(n + d):
         z_next, v_next = rand(1, n, seed=10 + k), rand(1, d, seed=30 + k)
         change = z_next - z, v_next - v
         image = change[0] @ a.T + change[1] @ b.T
-        secants.add([image - change[0], torch.zeros(1, n), -change[1]], [image, torch.zeros(1, n)])
         z, v = z_next, v_next
-    r = z @ a.T + v @ b.T - z
-    dv = rand(1, d, seed=5)
-    gamma = secants.weights((r, torch.zeros(1, n), dv))
-    arrived = (z + r)[:, None] - gamma @ secants.d[0]
+        r = z @ a.T + v @ b.T - z
+        dv = rand(1, d, seed=50 + k)
+        gamma = secants.weights(
+            (both(image - change[0]), -change[1][:, None]), [both(image)],
+            (both(r), dv[:, None]), torch.ones(1, 3, dtype=torch.float64),
+        )  # fmt: skip
+    arrived = (z + r) - (gamma @ secants.d[0])[:, 0, :n]
     settled = torch.linalg.solve(torch.eye(n) - a, b @ (v + dv).T).T
-    assert torch.allclose(arrived[:, 0], settled, atol=1e-5)
+    assert torch.allclose(arrived, settled, atol=1e-5)
+
+
+def both(z: Tensor) -> Tensor:
+    """Z, and an adjoint of zeros."""
+    return torch.stack((z, torch.zeros_like(z)), dim=1)
 
 
 def test_rows_that_start_at_one_input_share_the_warm_up() -> None:

@@ -160,6 +160,6 @@ def same_inputs(first: Any, second: Any) -> bool:
 
 def reaches(result: Tensor, targets: Sequence[Tensor]) -> list[bool]:
     """Which of ``targets`` the graph of ``result`` leads to."""
-    nodes = graph_of(result)
+    nodes = set(graph_of(result))
     edge = torch.autograd.graph.get_gradient_edge
     return [t.requires_grad and edge(t).node in nodes for t in targets]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from jiio_plugins._problem import Groups, HeldProblem, Problem, Variable
 
@@ -48,20 +49,48 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def kept(module: nn.Module, *, frozen: bool = False) -> Iterator[None]:
-    """Put all parameters back afterwards; ``frozen``: meanwhile they are constants."""
+def kept(module: nn.Module) -> Iterator[None]:
+    """Put all parameters back afterwards."""
     before = [(owner, key, owner._parameters[key]) for owner, key in _places(module)]
-    constants: dict[int, Tensor] = {}
     try:
-        if frozen:
-            for owner, key, value in before:
-                assert value is not None
-                constant = constants.setdefault(id(value), value.detach())
-                owner._parameters[key] = constant  # type: ignore[assignment]
         yield
     finally:
         for owner, key, value in before:
             owner._parameters[key] = value
+
+
+@contextmanager
+def frozen(module: nn.Module, adapted: Slots) -> Iterator[None]:
+    """Meanwhile all parameters are constants, put back afterwards.
+
+    So are weights that a parametrisation computes, such as those of weight normalisation: once
+    instead of at every call, unless an adapted parameter is among what they are computed from.
+    """
+    moving = {id(t) for t in adapted.get()}
+    computed = [
+        part
+        for part in module.modules()
+        if isinstance(part, ParametrizationList)
+        and not any(id(t) in moving for t in part.parameters())
+    ]
+    with kept(module):
+        constants: dict[int, Tensor] = {}
+        for owner, key in _places(module):
+            value = owner._parameters[key]
+            assert value is not None
+            constant = constants.setdefault(id(value), value.detach())
+            owner._parameters[key] = constant  # type: ignore[assignment]
+        try:
+            for part in computed:
+                part.forward = _constantly(part().detach())  # type: ignore[method-assign]
+            yield
+        finally:
+            for part in computed:
+                part.__dict__.pop("forward", None)
+
+
+def _constantly(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
 
 
 @contextmanager

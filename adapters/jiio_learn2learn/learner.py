@@ -23,7 +23,7 @@ from jiio_learn2learn._checks import (
     reaches,
     same_inputs,
 )
-from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, kept
+from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, frozen, kept
 from jiio_plugins._counting import count, count_evaluations, counting_into
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Implicit
@@ -257,7 +257,7 @@ class JIIOLearner(BaseLearner):
         feasible = FeasibleSet(variable.start)
         if held is None:
             problem.z_start, problem.jz_mu_start = z, task.jz_mu
-        with kept(self.module, frozen=True), counting_into(()):
+        with frozen(self.module, variable.slots), counting_into(()):
             path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
         count(f_evals=problem.f_evals, vjps=problem.vjps)
         if first_order:

@@ -11,6 +11,7 @@ import torch
 from learn2learn.algorithms.base_learner import BaseLearner
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrize import register_parametrization
 
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Anderson, Equilibrium, JacobianFree, count_evaluations
@@ -149,6 +150,47 @@ def test_names_in_the_head_and_before_the_cell() -> None:
         assert cross_entropy(clone(x), y).item() < first.item()
         cross_entropy(clone(query), query_y).backward()
         assert all(p.grad is not None for p in maml.parameters() if p is not maml.module.context)
+
+
+class Halved(nn.Module):
+    """A parametrisation that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls.append(1)
+        return weight / 2
+
+
+def test_weights_that_are_computed_are_computed_once_unless_they_are_adapted() -> None:
+    halved, inner = Halved(), "encoder.parametrizations.weight.original"
+    plain, model = Toy(), Toy()
+    with torch.no_grad():
+        model.encoder.weight *= 2
+    register_parametrization(model.encoder, "weight", halved)
+    x, y, query, query_y = task(30)
+    ends = []
+    for maml in (learner(model=plain), learner(model=model)):
+        clone = maml.clone()
+        loss = cross_entropy(clone(x), y)
+        halved.calls.clear()
+        clone.adapt(loss)
+        cross_entropy(clone(query), query_y).backward()
+        ends.append(clone.context.detach())
+    assert len(halved.calls) < 10
+    torch.testing.assert_close(*ends)
+    torch.testing.assert_close(
+        model.encoder.parametrizations.weight.original.grad, plain.encoder.weight.grad / 2
+    )
+    clone = learner(model=model, adapt=[inner]).clone()
+    loss = cross_entropy(clone(x), y)
+    clone.adapt(loss)
+    assert cross_entropy(clone(x), y).item() < loss.item()
+    halved.calls.clear()
+    clone(x)
+    assert halved.calls  # nothing is left behind
 
 
 HEAD = ("head.weight", "head.bias")
