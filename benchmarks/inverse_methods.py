@@ -217,10 +217,10 @@ def adam(steps: int, rate: float, cap: int | None) -> NestedAdam:
 # Trained --------------------------------------------------------------------------------------
 
 
-def unet(widths: tuple[int, ...] = WIDTHS, norm: bool = True) -> nn.Module:
+def unet(widths: tuple[int, ...] = WIDTHS, **settings: bool) -> nn.Module:
     """deepinv's, with three scales."""
     network: nn.Module = dinv.models.UNet(
-        1, 1, batch_norm=norm, scales=3, channels_per_scale=list(widths)
+        1, 1, scales=3, channels_per_scale=list(widths), **settings
     )
     return network
 
@@ -277,14 +277,18 @@ def unfolded(task: Task) -> Learner:
 
 
 def deq_pgd(task: Task) -> Learner:
-    """Proximal gradient to its fixed point, one U-Net, implicit gradient, as deepinv has it."""
+    """Proximal gradient to its fixed point, one U-Net, as deepinv has it.
+
+    Chosen on validation images of the box, after 4 minutes: 24.3 dB; 19.2 dB with implicit instead
+    of Jacobian-free gradients, 21.3 dB with a U-Net that adds its input to its output.
+    """
     norm = float(task.physics().compute_sqnorm(torch.rand(1, *SHAPE), verbose=False))
     model = dinv.optim.PGD(
-        DEQ=dinv.optim.DEQConfig(anderson_acceleration_backward=True, max_iter_backward=10),
+        DEQ=dinv.optim.DEQConfig(jacobian_free=True),
         stepsize=[1 / norm], g_param=[0.1], lambda_reg=[1.0], max_iter=15,
         anderson_acceleration=True,
         trainable_params=["stepsize", "g_param"], data_fidelity=dinv.optim.L2(),
-        prior=[dinv.optim.PnP(denoiser=unet(norm=False))],
+        prior=[dinv.optim.PnP(denoiser=unet(batch_norm=False, residual=False))],
     )  # fmt: skip
     return Learner(model, [Stage(0.0, model, batch=32)])
 
