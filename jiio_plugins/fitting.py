@@ -8,6 +8,7 @@ state than the weights, the optimiser, the scheduler and the global random state
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jiio_plugins.adversarial import AdversarialStep, AdversarialTraining
 
 Interval = Literal["epoch", "step"]
+_LOOSE = 0.1  # mean relative residual of z; trainings that ended well stay below 0.01
 Metrics = dict[str, float]
 
 
@@ -128,6 +130,9 @@ def fit_adversarially(
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
         ValueError: bad arguments, or a checkpoint of another training.
         FloatingPointError: the loss became NaN or Inf; the last checkpoint is whole.
+
+    Warns:
+        RuntimeWarning: z was left far from its fixed points in an epoch.
     """
     run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed)
     _check(run, epochs, patience, validation, scheduler_interval, checkpoint_every, max_grad_norm)
@@ -240,6 +245,16 @@ class _Run:
     ) -> None:
         """Judge, note, and decide whether to stop."""
         metrics = self.means()
+        if metrics["residual"] > _LOOSE:
+            warnings.warn(
+                f"in epoch {self.epoch + 1} the search left z at a mean relative residual of "
+                f"{metrics['residual']:.2g} (fine: below {_LOOSE}). It lags behind the images, so "
+                "the search is weaker than it looks and the model may learn to classify before it "
+                "has converged. Set or raise jacobian_weight, take more iterations, or lower the "
+                "learning rate",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if validation is not None:
             judged = judge(self.model, self.training, *validation, batch_size=batch_size)
             metrics.update({f"validation_{name}": value for name, value in judged.items()})

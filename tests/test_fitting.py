@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,15 @@ def test_training_makes_the_network_more_robust() -> None:
     assert history[-1]["validation_robust"] > history[0]["validation_robust"] + 0.2
     assert history[-1]["validation_clean"] >= history[-1]["validation_robust"]
     assert {"loss", "robust", "clean", "residual"} <= history[0].keys()
+
+
+def test_states_that_lag_behind_are_warned_of() -> None:
+    model = build()
+    with torch.no_grad():
+        for weight in model.equilibrium.parameters():
+            weight *= 3
+    with pytest.warns(RuntimeWarning, match="epoch 1 .* raise jacobian_weight"):
+        train(model, epochs=1, training=replace(TRAINING, method=Joint(max_iter=1, warmup=1)))
 
 
 def test_every_sample_is_seen_once_an_epoch_in_another_order() -> None:

@@ -74,7 +74,7 @@ def test_fit_and_predict(one_hot: bool) -> None:
     (x, y), (x_test, y_test) = arrays("train", TRAIN, one_hot), arrays("test", TEST, one_hot)
     kept = [a.copy() for a in (x, y, x_test, y_test)]
     target = classifier()
-    trainer = trainer_of(target)
+    trainer = trainer_of(target, jacobian_weight=1.0)
     before = accuracy(trainer, x_test, y_test)
     trainer.fit(x, y, nb_epochs=6, batch_size=15)
     assert accuracy(trainer, x_test, y_test) > before + 0.2
