@@ -5,7 +5,8 @@ from jiio_plugins.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unro
 from jiio_plugins.attacks import attack, attack_objective, is_adversarial
 from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
 from jiio_plugins.equilibrium import Equilibrium
-from jiio_plugins.methods import Joint, Nested
+from jiio_plugins.methods import Joint
+from jiio_plugins.nested import Nested
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.solution import Solution, Stats, Status

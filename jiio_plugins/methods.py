@@ -1,7 +1,8 @@
-"""Two ways to optimise an input: :class:`Joint` (JIIO) and :class:`Nested`, which it replaces.
+"""What optimises an input: :class:`Joint` (JIIO), and what it shares with the nested loop.
 
-Both take the same steps on the variable v (the input x, or parameters), by the same schedule; they
-differ in what they do about the state z and the adjoint μ between two steps.
+That one, :class:`jiio_plugins.nested.Nested`, takes the same steps on the variable v (the input x,
+or parameters), by the same schedule; they differ in what they do about the state z and the adjoint
+μ between two steps.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from jiio_plugins._state import row_norm
 from jiio_plugins.mixing import MIXINGS, Descent
-from jiio_plugins.solvers import Anderson, HostFlag, Solver, iterate
+from jiio_plugins.solvers import HostFlag
 
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
-    from jiio_plugins._session import Linearization
     from jiio_plugins.constraints import FeasibleSet
 
 
@@ -155,7 +155,7 @@ def _column(value: float | Tensor, like: Tensor) -> Tensor:
     return like.new_full((1, 1), value)
 
 
-class _Tracker:
+class Tracker:
     """Best iterate, stopping and NaN handling, shared by the methods."""
 
     def __init__(self, problem: Problem, v: Tensor, stop: Stop | None) -> None:
@@ -225,7 +225,7 @@ class _Tracker:
         )  # fmt: skip
 
 
-def _relative(residual: Tensor, image: Tensor) -> Tensor:
+def relative(residual: Tensor, image: Tensor) -> Tensor:
     """‖residual‖ / ‖image‖ per row."""
     return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
 
@@ -304,7 +304,7 @@ class Joint(Method):
         # with one state step there is no second residual at the same v that could halve it
         longest = 1.0 if self.state_steps == 1 else 2.0
         omega = torch.full_like(z[:, :1], min(relaxation, longest))
-        track = _Tracker(problem, v, stop)
+        track = Tracker(problem, v, stop)
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
         mu_accepted = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
@@ -329,7 +329,7 @@ class Joint(Method):
                 shrank = (size < size_before)[:, None]
                 omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
             if callback is not None:
-                callback(Progress(k, v, gradient, loss.detach(), _relative(r, lin.f), z))
+                callback(Progress(k, v, gradient, loss.detach(), relative(r, lin.f), z))
             w_before = w
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
@@ -348,7 +348,7 @@ class Joint(Method):
             v = track.move(v, v_next)
             if track.all_done():
                 break
-        z_residual, mu_residual = _relative(r, lin.f), _relative(jz_mu - w_before, mu)
+        z_residual, mu_residual = relative(r, lin.f), relative(jz_mu - w_before, mu)
         if mix is not None:  # the last trial has not been evaluated: it may be worse
             z, w, v = mix.accepted
             path = track.path(v, z, mu_accepted, w, z_residual, mu_residual)
@@ -359,108 +359,3 @@ class Joint(Method):
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
     """``z + ω r``; z for a row in which ‖r‖ = ``size`` says that r holds NaN or Inf."""
     return torch.where(torch.isfinite(size)[:, None], torch.addcmul(z, omega, r), z)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nested(Method):
-    """The nested loop: solve for z, solve for μ, step on v, and again.
-
-    Costs are counted at their least: the evaluation of f that carries the graph is the solve's
-    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too.
-
-    Args:
-        solver: for z; ``max_iter`` caps the evaluations of f a step, the one with the graph
-            included.
-        adjoint_solver: for μ; None: as ``solver``.
-        warm_start: start both solves where the last ones ended; else from scratch, without warm-up.
-    """
-
-    solver: Solver = field(default_factory=lambda: Anderson(tol=1e-3))
-    adjoint_solver: Solver | None = None
-    warm_start: bool = False
-    max_iter: int = 20
-
-    def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
-        """See :class:`Method`."""
-        adjoint_solver = self.adjoint_solver or self.solver
-        z: Tensor | None = None
-        mu: Tensor | None = None
-        if self.warm_start:
-            z = problem.warm_up(v, self.warmup)
-        track = _Tracker(problem, v, stop)
-        mu_residual = torch.zeros(problem.rows, device=v.device)
-        for k, step in enumerate(self.steps(feasible, v)):
-            active = track.active_rows()
-            z_start = z
-            if self.solver.max_iter > 1 or z is None:
-                solved = problem.solve(v, _capped(self.solver), z)
-                problem.pay(f_evals=solved.evals * active)
-                z_start = solved.image
-            assert z_start is not None
-            lin = problem.linearize(v, z_start)
-            loss = problem.loss(lin.output)
-            b, direct = lin.gradient(loss)
-            equation = _AdjointEquation(problem, lin, v, z_start, b)
-            outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
-            problem.pay(f_evals=active * (1 + equation.f_evals), vjps=outcome.evals * active)
-            r = lin.f - z_start
-            track.see(v, loss, lin.output, b, r, active)
-            gradient = (direct + equation.jv_mu).reshape(v.shape)
-            mu_residual = outcome.residual
-            if callback is not None:
-                callback(Progress(k, v, gradient, loss.detach(), _relative(r, lin.f), z_start))
-            v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
-            v = track.move(v, v_next)
-            last_z, last_mu = lin.f, outcome.fz
-            if self.warm_start:
-                z, mu = last_z, last_mu
-            if track.all_done():
-                break
-        return track.path(v, last_z, last_mu, last_mu - b, _relative(r, lin.f), mu_residual)
-
-
-def _capped(solver: Solver) -> Solver:
-    """The solver with one evaluation less: the one with the graph comes after it."""
-    return replace(solver, max_iter=max(1, solver.max_iter - 1))
-
-
-class _AdjointEquation:
-    """``μ -> J_zᵀμ + b`` at one ``(z, v)``; keeps ``J_vᵀμ`` of the last μ of every row."""
-
-    # restricting evaluates f anew, so it must save more than in a forward solve
-    compact_below = 0.5
-
-    def __init__(
-        self, problem: Problem, lin: Linearization, v: Tensor, z: Tensor, b: Tensor
-    ) -> None:
-        self.problem, self.lin, self.v, self.z, self.b = problem, lin, v, z, b
-        self.rows: Tensor | None = None
-        self.jv_mu = torch.zeros_like(v)
-        self.f_evals = torch.zeros(problem.rows, device=v.device)
-
-    def __call__(self, mu: Tensor) -> Tensor:
-        jz_mu, jv_mu = self.lin.vjp(mu, last=False)
-        jv_mu = jv_mu.reshape(self.v.shape)
-        if self.rows is None:
-            self.jv_mu.copy_(jv_mu)
-        else:
-            self.jv_mu[self.rows] = jv_mu[self.rows]
-        return jz_mu + self.b
-
-    def restrict(self, rows: Tensor) -> _AdjointEquation | None:
-        if self.problem.groups.index is not None or not self.problem.splits:
-            return None  # rows that share a variable or a dropout mask stay together
-        smaller = object.__new__(_AdjointEquation)
-        smaller.__dict__.update(self.__dict__)
-        smaller.rows = rows if self.rows is None else self.rows[rows]
-        smaller.z, smaller.b = self.z[rows], self.b[rows]
-        smaller.lin = self.problem.linearize(self.v, smaller.z, smaller.rows)
-        self.f_evals[smaller.rows] += 1
-        return smaller

@@ -19,7 +19,7 @@ from jiio_plugins._counting import Counter, counting_into, open_counters
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Adjoint, Unrolled
 from jiio_plugins.equilibrium import running
-from jiio_plugins.methods import Method, Path, Progress, _Tracker
+from jiio_plugins.methods import Method, Path, Progress, Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +88,7 @@ class Backpropagated(Method):
     ) -> Path:
         """See :class:`Method`."""
         counter = Counter()
-        track = _Tracker(problem, v, stop)
+        track = Tracker(problem, v, stop)
         with counting_into((*open_counters(), counter)):
             for k, step in enumerate(self.steps(feasible, v)):
                 leaf = v.detach().requires_grad_()

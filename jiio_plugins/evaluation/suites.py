@@ -19,7 +19,8 @@ from jiio_plugins.evaluation.gradients import (
     through_unrolled,
 )
 from jiio_plugins.evaluation.robustness import Attack
-from jiio_plugins.methods import Joint, Method, Nested
+from jiio_plugins.methods import Joint, Method
+from jiio_plugins.nested import Nested
 from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
