@@ -62,7 +62,8 @@ from jiio_plugins.fitting import TensorBatches, fit_adversarially
 from jiio_plugins.models import load_pretrained
 
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
-LONG, CHEAP, CHEAPEST = (f"PGD-{n} warm, cap 1" for n in (20, 10, 5))
+LONG, CHEAP, CHEAPEST = (f"PGD-{n} warm, cap 1" for n in (15, 10, 5))
+SHORT = "PGD-8 warm, tol 0.1, cap 2"
 SUITE = ("JIIO", "PGD nested, tight")
 REFINE = (0, 5, 8, 12, 100)
 
@@ -125,6 +126,7 @@ def warm(steps: int, cap: int, tol: float = 1e-1) -> Nested:
 
 METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     "JIIO, 5 iterations": (joint(5), 0),
+    "JIIO, 8 iterations": (joint(8), 0),
     "JIIO, 10 iterations": (joint(10), 0),
     "JIIO, 15 iterations": (joint(15), 0),
     "PGD-20 cold, tol 1e-3": (
@@ -132,7 +134,9 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     ),
     CHEAPEST: (warm(5, 1), 0),
     CHEAP: (warm(10, 1), 0),
-    LONG: (warm(20, 1), 0),
+    LONG: (warm(15, 1), 0),
+    "PGD-20 warm, cap 1": (warm(20, 1), 0),
+    SHORT: (warm(8, 2), 0),
     PGD_10: (warm(10, 2), 0),
     PGD_20: (warm(20, 2), 0),
     "PGD-10 warm, tol 0.1, cap 5": (warm(10, 5), 0),
@@ -146,7 +150,7 @@ def settings(args: Args) -> dict[str, Setting]:
     return {
         "digits": Setting(
             "digits", 0.6, 5e-3, 0.0, args.digits_epochs,
-            ("JIIO, 15 iterations", *own, PGD_20, PGD_10, LONG, CHEAP, CHEAPEST), PGD_20,
+            (*own, "JIIO, 8 iterations", PGD_20, PGD_10, SHORT, LONG, CHEAP, CHEAPEST), PGD_10,
         ),
         "fashion-mnist": Setting(
             "fashion-mnist", 1.0, 2e-3, 6.0, args.fashion_epochs,

@@ -43,7 +43,7 @@ class Secants:
 
     @property
     def y(self) -> list[Tensor]:
-        """Of z and w by turns ``(2 · problems, differences, N)``, of v ``(…, differences, d)``."""
+        """Of z and w by turns, ``(2 · problems, differences, N)``; of v, ``(problems, …, d)``."""
         return [past[:, : self.count] for past in self._y]
 
     @property
@@ -154,9 +154,10 @@ class BlockAnderson(Mixing):
         before, moved = self.last
         y = r[0] - moved[0], r[1] - moved[1]
         d = y[0] + (t[0] - before[0]), t[1] - before[1]
-        gamma = self.secants.weights(y, d, r, squares, forget).to(t[0].dtype)
+        gamma = self.secants.weights(y, d, r, squares, forget)
         y_v, (d_zw, d_v) = self.secants.y[1], self.secants.d
-        along_y, along_v = torch.bmm(gamma, y_v), torch.bmm(gamma, d_v)
+        for_v = gamma.to(y_v.dtype)
+        along_y, along_v = torch.bmm(for_v, y_v), torch.bmm(for_v, d_v)
         turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
         v = t[1] + step * r[1] - torch.where(turned, 0.0, along_v + step * along_y)
         v = torch.where(back[:, None, None], t[1], v)

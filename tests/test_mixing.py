@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from jiio_plugins import Equilibrium, Joint, mixing, optimize_input
-from jiio_plugins._problem import Problem, Variable
+from jiio_plugins._problem import Groups, Problem, Variable
 from jiio_plugins.mixing import QuasiNewton, Secants
 from tests.helpers import TIGHT, Net, PairNet, Series, TanhCell, linear, rand
 
@@ -132,6 +132,19 @@ def test_state_and_adjoint_follow_a_step_of_v(monkeypatch: pytest.MonkeyPatch) -
 def both(z: Tensor) -> Tensor:
     """Z, and an adjoint of zeros."""
     return torch.stack((z, torch.zeros_like(z)), dim=1)
+
+
+@pytest.mark.parametrize("index", [None, [0] * 5, [2, 0, 1, 0, 0]])
+def test_states_of_a_problem_lie_together(index: list[int] | None) -> None:
+    groups = Groups(5, None if index is None else torch.tensor(index))
+    z, w = rand(5, 4, seed=1), rand(5, 4, seed=2)
+    joined = groups.join(z, w)
+    assert len(joined) == groups.problems
+    for part, block in zip(groups.part(joined), (z, w), strict=True):
+        assert torch.equal(part, block)
+    norms = joined.square().sum(2)
+    expected = torch.stack([groups.sum(t.square().sum(1)) for t in (z, w)], dim=1)
+    torch.testing.assert_close(norms, expected)
 
 
 def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
