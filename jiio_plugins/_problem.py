@@ -82,7 +82,10 @@ class Groups:
         return self.index, slot
 
     def gather(self, per_row: Tensor) -> Tensor:
-        """``(rows, k) -> (problems, width, k)``: each problem's rows, then zeros."""
+        """``(rows, k) -> (problems, width, k)``: each problem's rows, then zeros.
+
+        Problems of very different size waste memory and time here.
+        """
         if self.index is None:
             return per_row[:, None]
         if self.problems == 1:

@@ -168,6 +168,7 @@ def fit_adversarially(
             if scheduler is not None and scheduler_interval == "epoch":
                 _advance(scheduler, run.history[-1])
             run.save()
+            _warn_if_loose(run)
         if run.best is not None:
             model.load_state_dict(run.best["model"])
     optimizer.zero_grad()
@@ -245,16 +246,6 @@ class _Run:
     ) -> None:
         """Judge, note, and decide whether to stop."""
         metrics = self.means()
-        if metrics["residual"] > _LOOSE:
-            warnings.warn(
-                f"in epoch {self.epoch + 1} the search left z at a mean relative residual of "
-                f"{metrics['residual']:.2g} (fine: below {_LOOSE}). It lags behind the images, so "
-                "the search is weaker than it looks and the model may learn to classify before it "
-                "has converged. Set or raise jacobian_weight, take more iterations, or lower the "
-                "learning rate",
-                RuntimeWarning,
-                stacklevel=3,
-            )
         if validation is not None:
             judged = judge(self.model, self.training, *validation, batch_size=batch_size)
             metrics.update({f"validation_{name}": value for name, value in judged.items()})
@@ -277,6 +268,19 @@ class _Run:
             total=epochs * len(self.batches), initial=done, desc="adversarial training",
             disable=not verbose,
         )  # fmt: skip
+
+
+def _warn_if_loose(run: _Run) -> None:
+    residual = run.history[-1].get("residual", 0.0)
+    if not residual <= _LOOSE:
+        warnings.warn(
+            f"in epoch {run.epoch} the search left z at a mean relative residual of {residual:.2g} "
+            f"(fine: below {_LOOSE}). It lags behind the images, so the search is weaker than it "
+            "looks and the model may learn to classify before it has converged. Set or raise "
+            "jacobian_weight, take more iterations, or lower the learning rate",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def judge(

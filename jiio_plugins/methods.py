@@ -211,7 +211,7 @@ class Tracker:
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
         """``v_next`` where it is finite and the problem is not holding."""
-        ok = (row_norm(v_next) < torch.inf) & ~self.holding
+        ok = torch.isfinite(v_next).all(1) & ~self.holding
         return torch.where(ok[:, None], v_next, v)
 
     def path(

@@ -60,7 +60,8 @@ def optimize_input(
             own, the result has the optimised ones.
         groups: with ``variables``: which problem each row belongs to, ``(batch,)`` integers
             ``0 … P−1``; None: all rows share one. With P > 1 a parameter needs a leading dimension
-            of 1 that the model broadcasts over rows.
+            of 1 that the model broadcasts over rows. What is kept of each is as large as of the
+            largest, so give problems of about the same size.
         differentiable: attach ``x`` of the result to every tensor requiring grad that model,
             objective or constraint uses, closures included (a ball's default centre is x itself),
             by implicit differentiation of the whole joint fixed point

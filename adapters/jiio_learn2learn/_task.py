@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from jiio_plugins._problem import Groups, HeldProblem, Problem, Variable
@@ -63,14 +64,17 @@ def kept(module: nn.Module) -> Iterator[None]:
 def frozen(module: nn.Module, adapted: Slots) -> Iterator[None]:
     """Meanwhile all parameters are constants, put back afterwards.
 
-    So are weights that a parametrisation computes, such as those of weight normalisation: once
-    instead of at every call, unless an adapted parameter is among what they are computed from.
+    Weights of torch's weight normalisation are computed once instead of at every call, where no
+    adapted parameter enters them. Other parametrisations may draw random numbers or depend on more
+    than their parameters.
     """
     moving = {id(t) for t in adapted.get()}
     computed = [
         part
         for part in module.modules()
         if isinstance(part, ParametrizationList)
+        and all(type(step) is _WeightNorm for step in part)
+        and "forward" not in part.__dict__
         and not any(id(t) in moving for t in part.parameters())
     ]
     with kept(module):
