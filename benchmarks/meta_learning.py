@@ -45,6 +45,7 @@ from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.glyphs import load_glyphs
 from jiio_plugins.implicit import attach
 from jiio_plugins.models import MDEQFewShot
+from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.tasks import ClassImages, Tasks, sample_tasks
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 ADAPT = ("context", "head.weight", "head.bias")  # what JIIO and nested descent adapt
 HEAD = ("weight", "bias")  # what JIIO adapts of a head alone, and ANIL
 WAYS = 5
+PENALISED = ("jiio", "nested first-order")
 DISTANCE = 1e-3
 RATES = (0.05, 0.1, 0.2)  # at 0.2 and above plain descent hardly arrives
 JOINT_RATES = (0.4, 0.8)
@@ -84,6 +86,8 @@ class Args:
     """of the comparison of adaptation, whose tasks must have an optimum that L-BFGS can reach"""
     head_reg: float = 0.03
     """of JIIO where the head alone is adapted"""
+    penalty: float = 1.0
+    """weight of the Jacobian penalty where the equilibrium is adapted, in every second meta-step"""
     anil_lr: float = 0.4
     """of ANIL's steps on the head"""
     test_tasks: int = 600
@@ -207,6 +211,10 @@ def train(name: str, args: Args, data: ClassImages) -> Learner:
     parameters = list(learner.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.meta_lr)
     generator = torch.Generator().manual_seed(args.seed)
+    seen: dict[str, Any] = {}
+    learner.model.equilibrium.register_forward_hook(
+        lambda _, injection, z: seen.update(injection=injection, z=z)
+    )
     bar = tqdm(total=round(60 * args.minutes), desc=name, unit="s")
     begin, recent = time.process_time(), 0.0
     while (elapsed := time.process_time() - begin) < 60 * args.minutes:
@@ -217,7 +225,13 @@ def train(name: str, args: Args, data: ClassImages) -> Learner:
         optimizer.zero_grad()
         with warnings.catch_warnings():  # JIIO's gradient is inexact on purpose, and says so
             warnings.simplefilter("ignore")
-            cross_entropy(logits.flatten(0, 1), tasks.y_query.flatten()).backward()
+            loss = cross_entropy(logits.flatten(0, 1), tasks.y_query.flatten())
+            if name in PENALISED and learner.steps % 2 == 0:  # the last call is that of the queries
+                penalty = jacobian_penalty(
+                    learner.model.equilibrium.cell, seen["z"], *seen["injection"]
+                )
+                loss = loss + args.penalty * penalty
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         right = float((logits.argmax(2) == tasks.y_query).double().mean())
