@@ -86,7 +86,7 @@ class Args:
     """of the comparison of adaptation, whose tasks must have an optimum that L-BFGS can reach"""
     head_reg: float = 0.03
     """of JIIO where the head alone is adapted"""
-    penalty: float = 1.0
+    penalty: float = 4.0
     """weight of the Jacobian penalty where the equilibrium is adapted, in every second meta-step"""
     anil_lr: float = 0.4
     """of ANIL's steps on the head"""
