@@ -311,6 +311,7 @@ class Descent:
         self.ceiling = (self.ceiling * _FORGIVE).clamp(max=1.0)
         self.step = torch.minimum(self.step * _REGROW, self.ceiling)
         if _none(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
+            # no problem is in question, as nearly always: what the other branch comes to then
             self.limit, self.anchor, self.home = high, now, sure
             self.before, self.before_home = before, before_home
         else:
