@@ -290,6 +290,7 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
         )  # fmt: skip
     seconds = time.process_time() - begin
     steps = setting.epochs * len(batches)
+    f_evals, vjps = (n / len(x) / setting.epochs for n in (counter.f_evals, counter.vjps))
     save_file(model.state_dict(), kept.with_suffix(".safetensors"))
     ball: dict[str, Any] = {"eps": setting.eps, "norm": 2}
     suite = default_suite(**ball)
@@ -302,14 +303,17 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
         key,
         {
             "seconds a step": seconds / steps, "steps": steps, "history": history,
-            "f": counter.f_evals / len(x) / setting.epochs,
-            "vjp": counter.vjps / len(x) / setting.epochs,
+            "f": f_evals,
+            "vjp": vjps,
             "report": report.to_dict(),
         },
     )  # fmt: skip
     small = {**report.to_dict(), "worst_loss": []}
     torch.save(small, kept)
-    print(f"{key}: clean {report.clean}, robust {report.accuracy}, {seconds / steps:.3f} CPU s")
+    print(
+        f"{key}: clean {report.clean}, robust {report.accuracy}; a step {seconds / steps:.3f} "
+        f"CPU s, {f_evals:.1f} f + {vjps:.1f} VJP; residual {history[-1]['residual']:.3f}"
+    )
     return report
 
 
