@@ -259,7 +259,9 @@ class Problem:
         At most ``max_iter``; a row that reaches 1e-2 needs fewer. With ``one_start`` one row is
         solved for all.
         """
-        solver = Anderson(max_iter=max_iter, tol=1e-2)
+        if self.z_start is not None and not max_iter:
+            return self.z_start
+        solver = Anderson(max_iter=max(1, max_iter), tol=1e-2)
         shared = self.one_start and self.z_start is None
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, self.z_start, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,16 @@ def row_norm(flat: Tensor) -> Tensor:
     """Euclidean norm of every row, ``(rows,)``."""
     norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return norm
+
+
+def nowhere(mask: Tensor) -> bool:
+    """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
+    return mask.device.type == "cpu" and not bool(mask.any())
+
+
+def surely_finite(tensor: Tensor) -> bool:
+    """True only where all entries are finite, at the price of a sum; likewise."""
+    return tensor.device.type == "cpu" and math.isfinite(float(tensor.sum()))
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:

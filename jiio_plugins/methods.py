@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import row_norm
+from jiio_plugins._state import nowhere, row_norm, surely_finite
 from jiio_plugins.mixing import MIXINGS, Descent
 from jiio_plugins.solvers import HostFlag
 
@@ -87,7 +87,8 @@ class Method(abc.ABC):
         final_step_size: α at the last step, same units. None: with a ball 0.8 / max_iter of
             step_size, so that a short run ends in a long step; without one step_size.
         warmup: forward-only evaluations of f before the first step, at most; a row that reaches
-            1e-2 needs fewer. The adjoint at a state far from the fixed point is noise.
+            1e-2 needs fewer. The adjoint at a state far from the fixed point is noise. 0 is for a
+            state to start with that is a fixed point already; without such a state it is 1.
     """
 
     max_iter: int = 30
@@ -96,10 +97,9 @@ class Method(abc.ABC):
     warmup: int = 5
 
     def __post_init__(self) -> None:
-        if self.max_iter < 1 or self.warmup < 1:
-            raise ValueError(
-                f"max_iter and warmup must be at least 1, got {self.max_iter} and {self.warmup}"
-            )
+        for name, least in (("max_iter", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("step_size", "final_step_size"):
             value = getattr(self, name)
             if value is not None and not bool((torch.as_tensor(value) >= 0).all()):
@@ -156,14 +156,21 @@ def _column(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 class Tracker:
-    """Best iterate, stopping and NaN handling, shared by the methods."""
+    """Best iterate, stopping and NaN handling, shared by the methods.
+
+    Attributes:
+        holding: problems whose v stands still because the stop condition holds, ``(problems,)``.
+        finished: problems that have met it for four evaluations in a row while z moved on.
+        active: 1 for the rows that still cost something, ``(rows,)``.
+        none_holds: whether no problem is holding; may be False all the same.
+    """
 
     def __init__(self, problem: Problem, v: Tensor, stop: Stop | None) -> None:
         self.groups, self.stop, self.problem = problem.groups, stop, problem
         self.v_best = v
         self.loss_best = v.new_full((len(v),), torch.inf)
         self.loss_first = self.loss_last = self.doubt = self.loss_best
-        self.held = torch.zeros(len(v), device=v.device)
+        self._hold(torch.zeros(len(v), device=v.device))
         self.iterations = torch.zeros(problem.rows, device=v.device)
         self.done = HostFlag(v.device)
         self.first = True
@@ -185,25 +192,19 @@ class Tracker:
         if self.stop is not None:
             reached = self.stop(output)
             met = self.groups.worst((~reached).float()) == 0
-            self.held = torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0))
+            self._hold(torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0)))
 
     def settle(self, problems: Tensor) -> None:
         """These problems have converged: they stand still and cost nothing from now on."""
-        self.held = torch.where(problems, self.held.clamp(min=4.0), self.held)
+        if not nowhere(problems):
+            self._hold(torch.where(problems, self.held.clamp(min=4.0), self.held))
 
-    @property
-    def holding(self) -> Tensor:
-        """Problems whose v stands still because the stop condition holds, ``(problems,)``."""
-        return self.held > 0
-
-    @property
-    def finished(self) -> Tensor:
-        """Problems that have met it for four evaluations in a row while z moved on."""
-        return self.held >= 4
-
-    def active_rows(self) -> Tensor:
-        """1 for the rows that still cost something, ``(rows,)``."""
-        return 1.0 - self.groups.spread(self.finished.float())
+    def _hold(self, held: Tensor) -> None:
+        self.held = held
+        self.holding = held > 0
+        self.finished = held >= 4
+        self.active = 1.0 - self.groups.spread(self.finished.float())
+        self.none_holds = nowhere(self.holding)
 
     def all_done(self) -> bool:
         """Whether every problem has finished (may lag on an accelerator)."""
@@ -211,8 +212,16 @@ class Tracker:
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
         """``v_next`` where it is finite and the problem is not holding."""
+        if self.none_holds and surely_finite(v_next):
+            return v_next
         ok = torch.isfinite(v_next).all(1) & ~self.holding
         return torch.where(ok[:, None], v_next, v)
+
+    def keep(self, now: Tensor, after: Tensor) -> Tensor:
+        """``after``, but ``now`` in the rows of problems that have finished."""
+        if self.none_holds:
+            return after
+        return torch.where(self.groups.spread(self.finished)[:, None], now, after)
 
     def path(
         self, v: Tensor, z: Tensor, mu: Tensor, jz_mu: Tensor, z_residual: Tensor,
@@ -308,7 +317,7 @@ class Joint(Method):
         w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
         mu_accepted = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
-            active = track.active_rows()
+            active = track.active
             size_before = None
             for _ in range(self.state_steps - 1 if k > 0 and mix is None else 0):
                 r = problem.evaluate(v, z) - z
@@ -324,15 +333,15 @@ class Joint(Method):
             problem.pay(f_evals=active, vjps=active)
             r = lin.f - z
             track.see(v, loss, lin.output, b, r, active)
-            size = row_norm(r)
-            if size_before is not None:
-                shrank = (size < size_before)[:, None]
-                omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
             if callback is not None:
                 callback(Progress(k, v, gradient, loss.detach(), relative(r, lin.f), z))
             w_before = w
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
+                size = row_norm(r)
+                if size_before is not None:
+                    shrank = (size < size_before)[:, None]
+                    omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
                 z = _step(z, omega, r, size)
                 w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
             else:
@@ -340,10 +349,9 @@ class Joint(Method):
                 value = problem.groups.sum(loss.detach() + (lin.own_jz_mu * r).sum(1))
                 doubt = problem.groups.sum(row_norm(change) * row_norm(r))
                 z_next, w_next, v_next = mix((z, w, v), (r, change, v_next - v), value, doubt)
-                mu_accepted = torch.where(mix.worse_rows, mu_accepted, mu)
+                mu_accepted = mix.unless_worse(mu_accepted, mu)
                 track.settle(mix.below(self.tol))
-                keep = problem.groups.spread(track.finished)[:, None]
-                z, w = torch.where(keep, z, z_next), torch.where(keep, w, w_next)
+                z, w = track.keep(z, z_next), track.keep(w, w_next)
                 v_next = feasible.project(v_next)
             v = track.move(v, v_next)
             if track.all_done():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import row_norm
+from jiio_plugins._state import nowhere, row_norm, surely_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,16 +85,17 @@ class Secants:
         with_y, with_t = torch.cat(products, dim=1).double().unbind(2)
         self._gram[:, :, slot, : self.count] = with_y
         self._gram[:, :, : self.count, slot] = with_y
-        if forget is not None and not _none(forget):
+        if forget is not None and not nowhere(forget):
             for past in (*self._y, *self._d, self._gram):
                 past.view(problems, -1).masked_fill_(forget[:, None], 0)
             with_t = with_t.masked_fill(forget[:, None, None], 0)
         share = squares.clamp(min=_LEAST).reciprocal()[:, :, None]
         gram = (self._gram[:, :, : self.count, : self.count] * share[..., None]).sum(1)
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal.copy_(torch.where(diagonal > 0, (1 + _RIDGE) * diagonal, 1.0))
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(_LEAST)  # of those forgotten it is 0
         factor, info = torch.linalg.cholesky_ex(gram)
         gamma = torch.cholesky_solve((with_t * share).sum(1)[:, :, None], factor).mT
+        if nowhere(info) and surely_finite(gamma):
+            return gamma
         return torch.where((info == 0)[:, None, None] & _finite(gamma), gamma, 0.0)
 
 
@@ -121,8 +122,8 @@ class Mixing(abc.ABC):
             back: problems that have just been taken back to ``t``: their v stays where it is, for
                 once, ``(problems,)``.
         """
-        squares = _squares(r)
-        self.size = (squares / _squares(t).clamp(min=_LEAST)).sqrt().sum(1)
+        squares, scale = _squares(*r, *t).split(3, dim=1)
+        self.size = (squares / scale.clamp(min=_LEAST)).sqrt().sum(1)
         proposed = self._propose(t, r, squares, step, back)
         self.last = (t, r)
         return proposed
@@ -159,9 +160,13 @@ class BlockAnderson(Mixing):
         for_v = gamma.to(y_v.dtype)
         along_y, along_v = torch.bmm(for_v, y_v), torch.bmm(for_v, d_v)
         turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
-        v = t[1] + step * r[1] - torch.where(turned, 0.0, along_v + step * along_y)
-        v = torch.where(back[:, None, None], t[1], v)
-        return _mixed(t[0] + r[0], torch.where(turned, 0.0, gamma), d_zw), v
+        along = along_v + step * along_y
+        if not nowhere(turned):
+            gamma, along = (torch.where(turned, 0.0, x) for x in (gamma, along))
+        v = t[1] + step * r[1] - along
+        if not nowhere(back):
+            v = torch.where(back[:, None, None], t[1], v)
+        return _mixed(t[0] + r[0], gamma, d_zw), v
 
 
 class QuasiNewton(Mixing):
@@ -199,7 +204,7 @@ class QuasiNewton(Mixing):
         share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
         dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
         self.reach = torch.where((share < 1) & ~back, _REGROW * self.reach, self.reach)
-        squares = torch.cat([squares[:, :2], _squares((dv,))], dim=1)
+        squares = torch.cat([squares[:, :2], _squares(dv)], dim=1)
         gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (zw_r, dv), squares)
         return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv
 
@@ -215,7 +220,7 @@ class QuasiNewton(Mixing):
         for kept, new in ((self.s, s), (self.y, y)):
             longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
             kept = torch.where(keep[:, None, None], longer, kept)
-            pairs.append(kept if _none(back) else kept.masked_fill(back[:, None, None], 0))
+            pairs.append(kept if nowhere(back) else kept.masked_fill(back[:, None, None], 0))
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:
@@ -236,13 +241,8 @@ class QuasiNewton(Mixing):
 MIXINGS: dict[str, type[Mixing]] = {"quasi-newton": QuasiNewton, "anderson": BlockAnderson}
 
 
-def _none(mask: Tensor) -> bool:
-    """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
-    return mask.device.type == "cpu" and not bool(mask.any())
-
-
-def _squares(blocks: Sequence[Tensor]) -> Tensor:
-    """‖z‖², ‖w‖² and ‖v‖², ``(problems, 3)``."""
+def _squares(*blocks: Tensor) -> Tensor:
+    """Of blocks of z and w ‖z‖² and ‖w‖², of those of v ‖v‖², ``(problems, …)``."""
     norms = [torch.linalg.vector_norm(block, dim=2) for block in blocks]
     return torch.cat(norms, dim=1).double().square()
 
@@ -277,10 +277,11 @@ class Descent:
         self.mix, self.groups = mix, groups
         self.first = True
 
-    @property
-    def worse_rows(self) -> Tensor:
-        """Rows of the problems whose iterate was taken back at the last call, ``(rows, 1)``."""
-        return self.groups.spread(self.again)[:, None]
+    def unless_worse(self, before: Tensor, now: Tensor) -> Tensor:
+        """``now``, but ``before`` in rows whose iterate was taken back at the last call."""
+        if nowhere(self.again):
+            return now
+        return torch.where(self.groups.spread(self.again)[:, None], before, now)
 
     def below(self, tol: float) -> Tensor:
         """Problems whose last accepted iterate has a residual below ``tol``, ``(problems,)``."""
@@ -310,7 +311,7 @@ class Descent:
         before, before_home, before_step = self.anchor, self.home, self.step
         self.ceiling = (self.ceiling * _FORGIVE).clamp(max=1.0)
         self.step = torch.minimum(self.step * _REGROW, self.ceiling)
-        if _none(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
+        if nowhere(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
             # no problem is in question, as nearly always: what the other branch comes to then
             self.limit, self.anchor, self.home = high, now, sure
             self.before, self.before_home = before, before_home
@@ -355,9 +356,9 @@ class Descent:
 
 def _where(condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
     """By problem."""
-    if _none(condition):
+    if nowhere(condition):
         return second
-    if _none(~condition):
+    if nowhere(~condition):
         return first
     chosen = condition[:, None, None]
     return tuple(torch.where(chosen, a, b) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]

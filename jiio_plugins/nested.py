@@ -54,7 +54,7 @@ class Nested(Method):
         track = Tracker(problem, v, stop)
         mu_residual = torch.zeros(problem.rows, device=v.device)
         for k, step in enumerate(self.steps(feasible, v)):
-            active = track.active_rows()
+            active = track.active
             z_start = z
             if self.solver.max_iter > 1 or z is None:
                 solved = problem.solve(v, _capped(self.solver), z)

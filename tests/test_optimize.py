@@ -1038,8 +1038,8 @@ def test_one_state_step_may_be_damped_but_is_not_over_relaxed() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Joint(max_iter=0), "max_iter and warmup must be at least 1, got 0"),
-        (lambda: Nested(warmup=0), "must be at least 1"),
+        (lambda: Joint(max_iter=0), "max_iter must be at least 1, got 0"),
+        (lambda: Nested(warmup=-1), "warmup must be at least 0, got -1"),
         (lambda: Joint(step_size=-1.0), "step_size must not be negative, got -1"),
         (lambda: Joint(final_step_size=math.nan), "final_step_size must not be negative"),
         (lambda: Joint(relaxation=2.0), r"relaxation must be in \(0, 2\), got 2"),

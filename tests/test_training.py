@@ -219,6 +219,19 @@ def test_a_solution_can_be_carried_on() -> None:
     assert bool((again.f_evals < 10).all())
 
 
+def test_without_a_warm_up_a_state_to_start_with_is_taken_as_it_is() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    first = solve(model, x)
+    method = Joint(max_iter=3, step_size=0.0, state_steps=1, warmup=0)
+    counts = {}
+    for name, start in (("state", first), ("none", None)):
+        found = joint_solution(
+            model, x, objective, method=method, constraint=L2Ball(0.5), start=start
+        )
+        counts[name] = found.f_evals.tolist()
+    assert counts == {"state": [3.0] * 4, "none": [4.0] * 4}
+
+
 def test_a_start_is_projected_on_the_set_around_x() -> None:
     model, x = Net(seed=3), rand(4, 5, seed=1)
     found = solve(model, x, start=x + 10.0)

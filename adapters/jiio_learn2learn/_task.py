@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,20 +25,30 @@ class Slots:
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         everywhere = list(_places(module))
-        self.names = tuple(names)
-        self._places = []
+        self._places = {}
         for name in names:
             owner, _, leaf = name.rpartition(".")
             value = module.get_submodule(owner)._parameters[leaf]
-            self._places.append([(m, k) for m, k in everywhere if m._parameters[k] is value])
+            self._places[name] = [(m, k) for m, k in everywhere if m._parameters[k] is value]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
+        return tuple(self._places)
+
+    def some(self, names: Sequence[str]) -> Slots:
+        """Those of these names."""
+        slots = copy.copy(self)
+        slots._places = {name: self._places[name] for name in names}
+        return slots
 
     def get(self) -> list[Tensor]:
         """The tensors that stand there now."""
-        return [place[0][0]._parameters[place[0][1]] for place in self._places]  # type: ignore[misc]
+        return [place[0][0]._parameters[place[0][1]] for place in self._places.values()]  # type: ignore[misc]
 
     def put(self, values: Sequence[Tensor]) -> None:
         """Put others there."""
-        for place, value in zip(self._places, values, strict=True):
+        for place, value in zip(self._places.values(), values, strict=True):
             for module, key in place:
                 module._parameters[key] = value  # type: ignore[assignment]
 

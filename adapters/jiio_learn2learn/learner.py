@@ -47,6 +47,7 @@ class _TaskState:
     """What a clone knows of its task. Not in the module: clones share parts of that.
 
     Attributes:
+        slots: where v stands in the clone.
         initial: v0, functions of the meta-parameters.
         version: how often v has changed.
         support: what the model was called with at the last adaptation.
@@ -54,6 +55,7 @@ class _TaskState:
         called_with: the model's last arguments inside a closure.
     """
 
+    slots: Slots
     initial: dict[str, Tensor]
     version: int = 0
     support: Any = None
@@ -171,7 +173,7 @@ class JIIOLearner(BaseLearner):
                 setattr(learner, name, value)
         learner.residuals = None
         slots = Slots(learner.module, self.names)
-        learner._task = _TaskState(dict(zip(self.names, slots.get(), strict=True)))
+        learner._task = _TaskState(slots, dict(zip(self.names, slots.get(), strict=True)))
         return learner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,17 +231,16 @@ class JIIOLearner(BaseLearner):
         check_cells(self.module)
         objective, value, forward = self._objective(loss)
         check_loss(value)
+        slots = self._task.slots
         names = influential(
             value,
-            self._task_slots(self.names),
+            slots,
             self.allow_unused if allow_unused is None else allow_unused,
             self.allow_nograd if allow_nograd is None else allow_nograd,
         )
         anchor = [self._task.initial[name] for name in names]
         states = [z.detach() for z in forward.session.z]
-        variable = TaskVariable(
-            self._task_slots(names), objective, anchor, self.reg, states, self.module
-        )
+        variable = TaskVariable(slots.some(names), objective, anchor, self.reg, states, self.module)
         first_order = self.first_order if first_order is None else first_order
         if has_dropout(self.module):  # one mask for all iterations, or there is no optimum
             variable.call = same_randomness(variable.call)  # type: ignore[method-assign]
@@ -306,11 +307,8 @@ class JIIOLearner(BaseLearner):
     def _method(self, dtype: torch.dtype) -> Joint:
         return Joint(
             max_iter=self.iters, step_size=self.lr, tol=self._tol(dtype), mixing="anderson",
-            acceleration=self.memory,
+            acceleration=self.memory, warmup=0,  # the forward pass has solved the fixed point
         )  # fmt: skip
-
-    def _task_slots(self, names: Sequence[str]) -> Slots:
-        return Slots(self.module, names)
 
     def _objective(
         self, loss: Tensor | Callable[[], Tensor]
@@ -341,7 +339,7 @@ class JIIOLearner(BaseLearner):
                     "it anew, as every step of a loop does"
                 )
             check_replay(loss)
-            check_constants(loss, self._task_slots(self.names))
+            check_constants(loss, task.slots)
             objective, value = partial(self._replay, loss, forward.inputs), loss
         elif callable(loss):
             session = SolveSession()

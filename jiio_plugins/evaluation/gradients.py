@@ -104,7 +104,7 @@ class Backpropagated(Method):
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
                 z = torch.cat(view.z, dim=1).detach()
                 unknown = torch.full_like(z[:, :1], torch.inf)  # no residual: the start is judged
-                track.see(v, loss, output, unknown, unknown, track.active_rows())
+                track.see(v, loss, output, unknown, unknown, track.active)
                 if callback is not None:
                     callback(Progress(k, v, gradient, loss.detach(), unknown[:, 0], z))
                 v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
