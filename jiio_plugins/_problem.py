@@ -24,6 +24,7 @@ from jiio_plugins.solution import Status
 from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
+    from jiio_plugins._session import Advance
     from jiio_plugins.solvers import FlatSolution, Solver
 
 Objective = Callable[[Any], Tensor]
@@ -283,15 +284,16 @@ class Problem:
         return session.flat.to(z.dtype)
 
     def linearize(
-        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
-    ) -> Linearization:
+        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
+        advance: Advance | None = None,
+    ) -> Linearization:  # fmt: skip
         """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
         assert self.layout is not None
 
         def call(leaf: Tensor) -> Any:
             return self.variable.call(leaf) if rows is None else self.variable.call_rows(leaf, rows)
 
-        return Linearization(call, v, self.layout.split(z), image=image)
+        return Linearization(call, v, self.layout.split(z), image=image, advance=advance)
 
 
 class HeldProblem(Problem):
@@ -323,8 +325,9 @@ class HeldProblem(Problem):
         return z
 
     def linearize(
-        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True
-    ) -> Linearization:
+        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
+        advance: Advance | None = None,
+    ) -> Linearization:  # fmt: skip
         """One pass of the rest of the network, for all rows."""
         return HeldLinearization(self.variable.call, v, self.rows, self.states)
 

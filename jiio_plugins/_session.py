@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
     from jiio_plugins.adjoints import Adjoint, CellMap
 
+    Advance = Callable[[CellMap, Tensor], Tensor]
+
 NO_LAYER = (
     "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
     "optimise through. Put jiio_plugins.Equilibrium(cell) where the fixed point z = cell(z, u) is: "
     "in __init__ 'self.equilibrium = jiio_plugins.Equilibrium(cell)', in forward "
     "'z = self.equilibrium(self.encoder(x))'"
 )
-
 
 CALLED_MORE = (
     "an equilibrium layer was called more often than in the first pass of this optimisation. Its "
@@ -125,14 +126,16 @@ class RecordSession:
         z: flat state of each layer.
         image: whether a layer answers with ``f(z)``, which is one step nearer to the fixed point
             and costs nothing, instead of z; either as a leaf.
+        advance: takes a layer's flat state on before it is evaluated; None: nothing does.
 
     Attributes:
+        z: as it was evaluated.
         leaves, answers: of each layer, what f was evaluated at and what the layer returned.
         f: of each layer, the evaluation with its graph.
     """
 
-    def __init__(self, z: Sequence[Tensor], *, image: bool) -> None:
-        self.z, self.image = z, image
+    def __init__(self, z: Sequence[Tensor], *, image: bool, advance: Advance | None = None) -> None:
+        self.z, self.image, self.advance = list(z), image, advance
         self.leaves: list[tuple[Tensor, ...]] = []
         self.answers: list[tuple[Tensor, ...]] = []
         self.f: list[tuple[Tensor, ...]] = []
@@ -142,7 +145,10 @@ class RecordSession:
         """Record ``cell(z, u)``, answer."""
         if not self.open or len(self.f) >= len(self.z):
             raise RuntimeError(CALLED_MORE)
-        state = f.layout.unpack(self.z[len(self.f)])
+        k = len(self.f)
+        if self.advance is not None:
+            self.z[k] = self.advance(f, self.z[k])
+        state = f.layout.unpack(self.z[k])
         leaves = _as_leaves(as_tensors(state))
         self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
         self.leaves.append(leaves)
@@ -283,6 +289,7 @@ class Linearization:
         z: flat state of each layer.
         image: whether what comes after a layer sees ``f(z, v)`` instead of z. At a fixed point that
             is the same; before, the loss and its gradient are those of a state one step further.
+        advance: of :class:`RecordSession`.
 
     Attributes:
         output: what the model returned.
@@ -293,10 +300,11 @@ class Linearization:
     own_jz_mu: Tensor
 
     def __init__(
-        self, call: Callable[[Tensor], Any], v: Tensor, z: Sequence[Tensor], *, image: bool
-    ) -> None:
+        self, call: Callable[[Tensor], Any], v: Tensor, z: Sequence[Tensor], *, image: bool,
+        advance: Advance | None = None,
+    ) -> None:  # fmt: skip
         self._v = v.detach().requires_grad_()
-        session = RecordSession(z, image=image)
+        session = RecordSession(z, image=image, advance=advance)
         with torch.enable_grad(), running(session):
             self.output = call(self._v)
         session.open = False
@@ -307,6 +315,12 @@ class Linearization:
         self._answers = [leaf for leaves in session.answers for leaf in leaves]
         self._f = [f for parts in session.f for f in parts]
         self.f = session.flat.to(z[0].dtype)
+
+    @property
+    def z(self) -> Tensor:
+        """The state of the pass, flat ``(rows, n)``."""
+        z = self._session.z
+        return z[0] if len(z) == 1 else torch.cat(z, dim=1)
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -22,6 +22,7 @@ from jiio_plugins.solvers import HostFlag
 
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
+    from jiio_plugins.adjoints import CellMap
     from jiio_plugins.constraints import FeasibleSet
 
 
@@ -245,7 +246,8 @@ class Joint(Method):
 
     One iteration at ``(z, w, v)``, where ``w`` stands for ``J_zᵀμ`` and ω = ``relaxation``::
 
-        z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph
+        z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph and with
+                                           what comes before and after the layer
         μ = w + ∂ℓ/∂z at f(z, v)           the head's gradient is free: it needs no VJP of f
         w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too
         v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
@@ -318,13 +320,12 @@ class Joint(Method):
         mu_accepted = torch.zeros_like(z)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active
-            size_before = None
-            for _ in range(self.state_steps - 1 if k > 0 and mix is None else 0):
-                r = problem.evaluate(v, z) - z
-                problem.pay(f_evals=active)
-                size_before = row_norm(r)
-                z = _step(z, omega, r, size_before)
-            lin = problem.linearize(v, z)
+            before = None
+            if k > 0 and mix is None and self.state_steps > 1:
+                before = _StateSteps(self.state_steps - 1, omega)
+                problem.pay(f_evals=before.steps * active)
+            lin = problem.linearize(v, z, advance=before)
+            z = z if before is None else lin.z
             loss = problem.loss(lin.output)
             b, direct = lin.gradient(loss)
             mu = w + b
@@ -339,8 +340,8 @@ class Joint(Method):
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             if mix is None:
                 size = row_norm(r)
-                if size_before is not None:
-                    shrank = (size < size_before)[:, None]
+                if before is not None:
+                    shrank = (size < before.size)[:, None]
                     omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
                 z = _step(z, omega, r, size)
                 w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
@@ -362,6 +363,30 @@ class Joint(Method):
             path = track.path(v, z, mu_accepted, w, z_residual, mu_residual)
             return replace(path, v_best=mix.safe_v, loss_best=mix.safe_limit, bounded=True)
         return track.path(v, z, mu, w, z_residual, mu_residual)
+
+
+class _StateSteps:
+    """Steps on z where a layer is visited, so that the rest of the network runs once for all.
+
+    Attributes:
+        size: ‖f(z) − z‖ before the last of them, of all layers, ``(rows,)``.
+    """
+
+    size: Tensor
+
+    def __init__(self, steps: int, omega: Tensor) -> None:
+        self.steps, self.omega, self.visits = steps, omega, 0
+
+    @torch.no_grad()
+    def __call__(self, f: CellMap, z: Tensor) -> Tensor:
+        """One layer's flat state, taken on."""
+        for _ in range(self.steps):
+            r = f(z) - z
+            size = row_norm(r)
+            z = _step(z, self.omega, r, size)
+        self.size = torch.hypot(self.size, size) if self.visits else size
+        self.visits += 1
+        return z
 
 
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:

@@ -232,6 +232,22 @@ def test_without_a_warm_up_a_state_to_start_with_is_taken_as_it_is() -> None:
     assert counts == {"state": [3.0] * 4, "none": [4.0] * 4}
 
 
+def test_steps_on_the_state_do_not_run_the_rest_of_the_network() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    calls = dict.fromkeys(("encoder", "equilibrium.cell", "head"), 0)
+
+    def count_calls(name: str) -> None:
+        calls[name] += 1
+
+    for name in calls:
+        part = model.get_submodule(name)
+        part.register_forward_hook(lambda *_, name=name: count_calls(name))
+    method = Joint(max_iter=4, state_steps=3, warmup=2)
+    found = joint_solution(model, x, objective, method=method, constraint=L2Ball(0.5))
+    assert calls == {"encoder": 5, "equilibrium.cell": 2 + 1 + 3 * 3, "head": 5}
+    assert found.f_evals.tolist() == [12.0] * 4
+
+
 def test_a_start_is_projected_on_the_set_around_x() -> None:
     model, x = Net(seed=3), rand(4, 5, seed=1)
     found = solve(model, x, start=x + 10.0)
