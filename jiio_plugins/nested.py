@@ -14,6 +14,7 @@ from jiio_plugins.solvers import Anderson, Solver, iterate
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
     from jiio_plugins._session import Linearization
+    from jiio_plugins.adjoints import CellMap
     from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.methods import Callback, Path, Stop
 
@@ -55,13 +56,17 @@ class Nested(Method):
         mu_residual = torch.zeros(problem.rows, device=v.device)
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active
-            z_start = z
-            if self.solver.max_iter > 1 or z is None:
-                solved = problem.solve(v, _capped(self.solver), z)
+            solving = None
+            if z is None:
+                solved = problem.solve(v, _capped(self.solver))
                 problem.pay(f_evals=solved.evals * active)
-                z_start = solved.image
-            assert z_start is not None
-            lin = problem.linearize(v, z_start)
+                z = solved.image
+            elif self.solver.max_iter > 1:
+                solving = _Solving(_capped(self.solver))
+            lin = problem.linearize(v, z, advance=solving)
+            if solving is not None:
+                problem.pay(f_evals=solving.evals * active)
+            z_start = lin.z
             loss = problem.loss(lin.output)
             b, direct = lin.gradient(loss)
             equation = _AdjointEquation(problem, lin, v, z_start, b)
@@ -76,8 +81,7 @@ class Nested(Method):
             v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
             v = track.move(v, v_next)
             last_z, last_mu = lin.f, outcome.fz
-            if self.warm_start:
-                z, mu = last_z, last_mu
+            z, mu = (last_z, last_mu) if self.warm_start else (None, None)
             if track.all_done():
                 break
         return track.path(v, last_z, last_mu, last_mu - b, relative(r, lin.f), mu_residual)
@@ -86,6 +90,25 @@ class Nested(Method):
 def _capped(solver: Solver) -> Solver:
     """The solver with one evaluation less: the one with the graph comes after it."""
     return replace(solver, max_iter=max(1, solver.max_iter - 1))
+
+
+class _Solving:
+    """A solve where a layer is visited, so that the rest of the network runs once a step.
+
+    Attributes:
+        evals: evaluations of f per row, all layers together.
+    """
+
+    evals: Tensor | float = 0.0
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+
+    def __call__(self, f: CellMap, z: Tensor) -> Tensor:
+        """One layer's flat state, one step on from where its solve ended."""
+        found = iterate(f, z, self.solver)
+        self.evals = self.evals + found.evals
+        return found.fz
 
 
 class _AdjointEquation:
