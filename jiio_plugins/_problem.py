@@ -25,7 +25,7 @@ from jiio_plugins.solvers import Anderson
 
 if TYPE_CHECKING:
     from jiio_plugins._session import Advance
-    from jiio_plugins.solvers import FlatSolution, Solver
+    from jiio_plugins.solvers import FlatMap, FlatSolution, Solver
 
 Objective = Callable[[Any], Tensor]
 
@@ -287,13 +287,54 @@ class Problem:
         self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
         advance: Advance | None = None,
     ) -> Linearization:  # fmt: skip
-        """One evaluation of f with its graph, for all rows or some (``z`` then holds those)."""
+        """One evaluation of f with its graph, for all rows or some (``z`` then holds those).
+
+        ``advance`` takes each layer's state on where the layer is visited, before that evaluation.
+        """
         assert self.layout is not None
 
         def call(leaf: Tensor) -> Any:
             return self.variable.call(leaf) if rows is None else self.variable.call_rows(leaf, rows)
 
-        return Linearization(call, v, self.layout.split(z), image=image, advance=advance)
+        def repeatably(f: FlatMap, z: Tensor) -> Tensor:
+            assert advance is not None
+            return advance(_Repeatable(f), z)
+
+        steps = advance if advance is None or self.splits else repeatably
+        return Linearization(call, v, self.layout.split(z), image=image, advance=steps)
+
+
+def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` with the same random numbers every time, the global generators left as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if devices else []
+
+    def replay(*args: Any) -> Any:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(cpu)
+            if devices:
+                torch.cuda.set_rng_state_all(cuda)
+            return call(*args)
+
+    return replay
+
+
+class _Repeatable:
+    """A map that draws the same random numbers at every evaluation, and leaves them as they were.
+
+    What comes after, the evaluation with the graph among it, then draws them too.
+    """
+
+    def __init__(self, f: FlatMap) -> None:
+        self._call = same_randomness(f)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        image: Tensor = self._call(z)
+        return image
+
+    def restrict(self, rows: Tensor) -> None:
+        return None
 
 
 class HeldProblem(Problem):

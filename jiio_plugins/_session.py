@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from jiio_plugins.adjoints import Adjoint, CellMap
+    from jiio_plugins.solvers import FlatMap
 
-    Advance = Callable[[CellMap, Tensor], Tensor]
+    Advance = Callable[[FlatMap, Tensor], Tensor]
 
 NO_LAYER = (
     "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
@@ -120,7 +121,7 @@ class IterateSession(SolveSession):
 
 
 class RecordSession:
-    """Every layer evaluates its cell once at a given state.
+    """Every layer evaluates its cell once, at a given state or where ``advance`` takes it.
 
     Args:
         z: flat state of each layer.
@@ -406,6 +407,11 @@ class HeldLinearization(Linearization):
         if self._held.visits != len(states):
             raise called_fewer(self._held.visits, len(states))
         self.f = self.own_jz_mu = v.new_zeros(rows, 0)
+
+    @property
+    def z(self) -> Tensor:
+        """Empty."""
+        return self.f
 
     @property
     def leaves(self) -> list[Tensor]:

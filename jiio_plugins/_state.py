@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -80,13 +82,19 @@ def row_norm(flat: Tensor) -> Tensor:
     return norm
 
 
+def full_precision(kind: str) -> AbstractContextManager[Any]:
+    """Without autocast on this type of device."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
 def nowhere(mask: Tensor) -> bool:
     """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
     return mask.device.type == "cpu" and not bool(mask.any())
 
 
 def surely_finite(tensor: Tensor) -> bool:
-    """True only where all entries are finite, at the price of a sum; likewise."""
+    """Whether all entries are finite, by one sum; False where that is in doubt, or would wait."""
     return tensor.device.type == "cpu" and math.isfinite(float(tensor.sum()))
 
 

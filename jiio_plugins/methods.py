@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from jiio_plugins._state import nowhere, row_norm, surely_finite
 from jiio_plugins.mixing import MIXINGS, Descent
-from jiio_plugins.solvers import HostFlag
+from jiio_plugins.solvers import FlatMap, HostFlag
 
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
-    from jiio_plugins.adjoints import CellMap
     from jiio_plugins.constraints import FeasibleSet
 
 
@@ -89,7 +88,7 @@ class Method(abc.ABC):
             step_size, so that a short run ends in a long step; without one step_size.
         warmup: forward-only evaluations of f before the first step, at most; a row that reaches
             1e-2 needs fewer. The adjoint at a state far from the fixed point is noise. 0 is for a
-            state to start with that is a fixed point already; without such a state it is 1.
+            state to start with that is a fixed point already; without a state it counts as 1.
     """
 
     max_iter: int = 30
@@ -257,7 +256,7 @@ class Joint(Method):
     one step further that is there anyway; with a ball, two evaluations of f for each VJP
     (``state_steps=1`` is the paper's one), z over-relaxed where the paper damps it, and no mixing
     over the history while v moves by normalised steps. The two residuals at one v tell whether ω is
-    too long for a row: if the second is not smaller, its ω is halved.
+    too long for a row: if a layer's second is not smaller, the row's ω is halved.
 
     Without a ball v settles, and the history of z, μ and v helps it to (``mixing``): by L-BFGS
     steps of v that z and μ follow along their secants (:class:`jiio_plugins.mixing.QuasiNewton`),
@@ -321,7 +320,7 @@ class Joint(Method):
         for k, step in enumerate(self.steps(feasible, v)):
             active = track.active
             before = None
-            if k > 0 and mix is None and self.state_steps > 1:
+            if k > 0 and mix is None and self.state_steps > 1 and z.shape[1]:
                 before = _StateSteps(self.state_steps - 1, omega)
                 problem.pay(f_evals=before.steps * active)
             lin = problem.linearize(v, z, advance=before)
@@ -341,7 +340,8 @@ class Joint(Method):
             if mix is None:
                 size = row_norm(r)
                 if before is not None:
-                    shrank = (size < before.size)[:, None]
+                    assert problem.layout is not None
+                    shrank = before.shrank(problem.layout.split(r))
                     omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
                 z = _step(z, omega, r, size)
                 w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
@@ -369,24 +369,31 @@ class _StateSteps:
     """Steps on z where a layer is visited, so that the rest of the network runs once for all.
 
     Attributes:
-        size: ‖f(z) − z‖ before the last of them, of all layers, ``(rows,)``.
+        sizes: of each layer, ‖f(z) − z‖ before the last of them, ``(rows,)``.
     """
 
-    size: Tensor
-
     def __init__(self, steps: int, omega: Tensor) -> None:
-        self.steps, self.omega, self.visits = steps, omega, 0
+        self.steps, self.omega = steps, omega
+        self.sizes: list[Tensor] = []
 
     @torch.no_grad()
-    def __call__(self, f: CellMap, z: Tensor) -> Tensor:
+    def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, taken on."""
         for _ in range(self.steps):
             r = f(z) - z
             size = row_norm(r)
             z = _step(z, self.omega, r, size)
-        self.size = torch.hypot(self.size, size) if self.visits else size
-        self.visits += 1
+        self.sizes.append(size)
         return z
+
+    def shrank(self, r: Sequence[Tensor]) -> Tensor:
+        """Rows in which no layer's residual ``r`` is larger than before, ``(rows, 1)``.
+
+        Each by itself: a later layer starts with the jump of what goes into it, and that it
+        shrinks says nothing about an earlier one.
+        """
+        smaller = [row_norm(now) < size for now, size in zip(r, self.sizes, strict=True)]
+        return torch.stack(smaller, dim=1).all(1, keepdim=True)
 
 
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:

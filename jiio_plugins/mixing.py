@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import nowhere, row_norm, surely_finite
+from jiio_plugins._state import full_precision, nowhere, row_norm, surely_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,7 @@ class Secants:
             with_t = with_t.masked_fill(forget[:, None, None], 0)
         share = squares.clamp(min=_LEAST).reciprocal()[:, :, None]
         gram = (self._gram[:, :, : self.count, : self.count] * share[..., None]).sum(1)
-        gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(_LEAST)  # of those forgotten it is 0
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(_LEAST)  # a forgotten one is 0: γ = 0
         factor, info = torch.linalg.cholesky_ex(gram)
         gamma = torch.cholesky_solve((with_t * share).sum(1)[:, :, None], factor).mT
         if nowhere(info) and surely_finite(gamma):
@@ -242,7 +242,7 @@ MIXINGS: dict[str, type[Mixing]] = {"quasi-newton": QuasiNewton, "anderson": Blo
 
 
 def _squares(*blocks: Tensor) -> Tensor:
-    """Of blocks of z and w ‖z‖² and ‖w‖², of those of v ‖v‖², ``(problems, …)``."""
+    """‖z‖², ‖w‖² and ‖v‖² of a triple of blocks, ``(problems, 3)``; more triples add columns."""
     norms = [torch.linalg.vector_norm(block, dim=2) for block in blocks]
     return torch.cat(norms, dim=1).double().square()
 
@@ -335,7 +335,8 @@ class Descent:
             self.again = back
         self.safe_limit = torch.where(sure, high, self.safe_limit)
         self.safe = _where(sure, now, self.safe)
-        return self._part(self.mix(self.anchor[:2], self.anchor[2:], self.step, self.again))
+        with full_precision(value.device.type):  # products of iterates, not of layers
+            return self._part(self.mix(self.anchor[:2], self.anchor[2:], self.step, self.again))
 
     @property
     def accepted(self) -> ZWV:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.methods import Method, Progress, Tracker, relative
-from jiio_plugins.solvers import Anderson, Solver, iterate
+from jiio_plugins.solvers import Anderson, FlatMap, Solver, iterate
 
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
     from jiio_plugins._session import Linearization
-    from jiio_plugins.adjoints import CellMap
     from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.methods import Callback, Path, Stop
 
@@ -104,7 +103,7 @@ class _Solving:
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
 
-    def __call__(self, f: CellMap, z: Tensor) -> Tensor:
+    def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, one step on from where its solve ended."""
         found = iterate(f, z, self.solver)
         self.evals = self.evals + found.evals

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins._counting import RowCounter, count, counting_into
-from jiio_plugins._problem import Objective, ParameterVariable, Problem, Variable
+from jiio_plugins._problem import (
+    Objective,
+    ParameterVariable,
+    Problem,
+    Variable,
+    same_randomness,
+)
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
 from jiio_plugins.methods import Callback, Joint, Method, Path, Stop
@@ -20,7 +26,7 @@ from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.solvers import Anderson, Solver, check_solver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
@@ -254,22 +260,6 @@ def undisturbed(
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` with the same random numbers every time, the global generators left as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if devices else []
-
-    def replay(*args: Any) -> Any:
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(cpu)
-            if devices:
-                torch.cuda.set_rng_state_all(cuda)
-            return call(*args)
-
-    return replay
 
 
 def _verified(

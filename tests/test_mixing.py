@@ -185,3 +185,17 @@ def test_the_estimate_of_the_objective_is_exact_to_second_order(network: Any) ->
         estimate = loss.detach() + (at.own_jz_mu * (at.f - away)).sum(1)
         errors.append(float((estimate - value).abs().max()))
     assert errors[1] < 2e-2 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["quasi-newton", "anderson"])
+def test_under_autocast_the_iterate_keeps_its_precision(kind: Any) -> None:
+    model, x = Net(seed=1).float(), rand(6, 5, seed=2).float()
+    seen = set()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = optimize_input(
+            model, x, lambda y: y.float().square().sum(1), method=Joint(max_iter=12, mixing=kind),
+            callback=lambda progress: seen.add(progress.z.dtype),
+        )  # fmt: skip
+    assert seen == {torch.float32}
+    assert solution.costate is not None
+    assert solution.costate.dtype == torch.float32

@@ -892,6 +892,36 @@ def test_an_optimisation_inside_the_objective() -> None:
     assert torch.equal(got.x, reference.x)
 
 
+class Slowly(nn.Module):
+    """``z = −0.8 z + x``, which over-relaxed steps leave, then ``z = 0.1 z + 10 z₁``."""
+
+    class Linear(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.rate = rate
+
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return self.rate * z + u
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Equilibrium(self.Linear(-0.8))
+        self.second = Equilibrium(self.Linear(0.1))
+        self.head = linear(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(10 * self.first(x)) / 10)
+
+
+def test_a_later_layer_does_not_hide_that_an_earlier_one_is_over_relaxed() -> None:
+    residuals: list[float] = []
+    optimize_input(
+        Slowly(), rand(8, 5, seed=1), squared, method=Joint(max_iter=40), constraint=L2Ball(0.5),
+        callback=lambda progress: residuals.append(float(progress.z_residual.max())),
+    )  # fmt: skip
+    assert residuals[-1] < 0.05
+
+
 # Training mode ----------------------------------------------------------------------------------
 
 
@@ -932,6 +962,33 @@ def test_training_mode_keeps_one_dropout_mask(method: Any, step: float) -> None:
         model, x, squared, method=method, constraint=L2Ball(0.5), training_mode=True
     )
     assert not torch.equal(other.x, solution.x)
+
+
+@pytest.mark.parametrize(
+    "method", [Joint(max_iter=30), Nested(max_iter=15, warm_start=True)], ids=["joint", "warm"]
+)
+def test_random_numbers_in_a_cell_and_after_it_are_the_same_in_every_pass(method: Any) -> None:
+    model = Net(seed=1)
+    cell, drawn = model.equilibrium.cell, []
+
+    class Scaled(nn.Module):
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return cell(z, u) * (0.8 + 0.4 * torch.rand_like(z))
+
+    def draw(*_: object) -> None:
+        drawn.append(float(torch.rand(())))
+
+    model.equilibrium.cell = Scaled()
+    model.head.register_forward_pre_hook(draw)
+    residuals: list[float] = []
+    optimize_input(
+        model, rand(8, 5, seed=1), squared, method=method, constraint=L2Ball(0.5),
+        training_mode=True,
+        callback=lambda progress: residuals.append(float(progress.z_residual.median())),
+    )  # fmt: skip
+    assert residuals[-1] < 1e-2
+    loop = drawn[1 : len(residuals) + 1]
+    assert len(set(loop)) == 1
 
 
 def test_training_mode_warns_of_batch_statistics() -> None:

@@ -33,11 +33,11 @@ class Slots:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters."""
+        """Names of the parameters."""
         return tuple(self._places)
 
     def some(self, names: Sequence[str]) -> Slots:
-        """Those of these names."""
+        """The slots of some of the names."""
         slots = copy.copy(self)
         slots._places = {name: self._places[name] for name in names}
         return slots

@@ -25,13 +25,13 @@ from jiio_learn2learn._checks import (
 )
 from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, frozen, kept
 from jiio_plugins._counting import count, count_evaluations, counting_into
+from jiio_plugins._problem import same_randomness
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Implicit
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import in_joint_mode, running
 from jiio_plugins.implicit import Residuals, adjoint_solver, attach, warn_if_loose
 from jiio_plugins.methods import Joint
-from jiio_plugins.optimize import same_randomness
 from jiio_plugins.recording import Recorded, Tape
 from jiio_plugins.solvers import Anderson
 
@@ -307,7 +307,7 @@ class JIIOLearner(BaseLearner):
     def _method(self, dtype: torch.dtype) -> Joint:
         return Joint(
             max_iter=self.iters, step_size=self.lr, tol=self._tol(dtype), mixing="anderson",
-            acceleration=self.memory, warmup=0,  # the forward pass has solved the fixed point
+            acceleration=self.memory, warmup=0,  # starts where the forward pass ended
         )  # fmt: skip
 
     def _objective(
