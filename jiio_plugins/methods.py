@@ -387,7 +387,7 @@ class _StateSteps:
         return z
 
     def shrank(self, r: Sequence[Tensor]) -> Tensor:
-        """Rows in which no layer's residual ``r`` is larger than before, ``(rows, 1)``.
+        """Rows in which every layer's residual ``r`` is smaller than before, ``(rows, 1)``.
 
         Each by itself: a later layer starts with the jump of what goes into it, and that it
         shrinks says nothing about an earlier one.
