@@ -95,7 +95,7 @@ def nowhere(mask: Tensor) -> bool:
 
 def surely_finite(tensor: Tensor) -> bool:
     """Whether all entries are finite, by one sum; False where that is in doubt, or would wait."""
-    return tensor.device.type == "cpu" and math.isfinite(float(tensor.sum()))
+    return tensor.device.type == "cpu" and math.isfinite(float(tensor.detach().sum()))
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:
