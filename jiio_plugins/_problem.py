@@ -361,10 +361,6 @@ class HeldProblem(Problem):
         """An empty state."""
         return v.new_zeros(self.rows, 0)
 
-    def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
-        """An empty f."""
-        return z
-
     def linearize(
         self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
         advance: Advance | None = None,

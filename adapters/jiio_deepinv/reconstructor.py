@@ -24,6 +24,7 @@ from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective
 from jiio_deepinv.likelihoods import likelihood_of, per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
+from jiio_plugins._state import full_precision
 from jiio_plugins.methods import Joint
 from jiio_plugins.optimize import check_method, optimize_input
 from jiio_plugins.solvers import Anderson, check_solver
@@ -187,7 +188,7 @@ class JIIOReconstructor(Reconstructor):
         data = self.data_fidelity if self.data_fidelity is not None else likelihood_of(physics)
         exact: bool | Solver = True if self.implicit is None else self.implicit
         differentiable = torch.is_grad_enabled() and exact
-        with torch.autocast(start.device.type, enabled=False), _evaluated(self.generator):
+        with full_precision(start.device.type), _evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model, y, physics, data, self.prior, self.prior_weight, self.latent_penalty,
