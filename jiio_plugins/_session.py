@@ -15,7 +15,7 @@ from torch import Tensor
 from jiio_plugins._counting import count, count_rows
 from jiio_plugins._state import Layout, as_tensors, flatten
 from jiio_plugins.adjoints import implicit_gate, solve_counted
-from jiio_plugins.equilibrium import Equilibrium, running
+from jiio_plugins.equilibrium import running
 from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from jiio_plugins.adjoints import Adjoint, CellMap
+    from jiio_plugins.equilibrium import Rules
     from jiio_plugins.solvers import FlatMap
 
     Advance = Callable[[FlatMap, Tensor], Tensor]
@@ -31,7 +32,7 @@ NO_LAYER = (
     "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
     "optimise through. Put jiio_plugins.Equilibrium(cell) where the fixed point z = cell(z, u) is: "
     "in __init__ 'self.equilibrium = jiio_plugins.Equilibrium(cell)', in forward "
-    "'z = self.equilibrium(self.encoder(x))'"
+    "'z = self.equilibrium(self.encoder(x))'. A TorchDEQ model: jiio_torchdeq.adapt(model)"
 )
 
 CALLED_MORE = (
@@ -92,7 +93,7 @@ class SolveSession:
         self.results: list[FlatSolution] = []
         self.z: list[Tensor] = []
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """Solve; keep the state."""
         flat = f.layout.pack(z0) if self.start is None else self.start[len(self.layouts)]
         flat = self.solve(layer, f, flat)
@@ -100,7 +101,7 @@ class SolveSession:
         self.z.append(flat)
         return f.layout.unpack(flat.clone())  # the network may change it in place
 
-    def solve(self, layer: Equilibrium, f: CellMap, flat: Tensor) -> Tensor:
+    def solve(self, layer: Rules, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
         rule = self.adjoint or layer.adjoint
         return rule.forward(f, flat, self.solver or layer.solver)
@@ -112,7 +113,7 @@ class IterateSession(SolveSession):
     def __init__(self, solver: Solver, start: Sequence[Tensor] | None = None) -> None:
         super().__init__(solver, start=start)
 
-    def solve(self, layer: Equilibrium, f: CellMap, flat: Tensor) -> Tensor:
+    def solve(self, layer: Rules, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
         assert self.solver is not None
         result = iterate(f, flat, self.solver)
@@ -142,7 +143,7 @@ class RecordSession:
         self.f: list[tuple[Tensor, ...]] = []
         self.open = True
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """Record ``cell(z, u)``, answer."""
         if not self.open or len(self.f) >= len(self.z):
             raise RuntimeError(CALLED_MORE)
@@ -204,7 +205,7 @@ class EnvelopeSession:
         if value.requires_grad:
             value.register_hook(note)
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """``f(z)``, connected to the graph of f through its adjoint."""
         k, rows, width = self.visits, len(as_tensors(z0)[0]), sum(f.layout.sizes)
         self.visits += 1
@@ -246,12 +247,12 @@ class PenaltySession:
         self.visits = 0
         self.value = z[0].new_zeros(())
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """The state as it is."""
         state = f.layout.unpack(self.z[self.visits])
         self.visits += 1
         penalty = jacobian_penalty(
-            layer.cell, state, *f.injection, probes=self.probes, generator=self.generator
+            f.cell, state, *f.injection, probes=self.probes, generator=self.generator
         )
         self.value = self.value + penalty
         rows = count_rows(len(self.z[0]), self.z[0].device)
@@ -272,7 +273,7 @@ class HeldSession:
     def __init__(self, z: Sequence[Tensor]) -> None:
         self.z, self.visits = z, 0
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """The state as it is."""
         if self.visits >= len(self.z):
             raise RuntimeError(CALLED_MORE)

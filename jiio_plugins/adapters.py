@@ -34,7 +34,8 @@ def load_adapter(name: str) -> ModuleType:
     """Import an adapter package.
 
     Args:
-        name: "art", "deepinv", "learn2learn", "torchattacks" (see :func:`available_adapters`).
+        name: one of :func:`available_adapters`: "art", "deepinv", "learn2learn", "torchattacks",
+            "torchdeq".
 
     Returns:
         The module, e.g. ``jiio_art``.

@@ -31,9 +31,12 @@ _COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 class CellMap:
-    """``z -> cell(z, *injection)`` on flat states, restrictable to rows of the batch."""
+    """``z -> cell(z, *injection)`` on flat states, restrictable to rows of the batch.
 
-    def __init__(self, cell: nn.Module, injection: Sequence[Any], layout: Layout) -> None:
+    ``cell`` may be a function that holds its injection itself; that one cannot be restricted.
+    """
+
+    def __init__(self, cell: Callable[..., Any], injection: Sequence[Any], layout: Layout) -> None:
         self.cell, self.injection, self.layout = cell, tuple(injection), layout
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -45,7 +48,8 @@ class CellMap:
         """The cell on a structured state, its output's shape checked."""
         rows = len(state[0] if self.layout.is_tuple else state)
         out = self.cell(state, *self.injection)
-        self.layout.check(out, rows, f"the output of the cell {type(self.cell).__name__}")
+        name = getattr(self.cell, "__name__", type(self.cell).__name__)
+        self.layout.check(out, rows, f"the output of the cell {name}")
         return out
 
     def restrict(self, rows: Tensor) -> CellMap | None:
@@ -53,6 +57,8 @@ class CellMap:
 
         None for a cell with dropout or batch statistics at work: fewer rows would change those.
         """
+        if not isinstance(self.cell, nn.Module):
+            return None
         if any(m.training and isinstance(m, _COUPLED) for m in self.cell.modules()):
             return None
         injection = [u[rows] if isinstance(u, Tensor) else u for u in self.injection]

@@ -2,7 +2,8 @@
 
 Outside an optimisation it solves ``z = cell(z, u)`` and attaches a gradient. Inside one it has a
 *joint mode*: a session (:mod:`jiio_plugins._session`) decides what a visit to the layer does. The
-session belongs to the running optimisation; nothing is ever stored in the module.
+session belongs to the running optimisation; nothing is ever stored in the module. A layer of
+another library has a joint mode as soon as it asks :func:`current_session` too.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+class Rules(Protocol):
+    """What a layer does where a session leaves it to the layer."""
+
+    solver: Solver
+    adjoint: Adjoint
+
+
 class Session(Protocol):
     """Decides what an equilibrium layer answers while an optimisation runs."""
 
-    def visit(self, layer: Equilibrium, f: CellMap, z0: Any) -> Any:
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
         """The state that ``layer`` returns; ``z0`` gives its initial state when called."""
 
 
@@ -42,12 +50,12 @@ def running(session: Session) -> Iterator[None]:
         _session.reset(token)
 
 
-def in_joint_mode() -> bool:
-    """Whether a session decides here what equilibrium layers do."""
-    return _session.get() is not None
+def current_session() -> Session | None:
+    """The session that decides here what equilibrium layers do; None outside an optimisation."""
+    return _session.get()
 
 
-def _full_precision(state: Any) -> Any:
+def full_precision_state(state: Any) -> Any:
     """Under autocast an encoder answers in half precision; a solve needs its state in float32."""
     tensors = as_tensors(state)
     kind = tensors[0].device.type
@@ -58,7 +66,11 @@ def _full_precision(state: Any) -> Any:
     return tensors if isinstance(state, (tuple, list)) else tensors[0]
 
 
-class Equilibrium(nn.Module):
+class EquilibriumLayer(nn.Module):
+    """Base of the layers that have a joint mode."""
+
+
+class Equilibrium(EquilibriumLayer):
     """The layer ``z* = cell(z*, *injection)``.
 
     Args:
@@ -107,9 +119,9 @@ class Equilibrium(nn.Module):
     def forward(self, *injection: Any, z0: Any = None) -> Any:
         """Solve the fixed point; in joint mode, do what the running optimisation asks."""
         start = self.initial_state(*injection) if z0 is None else z0
-        start = _full_precision(start)
+        start = full_precision_state(start)
         f = CellMap(self.cell, injection, Layout.of(start))
-        session = _session.get()
+        session = current_session()
         if session is not None:
             return session.visit(self, f, start)
         flat0 = f.layout.pack(start)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jiio_plugins._state import Layout
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def jacobian_penalty(
-    cell: nn.Module,
+    cell: Callable[..., Any],
     z: Any,
     *injection: Any,
     probes: int = 1,

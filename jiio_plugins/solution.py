@@ -53,7 +53,7 @@ _MESSAGES = {
     ),
     Status.DISAGREEMENT: (
         "the model's own solver and the tight solve give different values: the model stops too "
-        "early; tighten the tol of its Equilibrium layer before judging it"
+        "early; tighten the tol of its equilibrium layer before judging it"
     ),
     Status.NO_IMPROVEMENT: (
         "nothing better than the start was found, and the start is returned: raise max_iter or "

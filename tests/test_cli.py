@@ -52,13 +52,19 @@ def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:
 def test_adapters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["adapters"])
     printed = capsys.readouterr().out
-    assert set(available_adapters()) == {"art", "deepinv", "learn2learn", "torchattacks"}
-    assert printed.count("ready") == 4
+    assert set(available_adapters()) == {
+        "art",
+        "deepinv",
+        "learn2learn",
+        "torchattacks",
+        "torchdeq",
+    }
+    assert printed.count("ready") == 5
 
 
 def test_load_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_adapter("art").__name__ == "jiio_art"
-    with pytest.raises(ValueError, match="art, deepinv, learn2learn, torchattacks"):
+    with pytest.raises(ValueError, match="art, deepinv, learn2learn, torchattacks, torchdeq"):
         load_adapter("nothing")
 
     def missing(name: str) -> None:

@@ -10,7 +10,7 @@ from deepinv.optim import DataFidelity, Prior
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium
+from jiio_plugins.equilibrium import EquilibriumLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def check_modules(
     """Raise unless these are what the names say."""
     if not isinstance(generator, nn.Module):
         raise TypeError(f"generator must be an nn.Module, got {type(generator).__name__}")
-    if not any(isinstance(module, Equilibrium) for module in generator.modules()):
+    if not any(isinstance(module, EquilibriumLayer) for module in generator.modules()):
         raise ValueError(
             "the generator has no jiio_plugins.Equilibrium layer: there is nothing to optimise "
             "jointly. For other generators use deepinv.models.CSGMGenerator"

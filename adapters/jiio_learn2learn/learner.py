@@ -29,7 +29,7 @@ from jiio_plugins._problem import same_randomness
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Implicit
 from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.equilibrium import in_joint_mode, running
+from jiio_plugins.equilibrium import current_session, running
 from jiio_plugins.implicit import Residuals, adjoint_solver, attach, warn_if_loose
 from jiio_plugins.methods import Joint
 from jiio_plugins.recording import Recorded, Tape
@@ -184,7 +184,7 @@ class JIIOLearner(BaseLearner):
         task = self._task
         if task is None:
             return self.module(*args, **kwargs)
-        if in_joint_mode():  # a closure's call
+        if current_session() is not None:  # a closure's call
             task.called_with = (args, kwargs)
             return self.module(*args, **kwargs)
         warm = task.z if task.version and same_inputs(task.support, (args, kwargs)) else None

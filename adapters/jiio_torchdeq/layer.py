@@ -1,0 +1,191 @@
+"""A joint mode for TorchDEQ's layers.
+
+TorchDEQ (Geng and Kolter, 2023) has one call, ``z_out, info = deq(func, z_init)``, with a function
+that holds its injection. That is all a session of ours needs of a layer: a map, a state to start
+from, and what the layer does where it is left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchdeq.core import DEQBase
+from torchdeq.solver.stat import SolverStat
+
+from jiio_plugins import Anderson, Implicit, Solver
+from jiio_plugins._counting import count, count_rows, counting_into, open_counters
+from jiio_plugins._state import Layout, as_tensors
+from jiio_plugins.adjoints import Adjoint, CellMap, implicit_gate
+from jiio_plugins.equilibrium import EquilibriumLayer, current_session, full_precision_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def adapt(model: nn.Module) -> nn.Module:
+    """The model, with a joint mode in each of its TorchDEQ layers ``z* = func(z*)``.
+
+    The layers are changed in place: their class becomes a subclass of what it was, everything else
+    (settings, parameters, names in a ``state_dict``) stays. Outside an optimisation they answer as
+    before, to the bit. In eval mode, where TorchDEQ solves without a graph and no gradient reaches
+    the model's input, the answer has the exact gradient now, unless gradients are off: ``μ`` solves
+    ``μ = J_zᵀ μ + ∂ℓ/∂z`` to the layer's ``b_tol`` in ``b_max_iter`` VJPs.
+
+    In joint mode a layer returns one state, as in eval mode, and an empty ``info``.
+
+    Args:
+        model: holds at least one layer from ``torchdeq.get_deq``, or is one. Its states are batch
+            first, and func works on each row by itself.
+
+    Returns:
+        ``model`` itself. A second call changes nothing more.
+
+    Raises:
+        TypeError: model is no ``nn.Module``.
+        ValueError: it holds no TorchDEQ layer.
+
+    Example:
+        >>> model = jiio_torchdeq.adapt(model)
+        >>> adversarial = jiio_torchattacks.JIIO(model, norm="L2", eps=1.0)(images, labels)
+
+    Source: the layer is Geng and Kolter, "TorchDEQ: A Library for Deep Equilibrium Models" (2023).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = [module for module in model.modules() if isinstance(module, DEQBase)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no TorchDEQ layer: assign what torchdeq.get_deq(...) "
+            "returns to an attribute of the model. In a model without TorchDEQ put "
+            "jiio_plugins.Equilibrium(cell) where the fixed point is"
+        )
+    for layer in layers:
+        if not isinstance(layer, JointDEQ):
+            kind: Any = type(layer)
+            layer.__class__ = _joint(kind)
+    return model
+
+
+class JointDEQ(EquilibriumLayer):
+    """Comes before the class of a TorchDEQ layer: asks the running session first."""
+
+    eval_f_max_iter: int
+    f_tol: float
+    f_stop_mode: str
+    b_max_iter: int
+    b_tol: float
+    b_stop_mode: str
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="an equilibrium layer runs a data-dependent loop"
+    )
+    def forward(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """See ``torchdeq.core.DEQBase.forward``."""
+        plain = super().forward
+        # what the state is called differs between TorchDEQ's classes
+        given = inspect.signature(plain).bind(func, *args, **kwargs)
+        _, z0, *rest = given.args
+        solve = partial(self._solve, lambda f, z: plain(f, z, *rest, **given.kwargs), func)
+        session = current_session()
+        if session is None:
+            return solve(z0)
+        start = full_precision_state(z0)
+        f = CellMap(_on_state(func), (), Layout.of(start))
+        solver = _anderson(self.eval_f_max_iter, self.f_tol, self.f_stop_mode)
+        state = session.visit(_Rules(solver, _Own(solve, solver)), f, start)
+        return [list(state) if f.layout.is_tuple else state], SolverStat()
+
+    def _solve(
+        self, plain: Callable[..., Any], func: Callable[..., Any], z0: Any
+    ) -> tuple[list[Any], Any]:
+        """What the layer does by itself, counted; in eval mode with a gradient."""
+        z_out, info = plain(_counted(func), z0)
+        count(residual=info.get("rel_lowest"))
+        if self.training or not torch.is_grad_enabled():
+            return z_out, info
+        f = CellMap(_on_state(func), (), Layout.of(z_out[-1]))
+        z = f.layout.pack(z_out[-1])
+        solver = _anderson(self.b_max_iter, self.b_tol, self.b_stop_mode)
+        state = f.layout.unpack(_with_gradient(f, z, solver))
+        return [*z_out[:-1], list(state) if f.layout.is_tuple else state], info
+
+
+@dataclass
+class _Rules:
+    """What a layer does where a session leaves it to the layer."""
+
+    solver: Solver
+    adjoint: Adjoint
+
+
+class _Own(Adjoint):
+    """The layer's own solver and gradient; with a solver of ours the exact gradient."""
+
+    def __init__(self, solve: Callable[[Any], tuple[list[Any], Any]], solver: Solver) -> None:
+        self.solve, self.solver = solve, solver
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """The flat equilibrium of ``f`` from ``z0``."""
+        if solver is not self.solver:
+            return Implicit().forward(f, z0, solver)
+        z_out, _ = self.solve(f.layout.unpack(z0))
+        return f.layout.pack(z_out[-1])
+
+
+@cache
+def _joint(kind: Any) -> Any:
+    return type(f"Joint{kind.__name__}", (JointDEQ, kind), {"__doc__": kind.__doc__})
+
+
+def _anderson(max_iter: int, tol: float, stop_mode: str) -> Anderson:
+    """A solver of ours that stops where the layer's does."""
+    if stop_mode == "rel":
+        return Anderson(max_iter=max(1, max_iter), tol=tol)
+    return Anderson(max_iter=max(1, max_iter), tol=0.0, abs_tol=tol)
+
+
+def _on_state(func: Callable[..., Any]) -> Callable[[Any], Any]:
+    """``func`` as a function of one state; TorchDEQ hands over the parts of a tuple one by one."""
+
+    def call(state: Any) -> Any:
+        return func(*state) if isinstance(state, (tuple, list)) else func(state)
+
+    return call
+
+
+def _counted(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func``, which reports its evaluations and, in a backward pass, its VJPs."""
+    counters = open_counters()  # backward may run in another thread
+
+    def call(*state: Tensor) -> Any:
+        out = func(*state)
+        rows = count_rows(len(state[0]), state[0].device)
+        count(f_evals=rows)
+
+        def report(_: Tensor) -> None:
+            with counting_into(counters):
+                count(vjps=rows)
+
+        live = next((t for t in as_tensors(out) if t.requires_grad), None)
+        if live is not None and counters:
+            live.register_hook(report)
+        return out
+
+    return call
+
+
+def _with_gradient(f: CellMap, z: Tensor, solver: Solver) -> Tensor:
+    """``z`` as it is, with the exact gradient of the fixed point of ``f``."""
+    z = z.detach()
+    leaf = z.clone().requires_grad_()
+    fz = f(leaf)
+    count(f_evals=count_rows(len(z), z.device))
+    if not fz.requires_grad:
+        return z
+    fz = implicit_gate(fz, leaf, f, solver)
+    return z + (fz - fz.detach())

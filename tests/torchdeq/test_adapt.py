@@ -1,0 +1,396 @@
+"""``jiio_torchdeq.adapt``: TorchDEQ's own layers, with a joint mode."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import deepinv as dinv
+import numpy as np
+import pytest
+import torch
+import torchattacks
+import torchdeq
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchdeq.core import DEQIndexing, DEQSliced
+
+from jiio_art import JIIOAdversarialTrainer, JIIOAttack
+from jiio_deepinv import JIIOReconstructor
+from jiio_learn2learn import JIIOLearner
+from jiio_plugins import (
+    Anderson,
+    Equilibrium,
+    Implicit,
+    Joint,
+    L2Ball,
+    Nested,
+    Status,
+    Unrolled,
+    count_evaluations,
+    optimize_input,
+)
+from jiio_plugins.adversarial import AdversarialTraining
+from jiio_plugins.data import load_digits
+from jiio_plugins.evaluation import layers_as
+from jiio_torchattacks import JIIO
+from jiio_torchdeq import adapt
+from tests.helpers import TanhCell, contraction, linear, rand
+
+TIGHT = {
+    f"{which}_{name}": value
+    for which in "fb"
+    for name, value in {
+        "solver": "anderson", "max_iter": 200, "tol": 1e-12, "stop_mode": "rel"
+    }.items()
+}  # fmt: skip
+CORES = pytest.mark.parametrize("core", ["sliced", "indexing"])
+
+
+class Net(nn.Module):
+    """Three parts around a TorchDEQ layer, float64; ``pair`` splits its state into two tensors."""
+
+    def __init__(self, *, pair: bool = False, **settings: Any) -> None:
+        super().__init__()
+        self.encoder, self.cell = linear(5, 6, seed=1), TanhCell(6, 0.7, seed=2)
+        self.head = linear(6, 3, seed=3)
+        self.deq = torchdeq.get_deq(**{**TIGHT, **settings})
+        self.pair = pair
+        self.calls = 0
+
+    def f(self, z: Tensor, u: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.cell(z, u)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.encoder(x)
+        if not self.pair:
+            z_out, _ = self.deq(lambda z: self.f(z, u), torch.zeros_like(u))
+            return self.head(z_out[-1])
+
+        def func(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.f(torch.cat([a, b.flatten(1)], dim=1), u)
+            return out[:, :2], out[:, 2:].reshape(-1, 2, 2)
+
+        z_out, _ = self.deq(func, (torch.zeros_like(u[:, :2]), u.new_zeros(len(u), 2, 2)))
+        a, b = z_out[-1]
+        return self.head(torch.cat([a, b.flatten(1)], dim=1))
+
+
+class Ours(nn.Module):
+    """The same network with a layer of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.cell = linear(5, 6, seed=1), TanhCell(6, 0.7, seed=2)
+        self.head = linear(6, 3, seed=3)
+        self.deq = Equilibrium(self.cell, solver=Anderson(max_iter=200, tol=1e-12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deq(self.encoder(x)))
+
+
+def objective(logits: Tensor) -> Tensor:
+    return -cross_entropy(logits, torch.arange(len(logits)) % 3, reduction="none")
+
+
+# Outside an optimisation --------------------------------------------------------------------------
+
+
+@CORES
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_answer_is_the_same_to_the_bit(core: str, pair: bool) -> None:
+    net = Net(core=core, pair=pair, f_tol=1e-3, f_max_iter=9).eval()
+    x, keys = rand(4, 5, seed=4), list(net.state_dict())
+    with torch.no_grad():
+        before = net(x)
+        assert adapt(net) is net
+        assert torch.equal(net(x), before)
+    assert torch.equal(net(x), before)
+    assert list(net.state_dict()) == keys
+    assert isinstance(net.deq, DEQSliced if core == "sliced" else DEQIndexing)
+    kind = type(net.deq)
+    assert type(adapt(net).deq) is kind
+
+
+@CORES
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("settings", [{"ift": True}, {"hook_ift": True}, {"grad": 3, "tau": 0.7}])
+def test_training_is_as_before_to_the_bit(core: str, pair: bool, settings: dict[str, Any]) -> None:
+    x = rand(4, 5, seed=4)
+
+    def gradients(net: nn.Module) -> list[Tensor]:
+        net(x).square().sum().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    theirs = gradients(Net(core=core, pair=pair, **settings))
+    ours = gradients(adapt(Net(core=core, pair=pair, **settings)))
+    assert len(theirs) == 5
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def test_several_states_are_returned_in_training() -> None:
+    layer = adapt(torchdeq.get_deq(core="sliced", n_states=3, f_max_iter=30))
+    u = rand(2, 4, seed=1)
+    z_out, info = layer(lambda z: 0.5 * torch.tanh(z) + u, torch.zeros_like(u))
+    assert len(z_out) == 3
+    assert len(info["rel_lowest"]) == 2
+    assert len(layer.eval()(lambda z: 0.5 * torch.tanh(z) + u, z_star=torch.zeros_like(u))[0]) == 1
+
+
+@CORES
+@pytest.mark.parametrize("pair", [False, True])
+def test_in_eval_mode_there_is_the_exact_gradient(core: str, pair: bool) -> None:
+    net, x = Net(core=core, pair=pair).eval(), rand(3, 5, seed=4).requires_grad_()
+    assert torch.autograd.grad(net(x).sum(), x, allow_unused=True) == (None,)  # as TorchDEQ has it
+    adapt(net)
+    assert torch.autograd.gradcheck(net, (x,), eps=1e-5, rtol=1e-4, atol=1e-7)
+    net(x).square().sum().backward()
+    reference = Ours()
+    reference(x).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=1e-10)
+
+
+def test_evaluations_and_products_are_counted() -> None:
+    net, x = adapt(Net()).eval(), rand(4, 5, seed=4)
+    with count_evaluations() as counter:
+        net(x).sum().backward()
+    assert counter.f_evals == 4 * net.calls > 0
+    assert counter.vjps > 4 * 5
+    assert 0 < counter.worst_residual <= 1e-11
+    net.train()
+    net.deq.produce_grad = type(net.deq)(grad=5).produce_grad
+    net.calls = 0
+    with count_evaluations() as counter:
+        net(x).sum().backward()
+    assert counter.f_evals == 4 * net.calls
+    assert counter.vjps == 4 * 5
+
+
+def test_copies_work() -> None:
+    net = copy.deepcopy(adapt(Net()).eval())
+    x = rand(4, 5, seed=4)
+    assert torch.equal(net(x), Net().eval()(x))
+    assert optimize_input(net, x, objective, constraint=L2Ball(0.5)).report().startswith("4 ×")
+
+
+# Inside one ---------------------------------------------------------------------------------------
+
+
+@CORES
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("method", [Joint(max_iter=8), Nested(max_iter=5), Nested(warm_start=True)])
+def test_it_is_the_optimisation_of_the_same_network(core: str, pair: bool, method: Any) -> None:
+    x = rand(6, 5, seed=4)
+    net = adapt(Net(core=core, pair=pair))
+    calls = net.calls
+    found = optimize_input(net, x, objective, constraint=L2Ball(0.5), method=method)
+    wanted = optimize_input(Ours(), x, objective, constraint=L2Ball(0.5), method=method)
+    assert net.calls > calls
+    assert torch.allclose(found.x, wanted.x, atol=1e-7)
+    assert torch.allclose(found.value, wanted.value, atol=1e-8)
+    assert bool((found.status == Status.CONVERGED).all())
+    assert torch.equal(found.stats.vjps, wanted.stats.vjps)
+    assert net.training  # as it was
+
+
+def test_a_solve_that_ends_early_disagrees() -> None:
+    net = adapt(Net(f_solver="fixed_point_iter", f_max_iter=1))
+    found = optimize_input(net, rand(6, 5, seed=4), objective, constraint=L2Ball(0.5))
+    assert Status.DISAGREEMENT in found.status.tolist()
+
+
+def test_rules_from_outside() -> None:
+    net, x = adapt(Net(f_max_iter=3)).eval(), rand(3, 5, seed=4)
+    reference = Ours()
+    with layers_as(solver=Anderson(max_iter=200, tol=1e-12)):
+        assert torch.allclose(net(x), reference(x), atol=1e-10)
+        assert net(x).requires_grad
+    with layers_as(adjoint=Unrolled(steps=200)):
+        assert torch.allclose(net(x), reference(x), atol=1e-10)
+    with layers_as(adjoint=Implicit()):  # to the layer's own tolerance, in as many iterations
+        assert 1e-6 < float((net(x) - reference(x)).abs().max().detach()) < 0.1
+
+
+def test_differentiable_results() -> None:
+    x = rand(3, 5, seed=4)
+
+    def gradients(net: nn.Module) -> list[Tensor]:
+        found = optimize_input(
+            net, x, lambda out: out.square().sum(1), differentiable=True,
+            constraint=L2Ball(0.3), method=Joint(max_iter=60),
+        )  # fmt: skip
+        found.x.square().sum().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    for ours, theirs in zip(gradients(adapt(Net())), gradients(Ours()), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_normalised_weights(norm: str) -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear(6, 6, seed=5)
+            torchdeq.apply_norm(self, norm, filter_out=["encoder", "head"], target_norm=0.6)
+
+        def f(self, z: Tensor, u: Tensor) -> Tensor:
+            return torch.tanh(0.5 * self.linear(z) + u)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torchdeq.reset_deq(self)
+            return super().forward(x)
+
+    net, x = adapt(Normed()), rand(4, 5, seed=4)
+    for _ in range(30):
+        net(x)  # the power iterations of the spectral norm
+    found = optimize_input(net, x, objective, constraint=L2Ball(0.5))
+    assert bool((found.status == Status.CONVERGED).all())
+    training = AdversarialTraining(norm=2, eps=0.5, jacobian_weight=0.1)
+    for _ in range(2):
+        training(net.train(), x, torch.arange(4) % 3).loss.backward()
+    assert all(p.grad is not None for p in net.linear.parameters())
+
+
+def test_a_class_of_the_users_own() -> None:
+    class Mine(DEQSliced):
+        def forward(self, func: Any, start: Any, *, note: str, **kwargs: Any) -> Any:
+            assert note == "kept"
+            return super().forward(func, start, **kwargs)
+
+    class Holder(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deq = Mine(**TIGHT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.encoder(x)
+            z_out, _ = self.deq(lambda z: self.f(z, u), start=torch.zeros_like(u), note="kept")
+            return self.head(z_out[-1])
+
+    x = rand(6, 5, seed=4)
+    found = optimize_input(adapt(Holder()), x, objective, constraint=L2Ball(0.5))
+    wanted = optimize_input(Ours(), x, objective, constraint=L2Ball(0.5))
+    assert torch.allclose(found.value, wanted.value, atol=1e-8)
+
+
+# In the other toolkits ----------------------------------------------------------------------------
+
+
+class Digits(nn.Module):
+    """A small classifier of 8×8 digits, float32, as a user of TorchDEQ writes it."""
+
+    def __init__(self, width: int = 40) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(64, width), nn.Linear(width, 10)
+        self.weight = nn.Parameter(contraction(width, 0.6, symmetric=False, seed=1).float())
+        self.deq = torchdeq.get_deq(f_solver="anderson", f_max_iter=40, f_tol=1e-4, ift=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.encoder(x.flatten(1))
+        z_out, _ = self.deq(lambda z: torch.tanh(z @ self.weight + u), torch.zeros_like(u))
+        return self.head(z_out[-1])
+
+
+@pytest.fixture(scope="module")
+def digits() -> nn.Module:
+    torch.manual_seed(0)
+    net = Digits()
+    images, labels = load_digits("train")
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(10):
+        for batch in torch.randperm(len(images)).split(100):
+            loss = cross_entropy(net(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return adapt(net).eval()
+
+
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float((net(x).argmax(1) == y).float().mean())
+
+
+def test_attacks_of_both_kinds(digits: nn.Module) -> None:
+    x, y = (t[:100] for t in load_digits("test"))
+    assert accuracy(digits, x, y) > 0.9
+    ours = JIIO(digits, norm="L2", eps=0.6)
+    found = accuracy(digits, ours(x, y), y)
+    with count_evaluations() as counter:
+        attack = torchattacks.PGDL2(digits, eps=0.6, alpha=0.15, steps=20)
+        theirs = accuracy(digits, attack(x, y), y)
+    assert found <= theirs + 0.02 < 0.7
+    stats = ours.solution.stats
+    assert float((stats.f_evals + stats.vjps).mean()) < (counter.f_evals + counter.vjps) / 500
+
+
+def test_art(digits: nn.Module) -> None:
+    x, y = (t[:50] for t in load_digits("test"))
+    net = copy.deepcopy(digits)
+    classifier = PyTorchClassifier(
+        net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1), device_type="cpu",
+        optimizer=torch.optim.Adam(net.parameters(), lr=1e-3),
+    )  # fmt: skip
+    adversarial = JIIOAttack(classifier, norm=2, eps=0.6).generate(x.numpy(), y.numpy())
+    attacked = accuracy(net, torch.from_numpy(adversarial), y)
+    assert attacked < 0.7
+    attack = JIIOAttack(classifier, norm=2, eps=0.6)
+    trainer = JIIOAdversarialTrainer(classifier, attack, trades=2.0, verbose=False)
+    trainer.fit(x.numpy(), y.numpy(), nb_epochs=8, batch_size=25)
+    assert accuracy(net, torch.from_numpy(adversarial), y) > attacked + 0.1
+    assert np.isfinite(classifier.predict(x.numpy())).all()
+
+
+def test_learn2learn() -> None:
+    x, y = rand(12, 5, seed=4), torch.arange(12) % 3
+
+    def adapted(net: nn.Module) -> Tensor:
+        learner = JIIOLearner(net, lr=0.1, adapt=("head.weight",), reg=1.0, iters=40).clone()
+        learner.adapt(cross_entropy(learner(x), y))
+        loss = cross_entropy(learner(x), y)
+        loss.backward()
+        return torch.cat([loss.detach()[None], net.encoder.weight.grad.flatten()])
+
+    assert torch.allclose(adapted(adapt(Net()).eval()), adapted(Ours()), rtol=1e-4, atol=1e-7)
+
+
+def test_deepinv() -> None:
+    class Generator(Net):
+        latent_shape = (5,)
+
+        def forward(self, u: Tensor) -> Tensor:
+            return super().forward(u).reshape(len(u), 1, 1, 3)
+
+    generator = adapt(Generator()).eval()
+    truth = generator(rand(4, 5, seed=6)).detach()
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.01))
+    model = JIIOReconstructor(generator, latent_penalty=1e-3, iters=60)
+    with torch.no_grad():
+        assert float((model(truth, physics) - truth).abs().max()) < 0.02
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
+        adapt(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Linear holds no TorchDEQ layer: .*get_deq"):
+        adapt(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"jiio_torchdeq\.adapt\(model\)"):
+        optimize_input(Net(), rand(4, 5, seed=4), objective)
+    u = rand(4, 6, seed=1)
+    layer = adapt(torchdeq.get_deq()).eval()
+    with pytest.raises(TypeError):
+        layer(lambda z: z)
+    with (
+        layers_as(solver=Anderson()),
+        pytest.raises(ValueError, match=r"the output of the cell .* has shape \(4, 3\)"),
+    ):
+        layer(lambda z: z[:, :3], torch.zeros_like(u))
