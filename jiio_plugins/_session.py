@@ -354,6 +354,17 @@ class Linearization:
         With ``image`` a later layer's f depends on z through the answers of the earlier ones; what
         arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
         """
+        jz_mu, of_v = self._products(mu, [self._v], not last, create_graph)
+        return jz_mu, self._of_v(of_v[0])
+
+    def jz_mu(self, mu: Tensor) -> Tensor:
+        """``J_zᵀ μ`` alone, with another product to come: what is before the layer is left out."""
+        return self._products(mu, [], True, False)[0]
+
+    def _products(
+        self, mu: Tensor, more: list[Tensor], retain: bool, create_graph: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """``J_zᵀ μ``, and the gradients of ``μᵀf`` by ``more``."""
         parts = mu.split([leaf.shape[1:].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
         for f, part in zip(self._f, parts, strict=True):
@@ -362,24 +373,22 @@ class Linearization:
                 weights.append(part.reshape(f.shape).to(f.dtype))
         if not outputs:
             self.own_jz_mu = torch.zeros_like(mu)
-            return self.own_jz_mu, torch.zeros_like(self._v)
-        passed_on = self._session.image and len(self._session.f) > 1
-        inputs = [*self._leaves, *(self._answers if passed_on else []), self._v]
+            return self.own_jz_mu, [None] * len(more)
+        passed_on = self._answers if self._session.image and len(self._session.f) > 1 else []
         with running(self._session):
             grads = torch.autograd.grad(
                 outputs,
-                inputs,
+                [*self._leaves, *passed_on, *more],
                 weights,
-                retain_graph=create_graph or not last,
+                retain_graph=create_graph or retain,
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        n = len(self._leaves)
-        jz_mu = self._pack(self._leaves, grads[:n])
-        self.own_jz_mu = jz_mu
+        n, end = len(self._leaves), len(grads) - len(more)
+        jz_mu = self.own_jz_mu = self._pack(self._leaves, grads[:n])
         if passed_on:
-            jz_mu = jz_mu + self._pack(self._answers, grads[n:-1])
-        return jz_mu, self._of_v(grads[-1])
+            jz_mu = jz_mu + self._pack(self._answers, grads[n:end])
+        return jz_mu, grads[end:]
 
     def _pack(self, like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
         filled = [
@@ -438,3 +447,7 @@ class HeldLinearization(Linearization):
     ) -> tuple[Tensor, Tensor]:
         """Nothing passes through a layer."""
         return self.f, torch.zeros_like(self._v)
+
+    def jz_mu(self, mu: Tensor) -> Tensor:
+        """Empty."""
+        return self.f

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 _PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
 _TRIES = 12
+_AMPLIFY = 10.0  # of a doubt that comes from residuals, which are errors times about 1 − ρ
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -143,14 +144,19 @@ class _FlatJointMap:
 
 
 @torch.enable_grad()
-def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``ℓ(z) + μᵀ(f(z, v) − z)``, which is ``ℓ(z*)`` to second order, and its gradient in v."""
+def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``ℓ(z) + μᵀ(f(z, v) − z)``, its gradient in v, and how far off it may be.
+
+    It is ``ℓ(z*)`` to second order: off by about the product of both residuals.
+    """
     lin = problem.linearize(v, z, image=False)
     loss = problem.loss(lin.output)
-    _, direct = lin.gradient(loss)
-    _, jv_mu = lin.vjp(mu)
-    value = problem.groups.sum(loss.detach() + (mu * (lin.f - z)).sum(1))
-    return value, (direct + jv_mu).reshape(v.shape)
+    b, direct = lin.gradient(loss)
+    jz_mu, jv_mu = lin.vjp(mu)
+    r = lin.f - z
+    value = problem.groups.sum(loss.detach() + (mu * r).sum(1))
+    doubt = problem.groups.sum(row_norm(r) * row_norm(jz_mu + b - mu))
+    return value, (direct + jv_mu).reshape(v.shape), doubt
 
 
 def plain_step(
@@ -163,7 +169,7 @@ def plain_step(
     """
     if feasible.radius is None:
         return step
-    value, gradient = _estimate(problem, path.z, path.mu, path.v)
+    value, gradient, _ = _estimate(problem, path.z, path.mu, path.v)
     tiny = torch.finfo(value.dtype).tiny
     size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     way = (path.v - start).square().sum(1, keepdim=True)
@@ -181,8 +187,8 @@ def settle(
 ) -> Path:
     """Go on from the end of ``path`` with F, accelerated, until all three blocks stand still.
 
-    A problem whose objective that would make worse keeps its end. Without a solver it is Anderson
-    with at most 300 iterations, to 1e-5 (1e-11 in float64).
+    A problem whose objective that would make worse beyond doubt keeps its end. Without a solver it
+    is Anderson with at most 300 iterations, to 1e-5 (1e-11 in float64).
     """
     blocks = Blocks(problem.groups, path.z.shape[1], path.v.shape[1])
     blocks.measure(path.z, path.mu, path.v)
@@ -192,11 +198,11 @@ def settle(
         solver = Anderson(max_iter=300, memory=10, tol=tol)
     found = iterate(joint, blocks.pack(path.z, path.mu, path.v), solver)
     z, mu, v = blocks.unpack(found.z)
-    before, _ = _estimate(problem, path.z, path.mu, path.v)
-    after, _ = _estimate(problem, z, mu, v)
+    before, _, doubt = _estimate(problem, path.z, path.mu, path.v)
+    after, _, _ = _estimate(problem, z, mu, v)
     evals = problem.groups.spread(found.evals) + 2
     problem.pay(f_evals=evals, vjps=evals)
-    better = after <= before + 1e-3 * before.abs()
+    better = after <= before + 1e-3 * before.abs() + _AMPLIFY * doubt
     rows = problem.groups.spread(better)[:, None]
     v = torch.where(better[:, None], v, path.v)
     return replace(

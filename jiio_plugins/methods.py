@@ -248,14 +248,16 @@ class Joint(Method):
         z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph and with
                                            what comes before and after the layer
         μ = w + ∂ℓ/∂z at f(z, v)           the head's gradient is free: it needs no VJP of f
-        w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too
+        w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too; in the first
+                                           adjoint_warmup iterations these two lines twice
         v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
 
     Deviations from the paper, each measured at equal cost: the adjoint carries ``J_zᵀμ`` rather
     than μ, so that it always holds the current ∂ℓ/∂z; the head sees f(z, v) rather than z, a state
     one step further that is there anyway; with a ball, two evaluations of f for each VJP
-    (``state_steps=1`` is the paper's one), z over-relaxed where the paper damps it, and no mixing
-    over the history while v moves by normalised steps. The two residuals at one v tell whether ω is
+    (``state_steps=1`` is the paper's one), a second step of the adjoint while v makes its longest
+    steps and μ has only just begun, z over-relaxed where the paper damps it, and no mixing over the
+    history while v moves by normalised steps. The two residuals at one v tell whether ω is
     too long for a row: if a layer's second is not smaller, the row's ω is halved.
 
     Without a ball v settles, and the history of z, μ and v helps it to (``mixing``): by L-BFGS
@@ -267,6 +269,7 @@ class Joint(Method):
 
     Args:
         state_steps: evaluations of f an iteration; one where there is mixing.
+        adjoint_warmup: iterations at the beginning that take a second VJP; 0 where there is mixing.
         relaxation: ω in (0, 2); at most 1 with one state step, where nothing would tell that it is
             too long; 1 where there is mixing.
         mixing: "quasi-newton" or "anderson", for problems without a ball.
@@ -280,6 +283,7 @@ class Joint(Method):
     """
 
     state_steps: int = 2
+    adjoint_warmup: int = 3
     relaxation: float = 1.5
     mixing: Literal["quasi-newton", "anderson"] = "quasi-newton"
     acceleration: int = 10
@@ -291,11 +295,9 @@ class Joint(Method):
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation}")
         if self.mixing not in MIXINGS:
             raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {self.mixing!r}")
-        if self.state_steps < 1 or self.acceleration < 0:
-            raise ValueError(
-                "state_steps must be at least 1 and acceleration not negative, got "
-                f"{self.state_steps} and {self.acceleration}"
-            )
+        for name, least in (("state_steps", 1), ("adjoint_warmup", 0), ("acceleration", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def run(
         self,
@@ -328,6 +330,10 @@ class Joint(Method):
             loss = problem.loss(lin.output)
             b, direct = lin.gradient(loss)
             mu = w + b
+            if mix is None and k < self.adjoint_warmup:
+                w = _finite(lin.jz_mu(mu), w)
+                mu = w + b
+                problem.pay(vjps=active)
             jz_mu, jv_mu = lin.vjp(mu)
             gradient = (direct + jv_mu).reshape(v.shape)
             problem.pay(f_evals=active, vjps=active)
@@ -344,7 +350,7 @@ class Joint(Method):
                     shrank = before.shrank(problem.layout.split(r))
                     omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
                 z = _step(z, omega, r, size)
-                w = torch.where(torch.isfinite(row_norm(jz_mu))[:, None], jz_mu, w)
+                w = _finite(jz_mu, w)
             else:
                 change = jz_mu - w
                 value = problem.groups.sum(loss.detach() + (lin.own_jz_mu * r).sum(1))
@@ -394,6 +400,11 @@ class _StateSteps:
         """
         smaller = [row_norm(now) < size for now, size in zip(r, self.sizes, strict=True)]
         return torch.stack(smaller, dim=1).all(1, keepdim=True)
+
+
+def _finite(new: Tensor, old: Tensor) -> Tensor:
+    """``new``; ``old`` for a row in which it holds NaN or Inf."""
+    return torch.where(torch.isfinite(row_norm(new))[:, None], new, old)
 
 
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ from jiio_plugins import (
     Status,
     Unrolled,
     count_evaluations,
+    joint_solution,
     optimize_input,
 )
+from jiio_plugins._problem import Problem, Variable
 from tests.helpers import (
     Context,
     Elementwise,
@@ -57,7 +59,7 @@ NETWORKS: dict[str, Any] = {
 }
 METHODS = {
     "joint": Joint(),
-    "paper": Joint(state_steps=1, relaxation=1.0),
+    "paper": Joint(state_steps=1, adjoint_warmup=0, relaxation=1.0),
     "nested": Nested(solver=Anderson(tol=1e-4)),
     "warm": Nested(solver=Anderson(tol=1e-2), warm_start=True),
 }
@@ -74,6 +76,33 @@ def statuses(solution: Solution) -> set[Status]:
 
 
 # The adjoint ------------------------------------------------------------------------------------
+
+
+@every_network
+@pytest.mark.parametrize("image", [False, True])
+def test_the_adjoint_alone(name: str, image: bool) -> None:
+    model, x = NETWORKS[name](), rand(4, 5, seed=1)
+    problem = Problem(Variable(model, x), squared, 4)
+    z = problem.warm_up(x, 2)
+    mu = rand(*z.shape, seed=2)
+    lin = problem.linearize(x, z, image=image)
+    alone = lin.jz_mu(mu)
+    assert torch.equal(alone, lin.vjp(mu)[0])
+    assert float(alone.abs().max()) > 0
+
+
+def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
+    model, x = Net(), rand(4, 5, seed=1)
+    start = Joint(max_iter=1, warmup=2, adjoint_warmup=1)
+    found = joint_solution(model, x, squared, method=start, constraint=L2Ball(0.5))
+    z = found.flat.z  # after a step with ω = 1.5 from where the adjoint was evaluated
+    problem = Problem(Variable(model, x), squared, 4)
+    state = problem.warm_up(x, 2)
+    lin = problem.linearize(x, state)
+    b, _ = lin.gradient(problem.loss(lin.output))
+    assert torch.allclose(z, state + 1.5 * (lin.f - state))
+    assert torch.allclose(found.flat.mu, b + lin.jz_mu(b))
+    assert torch.allclose(found.flat.jz_mu, lin.vjp(found.flat.mu)[0])
 
 
 class Injected(nn.Module):
@@ -608,12 +637,19 @@ def test_vjps_are_those_that_happened() -> None:
 
     model, x = Net(), rand(1, 5, seed=1)
     model.equilibrium.cell = Cell(8, 0.7, seed=2)
-    for method in (Joint(max_iter=9), Nested(max_iter=3), Nested(max_iter=3, warm_start=True)):
+    for method in (
+        Joint(max_iter=9, adjoint_warmup=0),
+        Joint(max_iter=9, adjoint_warmup=20),
+        Joint(max_iter=9),
+        Nested(max_iter=3),
+        Nested(max_iter=3, warm_start=True),
+    ):
         products = 0
         solution = optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5))
         assert float(solution.stats.vjps.sum()) == products
         if isinstance(method, Joint):
-            assert products == 9  # one an iteration: the head's gradient needs none
+            # one an iteration, the head's gradient needs none, and those of the adjoint's warm-up
+            assert products == 9 + min(9, method.adjoint_warmup)
 
 
 def test_iterations_cost_what_they_should() -> None:
@@ -626,7 +662,7 @@ def test_iterations_cost_what_they_should() -> None:
         constraint=L2Ball(0.5),
     )
     assert solution.stats.iterations.tolist() == [20] * 4
-    assert solution.stats.vjps.tolist() == [20] * 4
+    assert solution.stats.vjps.tolist() == [23] * 4
     assert bool((solution.stats.f_evals <= 3 + 39 + 200).all())
     assert bool((solution.stats.f_evals >= 40).all())
     assert set(solution.stats.summary()) >= {"f_evals", "vjps", "iterations", "z_residual"}
@@ -1102,7 +1138,8 @@ def test_one_state_step_may_be_damped_but_is_not_over_relaxed() -> None:
         (lambda: Joint(relaxation=2.0), r"relaxation must be in \(0, 2\), got 2"),
         (lambda: Joint(relaxation=0.0), r"relaxation must be in \(0, 2\), got 0"),
         (lambda: Joint(state_steps=0), "state_steps must be at least 1"),
-        (lambda: Joint(acceleration=-1), "acceleration not negative"),
+        (lambda: Joint(adjoint_warmup=-1), "adjoint_warmup must be at least 0, got -1"),
+        (lambda: Joint(acceleration=-1), "acceleration must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments_of_the_methods(make: Any, match: str) -> None:
