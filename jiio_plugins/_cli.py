@@ -80,6 +80,41 @@ class Evaluate:
 
 
 @dataclass
+class Bench:
+    """What JIIO costs on a classifier, beside nested PGD at its strongest settings."""
+
+    weights: str = "digits"
+    """shipped weights (digits, fashion-mnist) or a .safetensors file"""
+    model: str | None = None
+    """your own classifier: module:function, which returns it; a --weights FILE is loaded into it"""
+    dataset: Literal["digits", "fashion-mnist"] | None = None
+    """what to attack it on; default: what the weights are for"""
+    data: Path = Path("data")
+    """folder of Fashion-MNIST: torchvision's root, or Debian's"""
+    out: Path = Path("out/bench")
+    """where the JSON and the plot go"""
+    images: int = 128
+    """test images, from the first on"""
+    norm: Literal["2", "inf", "1"] = "2"
+    """norm of the ball"""
+    eps: float | None = None
+    """radius; default: that of jiio demo"""
+    sweep: bool = True
+    """run the 81 settings of the warm-started nested loop"""
+    repeats: int = 3
+    """times the compared rows are run for their seconds"""
+    threads: int | None = None
+    """of torch; default: its own choice"""
+    device: str = "cpu"
+
+    def run(self) -> None:
+        """Do it."""
+        from jiio_plugins._bench import run_bench
+
+        run_bench(**vars(self))
+
+
+@dataclass
 class Adapters:
     """List the adapters and whether their host library is installed."""
 
@@ -97,6 +132,7 @@ class Adapters:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
     | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
