@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
 # converged. Of the warm-up two will do: the loss found is the same.
-TRAINING_METHOD = Joint(max_iter=8, warmup=2, adjoint_warmup=4, relaxation=1.2)
+TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
 
 
 def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class AdversarialTraining:
         lower: pixel box, a number or broadcastable to x; None: no bound.
         upper: likewise.
         method: of the inner problem; if not given,
-            ``Joint(max_iter=8, warmup=2, adjoint_warmup=4, relaxation=1.2)``: short, and with less
+            ``Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)``: short, and with less
             over-relaxation than an attack, which keeps z nearer to its fixed point while it is
             trained.
         random_start: start in the ball at random instead of at the image; TRADES always does.

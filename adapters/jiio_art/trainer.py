@@ -50,7 +50,7 @@ class JIIOAdversarialTrainer(Trainer):
             model that holds a :class:`jiio_plugins.Equilibrium` layer and returns logits. Trained
             in place.
         attack: a :class:`JIIOAttack` on this classifier, untargeted. Where it names neither method
-            nor max_iter, the training takes 8 iterations instead of the attack's 30: a hard
+            nor max_iter, the training takes 7 iterations instead of the attack's 30: a hard
             example is enough, it need not be the worst.
         ratio: share of each batch that is attacked; the rest stays clean.
         trades: β of the TRADES loss ``L(model(x_i), y_i) + β max KL(p(x_i) ‖ p(x))``; None: off.
