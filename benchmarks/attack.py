@@ -111,7 +111,7 @@ def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
             loss = objective(model.decode(z)).sum()
             torch.autograd.grad([loss, *f], [leaf, *z], [None, *state])
 
-    method = Joint(max_iter=iterations, warmup=1)
+    method = Joint(max_iter=iterations, warmup=1, adjoint_warmup=0)
 
     def joint() -> None:
         problem = Problem(Variable(model, x), objective, len(x))

@@ -16,8 +16,10 @@ out; the rows that are compared in seconds are run in turn, and their medians ar
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import math
 import platform
 import statistics
 import time
@@ -31,12 +33,13 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from jiio_plugins._counting import count_evaluations
-from jiio_plugins._demo import EPS
+from jiio_plugins._demo import EPS, check_feasible
 from jiio_plugins._evaluate import load_model
 from jiio_plugins.attacks import attack
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import layers_as
 from jiio_plugins.methods import Joint, Method
+from jiio_plugins.models.pretrained import CLASSIFIERS
 from jiio_plugins.nested import Nested
 from jiio_plugins.solvers import Anderson
 
@@ -91,12 +94,7 @@ class Bench:
 
     def judge(self, x: Tensor) -> tuple[float, float, float]:
         """Accuracy, mean cross-entropy and worst residual of a solve to 1e-5."""
-        size = torch.linalg.vector_norm((x.double() - self.x).flatten(1), ord=self.norm, dim=1)
-        if not (size.max() <= self.eps * (1 + 1e-4) and x.min() >= 0 and x.max() <= 1):
-            raise RuntimeError(
-                f"an attack left its ball or box: largest norm {float(size.max())}, allowed "
-                f"{self.eps}"
-            )
+        check_feasible(x, self.x, self.norm, self.eps)
         tight = Anderson(max_iter=300, tol=1e-5)
         with torch.no_grad(), count_evaluations() as counter, layers_as(solver=tight):
             logits = self.model(x)
@@ -182,6 +180,7 @@ def run_bench(
     """Measure, print the table and the verdict, write ``results.json`` and ``curve.png``."""
     if images < 1 or repeats < 1:
         raise ValueError(f"images and repeats must be at least 1, got {images} and {repeats}")
+    importlib.import_module("matplotlib")  # rather now than after the last measurement
     if threads is not None:
         torch.set_num_threads(threads)
     network, trained_on = load_model(weights, model)
@@ -196,8 +195,9 @@ def run_bench(
     bench = Bench(network.to(device), x[:images].to(device), y[:images].to(device), p, radius)
     rows, warm = bench.measure(bench.compared(), sweep=sweep, repeats=repeats)
     show(rows, warm)
+    used = None if model and weights in CLASSIFIERS else weights  # the default is not for --model
     record = {
-        "weights": weights, "model": model, "dataset": dataset, "norm": norm, "eps": radius,
+        "weights": used, "model": model, "dataset": dataset, "norm": norm, "eps": radius,
         "images": len(bench.x), **machine(), "rows": [asdict(r) for r in rows],
         "warm": [asdict(r) for r in warm], "verdict": compare(rows, warm),
     }  # fmt: skip
@@ -234,7 +234,7 @@ def warm_settings() -> list[tuple[Row, Nested]]:
 def front(rows: Iterable[Row]) -> list[Row]:
     """Rows that no other row beats in both cost and loss, cheapest first."""
     out: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.cost, -r.loss)):
+    for row in sorted((r for r in rows if math.isfinite(r.loss)), key=lambda r: (r.cost, -r.loss)):
         if not out or row.loss > out[-1].loss:
             out.append(row)
     return out

@@ -79,7 +79,7 @@ def run_demo(
                 found = torch.from_numpy(attack(x.numpy(), y.numpy()))
                 # JIIO judges itself before it returns; PGD does not, so both are timed without
                 seconds = time.perf_counter() - begin - counter.verification_seconds
-            _check(found, x, norm, eps)
+            check_feasible(found, x, norm, eps)
             cost = counter.f_evals / len(x), counter.vjps / len(x)
             rows.append(judge(name, steps, model, found, y, *cost, seconds))
             examples[name] = found
@@ -141,10 +141,12 @@ def _attack(
     return lambda x, y: np.asarray(generate(x=x, y=y), dtype=np.float32)
 
 
-def _check(found: Tensor, x: Tensor, norm: float, eps: float) -> None:
+def check_feasible(found: Tensor, x: Tensor, norm: float, eps: float) -> None:
     """Ball and box, whoever made the images."""
     size = torch.linalg.vector_norm((found.double() - x.double()).flatten(1), ord=norm, dim=1)
-    if float(size.max()) > eps * (1 + 1e-4) or float(found.min()) < 0 or float(found.max()) > 1:
+    rounding = torch.finfo(x.dtype).eps * x[0].numel() ** (1 / norm)
+    allowed = eps * (1 + 1e-4) + rounding
+    if float(size.max()) > allowed or float(found.min()) < 0 or float(found.max()) > 1:
         raise RuntimeError(
             f"an attack left its ball or box: largest norm {float(size.max())}, allowed {eps}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ def run_evaluation(
     """Judge at each radius, print the tables, write ``robustness.json`` and ``robustness.png``."""
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
+    importlib.import_module("matplotlib")  # rather now than after the last attack
     network, trained_on = load_model(weights, model)
     dataset = dataset or trained_on
     if dataset is None:

@@ -155,7 +155,7 @@ class RecordSession:
         self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
         self.leaves.append(leaves)
         self.answers.append(_as_leaves(self.f[-1]) if self.image else leaves)
-        answer = self.answers[-1]
+        answer = tuple(t.clone() for t in self.answers[-1])  # the network may change it in place
         return answer if f.layout.is_tuple else answer[0]
 
     @property

@@ -131,7 +131,7 @@ class _AdjointMap:
 
     def __init__(
         self,
-        f: CellMap,
+        f: CellMap | None,
         fz: Tensor,
         z: Tensor,
         g: Tensor,
@@ -144,7 +144,7 @@ class _AdjointMap:
         return grads[0] + self.g
 
     def restrict(self, rows: Tensor) -> _AdjointMap | None:
-        f = self.f.restrict(rows)
+        f = None if self.f is None else self.f.restrict(rows)
         if f is None:
             return None
         f.injection = tuple(u.detach() if isinstance(u, Tensor) else u for u in f.injection)
@@ -183,7 +183,9 @@ def implicit_gate(
         solver: of the adjoint equation; None: μ is ``warm_start(g)`` as it is.
         warm_start: where the adjoint solve starts, a function of g; None: at g.
     """
-    out: Tensor = _ImplicitGate.apply(fz, z, f, solver, warm_start)
+    # a function may come to hold what is made of the output: a cycle that nothing would free
+    kept = f if isinstance(f.cell, nn.Module) else None
+    out: Tensor = _ImplicitGate.apply(fz, z, kept, solver, warm_start)
     return out
 
 
@@ -195,7 +197,7 @@ class _ImplicitGate(torch.autograd.Function):
         ctx: Any,
         fz: Tensor,
         z: Tensor,
-        f: CellMap,
+        f: CellMap | None,
         solver: Solver | None,
         warm_start: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
@@ -211,7 +213,8 @@ class _ImplicitGate(torch.autograd.Function):
         if torch.is_grad_enabled():  # once_differentiable would raise only where g depends on x
             raise RuntimeError(
                 "Implicit() gives first derivatives only, but create_graph=True asks for a "
-                "gradient that can be differentiated again: use adjoint=Unrolled(...) for that"
+                "gradient that can be differentiated again: use adjoint=Unrolled(...) for that, or "
+                "jiio_plugins.evaluation.layers_as(adjoint=Unrolled(...))"
             )
         start = g if ctx.warm_start is None else ctx.warm_start(g)
         with counting_into(ctx.counters):

@@ -203,6 +203,7 @@ def settle(
     evals = problem.groups.spread(found.evals) + 2
     problem.pay(f_evals=evals, vjps=evals)
     better = after <= before + 1e-3 * before.abs() + _AMPLIFY * doubt
+    better &= torch.isfinite(after)
     rows = problem.groups.spread(better)[:, None]
     v = torch.where(better[:, None], v, path.v)
     return replace(

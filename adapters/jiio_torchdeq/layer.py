@@ -34,7 +34,7 @@ def adapt(model: nn.Module) -> nn.Module:
     (settings, parameters, names in a ``state_dict``) stays. Outside an optimisation they answer as
     before, to the bit. In eval mode, where TorchDEQ solves without a graph and no gradient reaches
     the model's input, the answer has the exact gradient now, unless gradients are off: ``μ`` solves
-    ``μ = J_zᵀ μ + ∂ℓ/∂z`` to the layer's ``b_tol`` in ``b_max_iter`` VJPs.
+    ``μ = J_zᵀ μ + ∂ℓ/∂z`` to the layer's ``b_tol``, relative to μ, in at most ``b_max_iter`` VJPs.
 
     In joint mode a layer returns one state, as in eval mode, and an empty ``info``.
 
@@ -84,12 +84,12 @@ class JointDEQ(EquilibriumLayer):
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="an equilibrium layer runs a data-dependent loop"
     )
-    def forward(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """See ``torchdeq.core.DEQBase.forward``."""
         plain = super().forward
-        # what the state is called differs between TorchDEQ's classes
-        given = inspect.signature(plain).bind(func, *args, **kwargs)
-        _, z0, *rest = given.args
+        # what function and state are called differs from class to class
+        given = inspect.signature(plain).bind(*args, **kwargs)
+        func, z0, *rest = given.args
         solve = partial(self._solve, lambda f, z: plain(f, z, *rest, **given.kwargs), func)
         session = current_session()
         if session is None:
@@ -97,7 +97,7 @@ class JointDEQ(EquilibriumLayer):
         start = full_precision_state(z0)
         f = CellMap(_on_state(func), (), Layout.of(start))
         solver = _anderson(self.eval_f_max_iter, self.f_tol, self.f_stop_mode)
-        state = session.visit(_Rules(solver, _Own(solve, solver)), f, start)
+        state = session.visit(_Rules(solver, _Own(self, solve, solver)), f, start)
         return [list(state) if f.layout.is_tuple else state], SolverStat()
 
     def _solve(
@@ -105,14 +105,24 @@ class JointDEQ(EquilibriumLayer):
     ) -> tuple[list[Any], Any]:
         """What the layer does by itself, counted; in eval mode with a gradient."""
         z_out, info = plain(_counted(func), z0)
-        count(residual=info.get("rel_lowest"))
-        if self.training or not torch.is_grad_enabled():
+        if isinstance(info, dict):
+            count(residual=info.get("rel_lowest"))
+        plain_parts = as_tensors(z_out[-1])
+        has_gradient = any(t.grad_fn is not None for t in plain_parts)
+        if self.training or has_gradient or not torch.is_grad_enabled():
             return z_out, info
         f = CellMap(_on_state(func), (), Layout.of(z_out[-1]))
         z = f.layout.pack(z_out[-1])
-        solver = _anderson(self.b_max_iter, self.b_tol, self.b_stop_mode)
-        state = f.layout.unpack(_with_gradient(f, z, solver))
-        return [*z_out[:-1], list(state) if f.layout.is_tuple else state], info
+        # relative, whatever b_stop_mode says: the gradient of a small loss is as good as of a large
+        tol = max(self.b_tol, 10 * torch.finfo(z.dtype).eps)
+        solver = Anderson(max_iter=max(1, self.b_max_iter), tol=tol, abs_tol=0.0)
+        made = as_tensors(f.layout.unpack(_with_gradient(f, z, solver)))
+        # copies: the network may change them in place
+        parts = [t.to(own.dtype, copy=True) for t, own in zip(made, plain_parts, strict=True)]
+        return [*z_out[:-1], parts if f.layout.is_tuple else parts[0]], info
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
 
 
 @dataclass
@@ -126,20 +136,34 @@ class _Rules:
 class _Own(Adjoint):
     """The layer's own solver and gradient; with a solver of ours the exact gradient."""
 
-    def __init__(self, solve: Callable[[Any], tuple[list[Any], Any]], solver: Solver) -> None:
-        self.solve, self.solver = solve, solver
+    def __init__(
+        self, layer: nn.Module, solve: Callable[[Any], tuple[list[Any], Any]], solver: Solver
+    ) -> None:
+        self.layer, self.solve, self.solver = layer, solve, solver
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
         """The flat equilibrium of ``f`` from ``z0``."""
         if solver is not self.solver:
             return Implicit().forward(f, z0, solver)
-        z_out, _ = self.solve(f.layout.unpack(z0))
+        training = self.layer.training
+        # without gradients what makes them in training is of no use, and fails with hook_ift
+        self.layer.training = training and torch.is_grad_enabled()
+        try:
+            z_out, _ = self.solve(f.layout.unpack(z0))
+        finally:
+            self.layer.training = training
         return f.layout.pack(z_out[-1])
 
 
 @cache
 def _joint(kind: Any) -> Any:
     return type(f"Joint{kind.__name__}", (JointDEQ, kind), {"__doc__": kind.__doc__})
+
+
+def _rebuild(kind: Any) -> Any:
+    """An empty layer, for copies and pickles."""
+    joint = _joint(kind)
+    return joint.__new__(joint)
 
 
 def _anderson(max_iter: int, tol: float, stop_mode: str) -> Anderson:
@@ -162,18 +186,19 @@ def _counted(func: Callable[..., Any]) -> Callable[..., Any]:
     """``func``, which reports its evaluations and, in a backward pass, its VJPs."""
     counters = open_counters()  # backward may run in another thread
 
-    def call(*state: Tensor) -> Any:
-        out = func(*state)
+    def call(*state: Tensor, **kwargs: Any) -> Any:
+        out = func(*state, **kwargs)
         rows = count_rows(len(state[0]), state[0].device)
-        count(f_evals=rows)
+        with counting_into(counters):
+            count(f_evals=rows)
 
         def report(_: Tensor) -> None:
             with counting_into(counters):
                 count(vjps=rows)
 
-        live = next((t for t in as_tensors(out) if t.requires_grad), None)
-        if live is not None and counters:
-            live.register_hook(report)
+        live = [t for t in as_tensors(out) if t.requires_grad]
+        if live and counters:  # once a backward pass, whichever of them it reaches
+            torch.autograd.graph.register_multi_grad_hook(live, report, mode="any")
         return out
 
     return call

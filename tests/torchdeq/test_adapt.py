@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import threading
+import weakref
 from typing import Any
 
 import deepinv as dinv
@@ -14,7 +18,7 @@ import torchdeq
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchdeq.core import DEQIndexing, DEQSliced
+from torchdeq.core import DEQBase, DEQIndexing, DEQSliced
 
 from jiio_art import JIIOAdversarialTrainer, JIIOAttack
 from jiio_deepinv import JIIOReconstructor
@@ -169,6 +173,127 @@ def test_evaluations_and_products_are_counted() -> None:
         net(x).sum().backward()
     assert counter.f_evals == 4 * net.calls
     assert counter.vjps == 4 * 5
+
+
+def test_small_losses_have_as_good_gradients() -> None:
+    net = Net(b_tol=1e-6, b_max_iter=40, b_stop_mode="abs").eval()  # as TorchDEQ has it
+    net, x = adapt(net), rand(4, 5, seed=4).requires_grad_()
+    (exact,) = torch.autograd.grad(Ours()(x).sum(), x)
+    for scale in (1.0, 1e-8):
+        (gradient,) = torch.autograd.grad(scale * net(x).sum(), x)
+        assert torch.allclose(gradient / scale, exact, rtol=1e-4)
+
+
+def test_products_are_counted_whichever_part_they_come_through() -> None:
+    layer = adapt(torchdeq.get_deq(f_solver="simple_fixed_point_iter", grad=4))
+    u = rand(3, 4, seed=1).requires_grad_()
+
+    def func(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(0.3 * a + u), torch.tanh(0.3 * b + a)
+
+    with count_evaluations() as counter:
+        z_out, _ = layer(func, (torch.zeros_like(u), torch.zeros_like(u)))
+        z_out[-1][1].sum().backward()
+    assert counter.vjps == 3 * 4
+
+
+def test_evaluations_in_another_thread_are_counted() -> None:
+    net, x = adapt(Net(ift=True)), rand(4, 5, seed=4)
+    with count_evaluations() as counter:
+        out = net(x).sum()
+        thread = threading.Thread(target=out.backward)
+        thread.start()
+        thread.join()
+    assert counter.f_evals == 4 * net.calls
+
+
+def test_nothing_is_kept_alive() -> None:
+    class Reassigning(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.encoder(x)
+            z_out, _ = self.deq(lambda z: self.f(z, x), torch.zeros_like(x))
+            x = self.head(z_out[-1])  # which the function holds now
+            return x
+
+    for net in (adapt(Reassigning()).eval(), adapt(Reassigning())):
+        out = net(rand(4, 5, seed=4))
+        out.sum().backward()
+        gone = weakref.ref(out)
+        del out
+        gc.collect()
+        assert gone() is None
+
+
+def test_the_network_may_change_the_state_in_place() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.encoder(x)
+            start = (torch.zeros_like(u), torch.zeros_like(u))
+
+            def func(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+                return self.f(a, u), torch.tanh(0.5 * a + 0.3 * b)
+
+            z_out, _ = self.deq(func, start)
+            return self.head(nn.functional.relu(z_out[-1][1].add_(z_out[-1][0]), inplace=True))
+
+    net, x = InPlace().eval(), rand(4, 5, seed=4)
+    before = net(x).detach()
+    assert torch.equal(adapt(net)(x), before)
+    net(x).sum().backward()
+    found = optimize_input(net, x, objective, constraint=L2Ball(0.5))
+    assert bool((found.status == Status.CONVERGED).all())
+
+
+def test_a_gradient_of_a_layers_own_stays() -> None:
+    class OneStep(DEQSliced):
+        def forward(self, func: Any, z_star: Any, **kwargs: Any) -> Any:
+            z_out, _ = super().forward(func, z_star, **kwargs)
+            return [func(z_out[-1])], None
+
+    u = rand(4, 3, seed=1).requires_grad_()
+    layer = adapt(OneStep(**TIGHT)).eval()
+    z_out, info = layer(func=lambda z: 0.5 * torch.tanh(z) + u, z_star=torch.zeros_like(u))
+    z_out[-1].sum().backward()
+    assert info is None
+    assert torch.equal(u.grad, torch.ones_like(u))  # of one evaluation
+
+
+def test_hooks_and_training_mode() -> None:
+    net = adapt(Net(hook_ift=True))
+    found = optimize_input(
+        net, rand(4, 5, seed=4), objective, constraint=L2Ball(0.5), training_mode=True
+    )
+    assert bool((found.status == Status.CONVERGED).all())
+    assert net.deq.training
+
+
+def test_parts_keep_their_dtype() -> None:
+    layer = adapt(torchdeq.get_deq(f_solver="simple_fixed_point_iter")).eval()
+    u = rand(3, 4, seed=1).requires_grad_()
+
+    def func(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(0.3 * a + u), torch.tanh(0.3 * b + a.float())
+
+    z_out, _ = layer(func, (torch.zeros_like(u), torch.zeros_like(u).float()))
+    assert [t.dtype for t in z_out[-1]] == [torch.float64, torch.float32]
+    z_out[-1][1].sum().backward()
+    assert u.grad is not None
+
+
+class Picklable(DEQBase):
+    """A layer without functions of its own, which TorchDEQ's have and pickle refuses."""
+
+    def forward(self, func: Any, z_init: Any) -> Any:
+        return [self.f_solver(func, z_init, max_iter=30)[0]], {}
+
+
+def test_pickles_work() -> None:
+    u = rand(3, 4, seed=1)
+    for layer in (Picklable(), adapt(Picklable())):
+        again = pickle.loads(pickle.dumps(layer))
+        assert type(again) is type(layer)
+        (z,), _ = again(lambda z: 0.5 * torch.tanh(z) + u, torch.zeros_like(u))
+        assert torch.allclose(z, 0.5 * torch.tanh(z) + u, atol=1e-3)
 
 
 def test_copies_work() -> None:
