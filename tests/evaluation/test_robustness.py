@@ -103,7 +103,7 @@ def test_batches_and_costs() -> None:
 
     (line,) = evaluate([Engine()]).attacks
     assert line.name == "JIIO"
-    assert line.vjps == 6
+    assert line.vjps == 6 + 3  # of the adjoint's warm-up
     assert line.f_evals > 6
 
 
