@@ -29,15 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from jiio_plugins._counting import count_evaluations
-from jiio_plugins._demo import EPS, check_feasible
-from jiio_plugins._evaluate import load_model
+from jiio_plugins._demo import EPS, check_feasible, converged
+from jiio_plugins._evaluate import load_task
 from jiio_plugins.attacks import attack
-from jiio_plugins.data import load_digits, load_fashion_mnist
-from jiio_plugins.evaluation import layers_as
 from jiio_plugins.methods import Joint, Method
 from jiio_plugins.models.pretrained import CLASSIFIERS
 from jiio_plugins.nested import Nested
@@ -93,13 +90,9 @@ class Bench:
         self.model, self.x, self.y, self.norm, self.eps = model.eval(), x, y, norm, eps
 
     def judge(self, x: Tensor) -> tuple[float, float, float]:
-        """Accuracy, mean cross-entropy and worst residual of a solve to 1e-5."""
+        """See :func:`jiio_plugins._demo.converged`."""
         check_feasible(x, self.x, self.norm, self.eps)
-        tight = Anderson(max_iter=300, tol=1e-5)
-        with torch.no_grad(), count_evaluations() as counter, layers_as(solver=tight):
-            logits = self.model(x)
-        accuracy = float((logits.argmax(1) == self.y).double().mean())
-        return accuracy, float(cross_entropy(logits, self.y)), counter.worst_residual
+        return converged(self.model, x, self.y)
 
     def clean(self) -> Row:
         """The images as they are."""
@@ -183,11 +176,7 @@ def run_bench(
     importlib.import_module("matplotlib")  # rather now than after the last measurement
     if threads is not None:
         torch.set_num_threads(threads)
-    network, trained_on = load_model(weights, model)
-    dataset = dataset or trained_on
-    if dataset is None:
-        raise ValueError("say what to attack the model on: --dataset digits or fashion-mnist")
-    x, y = load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
+    network, dataset, (x, y) = load_task(weights, model, dataset, data)
     p = float(norm)
     radius = EPS[dataset][p] if eps is None else eps
     if not radius > 0:

@@ -41,17 +41,21 @@ class Demo:
 
 
 @dataclass
-class Evaluate:
-    """Robust accuracy of a DEQ classifier: a suite of attacks, judged by converged solves."""
-
+class _OnClassifier:
     weights: str = "digits"
     """shipped weights (digits, fashion-mnist) or a .safetensors file"""
     model: str | None = None
     """your own classifier: module:function, which returns it; a --weights FILE is loaded into it"""
     dataset: Literal["digits", "fashion-mnist"] | None = None
-    """what to judge it on; default: what the weights are for"""
+    """what to attack it on; default: what the weights are for"""
     data: Path = Path("data")
     """folder of Fashion-MNIST: torchvision's root, or Debian's"""
+
+
+@dataclass
+class Evaluate(_OnClassifier):
+    """Robust accuracy of a DEQ classifier: a suite of attacks, judged by converged solves."""
+
     out: Path = Path("out/evaluate")
     """where the JSON and the plot go"""
     images: int = 500
@@ -80,17 +84,9 @@ class Evaluate:
 
 
 @dataclass
-class Bench:
+class Bench(_OnClassifier):
     """What JIIO costs on a classifier, beside nested PGD at its strongest settings."""
 
-    weights: str = "digits"
-    """shipped weights (digits, fashion-mnist) or a .safetensors file"""
-    model: str | None = None
-    """your own classifier: module:function, which returns it; a --weights FILE is loaded into it"""
-    dataset: Literal["digits", "fashion-mnist"] | None = None
-    """what to attack it on; default: what the weights are for"""
-    data: Path = Path("data")
-    """folder of Fashion-MNIST: torchvision's root, or Debian's"""
     out: Path = Path("out/bench")
     """where the JSON and the plot go"""
     images: int = 128

@@ -45,11 +45,7 @@ def run_evaluation(
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     importlib.import_module("matplotlib")  # rather now than after the last attack
-    network, trained_on = load_model(weights, model)
-    dataset = dataset or trained_on
-    if dataset is None:
-        raise ValueError("say what to judge the model on: --dataset digits or fashion-mnist")
-    x, y = load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
+    network, dataset, (x, y) = load_task(weights, model, dataset, data)
     x, y = x[:images].to(device), y[:images].to(device)
     network = network.to(device)
     p = float(norm)
@@ -78,6 +74,22 @@ def run_evaluation(
     plot_accuracy(out / "robustness.png", reports, f"{model or weights}, {len(x)} {dataset} images")
     print(f"numbers and plot: {out}/robustness.json, {out}/robustness.png")
     return reports
+
+
+def load_task(
+    weights: str, model: str | None, dataset: str | None, data: Path
+) -> tuple[nn.Module, str, tuple[Tensor, Tensor]]:
+    """The model, the name of the data set, and its test images and labels; see :func:`load_model`.
+
+    Raises:
+        ValueError: it is not known, and not said, what the model is for.
+    """
+    network, trained_on = load_model(weights, model)
+    dataset = dataset or trained_on
+    if dataset is None:
+        raise ValueError("say what to attack the model on: --dataset digits or fashion-mnist")
+    test = load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
+    return network, dataset, test
 
 
 def load_model(weights: str, factory: str | None) -> tuple[nn.Module, str | None]:

@@ -74,6 +74,7 @@ def adapt(model: nn.Module) -> nn.Module:
 class JointDEQ(EquilibriumLayer):
     """Comes before the class of a TorchDEQ layer: asks the running session first."""
 
+    signature: inspect.Signature  # what function and state are called differs from class to class
     eval_f_max_iter: int
     f_tol: float
     f_stop_mode: str
@@ -87,9 +88,8 @@ class JointDEQ(EquilibriumLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """See ``torchdeq.core.DEQBase.forward``."""
         plain = super().forward
-        # what function and state are called differs from class to class
-        given = inspect.signature(plain).bind(*args, **kwargs)
-        func, z0, *rest = given.args
+        given = self.signature.bind(self, *args, **kwargs)
+        _, func, z0, *rest = given.args
         solve = partial(self._solve, lambda f, z: plain(f, z, *rest, **given.kwargs), func)
         session = current_session()
         if session is None:
@@ -157,7 +157,8 @@ class _Own(Adjoint):
 
 @cache
 def _joint(kind: Any) -> Any:
-    return type(f"Joint{kind.__name__}", (JointDEQ, kind), {"__doc__": kind.__doc__})
+    own = {"__doc__": kind.__doc__, "signature": inspect.signature(kind.forward)}
+    return type(f"Joint{kind.__name__}", (JointDEQ, kind), own)
 
 
 def _rebuild(kind: Any) -> Any:
