@@ -6,7 +6,8 @@ It measures, on the shipped digits and Fashion-MNIST classifiers under an L2 bal
 
 * the cosine between JIIO's training gradient, as it is and refined, and the one from solves to 1e-5
   at the same adversarial images, over batches of test images;
-* one training step of each method on the same model and batch, in turn, ``--repeats`` times:
+* one training step of each method on the same model and batch, in turn, ``--repeats`` times, on
+  the shipped weights and, after the trainings, on those that the reference was trained to:
   CPU seconds (medians, one thread), f evaluations and VJPs per sample with everything in them
   ("JIIO, N iterations" is without the adjoint's warm-up and, where it does not say so, with ω 1.5);
 * trainings of the same number of epochs from the same shipped weights and the same seeds (order of
@@ -33,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
@@ -205,12 +206,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def measure_steps(args: Args, setting: Setting, store: Store) -> None:
-    """CPU seconds and counts of one step, all methods in turn on the shipped weights."""
-    key = f"{setting.name} / steps"
+def measure_steps(args: Args, setting: Setting, store: Store, weights: Path | None = None) -> None:
+    """CPU seconds and counts of one step, all methods in turn on the shipped or given weights."""
+    key = f"{setting.name} / steps" + (f" / {weights.stem}" if weights else "")
     if store.get(key) is None:
         x, y = (t[: args.batch_size] for t in load(args, setting.name, "train"))
         model = load_pretrained(setting.name)
+        if weights is not None:
+            model.load_state_dict(load_file(weights))
         seconds: dict[str, list[float]] = {name: [] for name in METHODS}
         counts = {}
         for _ in tqdm(range(args.repeats), desc=key):
@@ -230,7 +233,8 @@ def measure_steps(args: Args, setting: Setting, store: Store) -> None:
         }
         store.put(key, rows)
     rows = store.get(key)
-    print(f"\n{setting.name}, one step of {args.batch_size} images, L2 {setting.eps}")
+    where = weights.stem if weights else f"{setting.name}, the shipped weights"
+    print(f"\n{where}, one step of {args.batch_size} images, L2 {setting.eps}")
     print(f"{'':30}{'CPU s':>8}{'f':>8}{'VJP':>8}{'loss':>8}   JIIO's seconds / these")
     for name, row in rows.items():
         ratio = rows[DEFAULT]["seconds"] / row["seconds"]
@@ -277,10 +281,16 @@ def flat_gradient(model: torch.nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
 
+def kept_weights(args: Args, setting: Setting, name: str, seed: int) -> Path:
+    """Where the weights of a training are kept."""
+    return args.out / f"{setting.name}-{name.replace(' ', '_')}-seed_{seed}.safetensors"
+
+
 def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> RobustnessReport:
     """Train one model and judge it."""
     key = f"{setting.name} / {name} / seed {seed}"
-    kept = args.out / f"{key.replace(' / ', '-').replace(' ', '_')}.pt"
+    weights = kept_weights(args, setting, name, seed)
+    kept = weights.with_suffix(".pt")
     if kept.is_file():
         return _report(torch.load(kept, weights_only=True))
     x, y = load(args, setting.name, "train")
@@ -300,7 +310,7 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
     seconds = time.process_time() - begin
     steps = setting.epochs * len(batches)
     f_evals, vjps = (n / len(x) / setting.epochs for n in (counter.f_evals, counter.vjps))
-    save_file(model.state_dict(), kept.with_suffix(".safetensors"))
+    save_file(model.state_dict(), weights)
     ball: dict[str, Any] = {"eps": setting.eps, "norm": 2}
     suite = default_suite(**ball)
     if args.suite == "engine":
@@ -362,6 +372,9 @@ def main(args: Args) -> None:
             for name in names:
                 reports[name].append(train(args, setting, name, seed, store))
             compare(args, setting, reports)
+        trained = kept_weights(args, setting, args.reference, 0)
+        if trained.is_file():
+            measure_steps(args, setting, store, trained)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Command, args=words, prog="jiio", description=__doc__)
     try:
         command.run()
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError) as error:
         raise SystemExit(f"jiio: {error}") from error
 
 

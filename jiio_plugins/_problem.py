@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,6 +232,11 @@ class Problem:
                 f"objective(output) must return one value per row, shape ({self.rows},), "
                 f"got {got}; use reduction='none'"
             )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"objective(output) must return real floating-point values, got {value.dtype}: "
+                "nothing can be differentiated by class indices; of complex ones take .abs()"
+            )
         return value
 
     def solve(
@@ -302,6 +308,28 @@ class Problem:
 
         steps = advance if advance is None or self.splits else repeatably
         return Linearization(call, v, self.layout.split(z), image=image, advance=steps)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Let the block move copies of the buffers (running statistics), and put the own ones back.
+
+    A graph made in the block may have saved them, so they are exchanged, not written over.
+    """
+    places = [
+        (owner, key, buffer)
+        for owner in model.modules()
+        for key, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in places}
+    for owner, key, buffer in places:
+        owner._buffers[key] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for owner, key, buffer in places:
+            owner._buffers[key] = buffer
 
 
 def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -336,6 +336,12 @@ class Linearization:
 
     def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """``∂ℓ/∂z`` ``(rows, n)`` and the direct ``∂ℓ/∂v``, with f held constant (head only)."""
+        if not loss.requires_grad:
+            raise ValueError(
+                "the objective has no gradient: it depends on neither x nor a state of the model. "
+                "The model or the objective detaches it, computes it under torch.no_grad(), or "
+                "does not use the model's output"
+            )
         with running(self._session):
             grads = torch.autograd.grad(
                 loss.sum(),

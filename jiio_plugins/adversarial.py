@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from jiio_plugins._session import PenaltySession, SolveSession, StateLayout
-from jiio_plugins.attacks import BALLS, check_inside
+from jiio_plugins.attacks import BALLS, as_norm, check_inside
 from jiio_plugins.constraints import Box, Constraint, Intersection
 from jiio_plugins.equilibrium import running
 from jiio_plugins.methods import Joint, Method, Progress
@@ -116,8 +117,12 @@ class AdversarialTraining:
     loss: LossRows = cross_entropy_rows
 
     def __post_init__(self) -> None:
-        if self.norm not in BALLS:
-            raise ValueError(f"norm must be 1, 2 or inf, got {self.norm}")
+        object.__setattr__(self, "norm", as_norm(self.norm))
+        eps: object = self.eps
+        if not isinstance(eps, Real):
+            raise TypeError(
+                f"eps must be a number, the same for all samples, got {type(self.eps).__name__}"
+            )
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {self.eps}")
         if not isinstance(self.method, Method):
@@ -147,7 +152,8 @@ class AdversarialTraining:
             model: returns logits ``(batch, classes)``, or what ``loss`` takes. The search runs in
                 eval mode, the passes with gradients keep the flags as they are.
             x: images ``(batch, ...)`` inside the box.
-            labels: ``(batch,)``, or what ``loss`` takes.
+            labels: ``(batch,)``, or what ``loss`` takes; the default also takes probabilities
+                ``(batch, classes)``.
             wrapped: what the passes with parameter gradients call, if that is not the model itself:
                 a wrapper of it for several processes. A DistributedDataParallel model needs none.
             generator: of random starts, the Jacobian penalty and its iterate, on x's device; None:
@@ -197,9 +203,9 @@ class AdversarialTraining:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The parameters as plain values; the loss by its name."""
+        """The parameters as plain values; the loss by its name, or how it prints."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        name = getattr(self.loss, "__name__", repr(self.loss))
         for key in ("method", "lower", "upper", "refine"):
             values[key] = repr(values[key])
         return {**values, "loss": name}
@@ -261,4 +267,5 @@ class _RandomIterate:
 
 
 def _correct(output: Tensor, labels: Tensor) -> Tensor:
-    return output.detach().argmax(1) == labels
+    likeliest = labels.argmax(1) if labels.is_floating_point() and labels.ndim == 2 else labels
+    return output.detach().argmax(1) == likeliest

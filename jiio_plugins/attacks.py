@@ -37,6 +37,17 @@ LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
 BALLS: dict[float, Callable[..., Constraint]] = {1.0: L1Ball, 2.0: L2Ball, math.inf: LinfBall}
 
 
+def as_norm(norm: float | str) -> float:
+    """1.0, 2.0 or inf; "inf", as hosts write it, too."""
+    try:
+        value = float(norm)
+    except (TypeError, ValueError):
+        value = math.nan
+    if value not in BALLS:
+        raise ValueError(f"norm must be 1, 2 or inf, got {norm!r}")
+    return value
+
+
 def attack(
     model: nn.Module,
     x: Tensor,
@@ -94,9 +105,7 @@ def attack(
     Source: Gurumurthy et al. (NeurIPS 2021), section 4.3; DLR: Croce and Hein (ICML 2020), eq. 6
     and 7.
     """
-    norm = float(norm)
-    if norm not in BALLS:
-        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
+    norm = as_norm(norm)
     if random_starts < 0:
         raise ValueError(f"random_starts must not be negative, got {random_starts}")
     check_input(x)

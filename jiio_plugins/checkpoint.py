@@ -6,6 +6,7 @@ whole one. It holds tensors and plain numbers alone and is read with ``weights_o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
@@ -103,6 +104,14 @@ class Trained:
                     f"{path} was written with another {what}, {there!r}, and cannot be resumed "
                     f"with {here!r}: use the same, or another file to start afresh"
                 )
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Of their bytes, to tell data apart."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

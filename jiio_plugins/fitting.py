@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from jiio_plugins.checkpoint import Trained, set_random_states
+from jiio_plugins.checkpoint import Trained, fingerprint, set_random_states
 from jiio_plugins.training import joint_solution
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Batches(Protocol):
     """Training data as batches, the same for every run of the same seed.
 
     Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
-    that a resumed training has seen; it is called, if there is one, before the first epoch.
+    that a resumed training has seen; it is called, if there is one, before the first epoch. What
+    ``settings()`` returns, if it is there, plain values by name, must be the same in a resumed one.
     """
 
     def __len__(self) -> int:
@@ -68,6 +69,14 @@ class TensorBatches:
 
     def __len__(self) -> int:
         return self.count
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed training must have in common with the one before."""
+        return {
+            "batch size": self.batch_size,
+            "order of the data (seed)": self.seed,
+            "data (fingerprint)": fingerprint(self.x, self.y),
+        }
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`Batches`."""
@@ -103,7 +112,7 @@ def fit_adversarially(
         model: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
         training: the step.
         optimizer: of the model's parameters.
-        batches: the data, such as :class:`TensorBatches`.
+        batches: the data: :class:`TensorBatches`, or something of one's own like :class:`Batches`.
         epochs: of the whole training, those before a resume included.
         validation: images and labels judged after each epoch: clean accuracy by ``model(x)``, and
             robust accuracy by ``model(x')`` at the examples the training's own search finds.
@@ -134,7 +143,14 @@ def fit_adversarially(
     Warns:
         RuntimeWarning: z was left far from its fixed points in an epoch.
     """
-    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed)
+    if not hasattr(batches, "epoch") or not hasattr(batches, "__len__"):
+        raise TypeError(
+            "batches must have epoch(index, skip), so that a training can be resumed: give "
+            "TensorBatches(x, y, batch_size), or a class like it around a loader, got "
+            f"{type(batches).__name__}"
+        )
+    rules = {"max_grad_norm": max_grad_norm, "scheduler_interval": scheduler_interval}
+    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules)
     _check(run, epochs, patience, validation, scheduler_interval, checkpoint_every, max_grad_norm)
     run.begin(resume)
     with _flags_restored(model), run.bar(epochs, verbose) as bar:
@@ -187,10 +203,15 @@ class _Run:
         scheduler: Any,
         checkpoint: str | Path | None,
         seed: int,
+        rules: dict[str, Any],
     ) -> None:
         self.model, self.training, self.batches = model, training, batches
         self.path = None if checkpoint is None else Path(checkpoint)
-        settings = {**training.settings(), "batches an epoch": len(batches), "seed": seed}
+        settings = {
+            **training.settings(), **rules, "batches an epoch": len(batches), "seed": seed
+        }  # fmt: skip
+        if self.path is not None and hasattr(batches, "settings"):
+            settings.update(batches.settings())
         self.trained = Trained(model, optimizer, scheduler, settings)
         self.epoch = self.step = self.waited = 0
         self.stopped = False

@@ -11,6 +11,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
@@ -97,13 +98,19 @@ class Method(abc.ABC):
     warmup: int = 5
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iter", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._at_least(max_iter=1, warmup=0)
         for name in ("step_size", "final_step_size"):
             value = getattr(self, name)
             if value is not None and not bool((torch.as_tensor(value) >= 0).all()):
                 raise ValueError(f"{name} must not be negative, got {value}")
+
+    def _at_least(self, **counts: int) -> None:
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
     @abc.abstractmethod
     def run(
@@ -191,6 +198,11 @@ class Tracker:
             self.doubt = self.groups.sum(row_norm(b) * row_norm(residual))
         if self.stop is not None:
             reached = self.stop(output)
+            if not isinstance(reached, Tensor) or reached.dtype != torch.bool:
+                raise TypeError(
+                    "stop(output) must return a tensor of booleans, one per row, got "
+                    f"{getattr(reached, 'dtype', type(reached).__name__)}"
+                )
             met = self.groups.worst((~reached).float()) == 0
             self._hold(torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0)))
 
@@ -295,9 +307,9 @@ class Joint(Method):
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation}")
         if self.mixing not in MIXINGS:
             raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {self.mixing!r}")
-        for name, least in (("state_steps", 1), ("adjoint_warmup", 0), ("acceleration", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.tol >= 0:
+            raise ValueError(f"tol must not be negative, got {self.tol}")
+        self._at_least(state_steps=1, adjoint_warmup=0, acceleration=0)
 
     def run(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from jiio_plugins._problem import (
     ParameterVariable,
     Problem,
     Variable,
+    buffers_kept,
     same_randomness,
 )
 from jiio_plugins.constraints import Constraint, FeasibleSet
@@ -106,6 +107,13 @@ def optimize_input(
     method, constraint = check_method(method), check_constraint(constraint)
     model = unwrap(model)
     check_input(x)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "optimize_input needs gradients, which torch.inference_mode() forbids: call it outside "
+            "(torch.no_grad() is no hindrance)"
+        )
+    if isinstance(variables, str):
+        raise TypeError(f"variables must be a list of names, got the string {variables!r}")
     implicit = differentiable if isinstance(differentiable, Solver) else None
     if groups is not None:
         _check_groups(groups, variables, len(x))
@@ -194,7 +202,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def check_input(x: Tensor) -> None:
     """Raise unless ``x`` is a finite, batch-first, floating-point tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(
+            f"x must be one tensor, got {type(x).__name__}; several inputs go in as one, flattened "
+            "and concatenated, and a wrapper of the model splits them"
+        )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
     if x.ndim < 2:
@@ -208,9 +219,12 @@ def check_input(x: Tensor) -> None:
 def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> None:
     if variables is None:
         raise ValueError("groups= says which rows share a variable: it needs variables=")
-    if groups.shape != (rows,) or groups.dtype.is_floating_point:
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups must be a tensor of integers, got {type(groups).__name__}")
+    dtype = groups.dtype
+    if groups.shape != (rows,) or dtype.is_floating_point or dtype == torch.bool:
         raise ValueError(
-            f"groups must hold one integer per row, shape ({rows},), got {groups.dtype} "
+            f"groups must hold one integer per row, shape ({rows},), got {dtype} "
             f"{tuple(groups.shape)}"
         )
     seen = groups.unique()
@@ -232,7 +246,6 @@ def undisturbed(
     """Run with eval mode and constant parameters; put everything back, also after an exception."""
     flags = [(module, module.training) for module in model.modules()]
     constants = [p for p in model.parameters() if p.requires_grad] if frozen else []
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training_mode else []
     call, call_rows = variable.call, variable.call_rows
     if training_mode:
         if any(
@@ -251,15 +264,13 @@ def undisturbed(
     for p in constants:
         p.requires_grad_(False)
     try:
-        yield
+        with buffers_kept(model) if training_mode else nullcontext():
+            yield
     finally:
         for p in constants:
             p.requires_grad_(True)
         for module, training in flags:
             module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _verified(
@@ -345,8 +356,14 @@ class _Verdict:
         for name in ("residual", "converged", "nonfinite"):
             setattr(self, name, torch.where(rows, getattr(other, name), getattr(self, name)))
         self.z = torch.where(rows[:, None], other.z, self.z)
-        for name in ("output", "model_output"):
-            setattr(self, name, _choose(rows, getattr(other, name), getattr(self, name)))
+        if judge.by_row(self.output):
+            shape = (-1, *[1] * (self.output.ndim - 1))
+            for name in ("output", "model_output"):
+                chosen = torch.where(rows.reshape(shape), getattr(other, name), getattr(self, name))
+                setattr(self, name, chosen)
+        elif bool(better.any()):  # only the model can put together what it returns
+            mixed = judge.everything(self.v)
+            self.output, self.model_output = mixed.output, mixed.model_output
 
 
 class _Judge:
@@ -355,6 +372,11 @@ class _Judge:
     def __init__(self, problem: Problem, verifier: Solver) -> None:
         self.problem, self.verifier = problem, verifier
         self.f_evals = torch.zeros_like(problem.f_evals)
+
+    def by_row(self, output: Any) -> bool:
+        """Whether what the model returned is one tensor with a row per row of the batch."""
+        rows = self.problem.rows
+        return isinstance(output, Tensor) and output.ndim > 0 and len(output) == rows
 
     def everything(self, v: Tensor) -> _Verdict:
         """All problems."""
@@ -369,7 +391,7 @@ class _Judge:
     def some(self, v: Tensor, where: Tensor, base: _Verdict) -> _Verdict:
         """The problems ``where``; the other rows are taken from ``base``."""
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
-        if not isinstance(base.output, Tensor) or not self.problem.splits:
+        if not self.by_row(base.output) or not self.problem.splits:
             return self.everything(v)
         with counting_into((counter := RowCounter(self.f_evals[rows]),)):
             own = self.problem.solve(v, rows=rows)
@@ -395,14 +417,3 @@ class _Judge:
         return _Verdict(
             v, value, model_value, z, residual, converged, nonfinite, output, model_output
         )
-
-
-def _choose(rows: Tensor, first: Any, second: Any) -> Any:
-    """``first`` at ``rows``, else ``second``, through nested tensors, tuples and dicts."""
-    if isinstance(first, Tensor):
-        return torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, second)
-    if isinstance(first, (tuple, list)):
-        return type(first)(_choose(rows, a, b) for a, b in zip(first, second, strict=True))
-    if isinstance(first, dict):
-        return {key: _choose(rows, first[key], second[key]) for key in first}
-    return second

@@ -56,8 +56,8 @@ _MESSAGES = {
         "early; tighten the tol of its equilibrium layer before judging it"
     ),
     Status.NO_IMPROVEMENT: (
-        "nothing better than the start was found, and the start is returned: raise max_iter or "
-        "change the step size"
+        "nothing better than the start was found, and the start is returned: raise max_iter, "
+        "change the step size, or see whether the model detaches x, so that no gradient reaches it"
     ),
     Status.STALLED: (
         "no step lowers the residual any more: the tolerance is below what this dtype can reach "

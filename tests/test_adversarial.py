@@ -165,6 +165,16 @@ def test_bad_parameters(options: dict[str, Any], error: type[Exception], words: 
         AdversarialTraining(**{**BOX, **options})
 
 
+def test_labels_as_probabilities_and_a_norm_by_its_name() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    steps = [
+        AdversarialTraining(norm=norm, eps=0.5)(model, x, y)  # type: ignore[arg-type]
+        for norm, y in ((math.inf, Y), ("inf", torch.eye(3, dtype=torch.float64)[Y]))
+    ]
+    torch.testing.assert_close(steps[0].loss, steps[1].loss)
+    assert torch.equal(steps[0].robust, steps[1].robust)
+
+
 def test_bad_input() -> None:
     model, x = Net(seed=3), rand(4, 5, seed=1)
     with pytest.raises(ValueError, match="one entry per sample"):

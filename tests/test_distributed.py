@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from jiio_plugins.adversarial import AdversarialTraining
+from jiio_torchdeq import adapt
 from tests.helpers import Net, Series, rand
+from tests.torchdeq.test_adapt import Net as TorchDEQNet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,10 +58,16 @@ def test_two_processes(tmp_path: Path) -> None:
         assert all(0 < loss < 20 for loss in rank["losses"])
 
 
+def torchdeq_net(seed: int) -> torch.nn.Module:
+    """With a layer of TorchDEQ's; its weights are what they are."""
+    del seed
+    return adapt(TorchDEQNet())
+
+
 @pytest.mark.parametrize("options", [{}, {"trades": 2.0}, {"jacobian_weight": 1.0}])
-@pytest.mark.parametrize("build", [Net, Series])
+@pytest.mark.parametrize("build", [Net, Series, torchdeq_net])
 def test_a_distributed_module_can_be_given_as_it_is(
-    build: type[torch.nn.Module], options: dict[str, float], tmp_path: Path
+    build: Callable[..., torch.nn.Module], options: dict[str, float], tmp_path: Path
 ) -> None:
     """Its gradients are those of the bare module, also where it looks for unused parameters."""
     x, y = rand(4, 5, seed=1), torch.tensor([0, 2, 1, 2])

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 from jiio_plugins import Joint, checkpoint
 from jiio_plugins.adversarial import AdversarialTraining
@@ -74,7 +75,7 @@ def build(dropout: float = 0.0, seed: int = 0, channels: int = 4) -> nn.Module:
 
 
 def train(
-    model: nn.Module, *, batches: type[TensorBatches] = TensorBatches, scheduler: str | None = None,
+    model: nn.Module, *, batches: Callable[..., Any] = TensorBatches, scheduler: str | None = None,
     training: AdversarialTraining = TRAINING, optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:  # fmt: skip
@@ -293,6 +294,10 @@ def saved(tmp_path: Path) -> Path:
         ({"seed": 4}, "another seed"),
         ({"training": AdversarialTraining(norm=2, eps=0.9)}, "another eps"),
         ({"optimizer": torch.optim.SGD}, "another optimizer"),
+        ({"max_grad_norm": 0.1}, "another max_grad_norm"),
+        ({"scheduler_interval": "step"}, "another scheduler_interval"),
+        ({"batches": lambda x, y, _: TensorBatches(x, y, 17)}, "another batch size"),
+        ({"batches": lambda x, y, n: TensorBatches(x.flip(0), y.flip(0), n)}, "another data"),
     ],
 )
 def test_a_checkpoint_of_another_training(saved: Path, change: dict[str, Any], words: str) -> None:
@@ -385,6 +390,12 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_it_spoils_anything(
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         train(model, optimizer=optimizer, checkpoint=path, checkpoint_every=1)
     assert checkpoint.read(path)["progress"]["step"] == 1
+
+
+def test_a_loader_is_told_what_to_do() -> None:
+    loader = DataLoader(TensorDataset(*data()), batch_size=16)
+    with pytest.raises(TypeError, match=r"give TensorBatches\(x, y, batch_size\)"):
+        train(build(), batches=lambda *_: loader)
 
 
 def test_bad_batches() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -1180,7 +1181,7 @@ def test_x_that_is_not_floating_point(dtype: torch.dtype) -> None:
 
 
 def test_x_of_a_wrong_kind() -> None:
-    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+    with pytest.raises(TypeError, match="x must be one tensor, got list"):
         optimize_input(Net(), [[1.0] * 5], squared)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"batch first, \(batch, \.\.\.\), got shape \(5,\)"):
         optimize_input(Net(), rand(5, seed=1), squared)
@@ -1234,6 +1235,61 @@ def test_a_cell_of_another_output_shape() -> None:
 def test_an_objective_of_another_shape(objective: Any, got: str) -> None:
     with pytest.raises(ValueError, match=rf"shape \(4,\), got {got}; use reduction='none'"):
         optimize_input(Net(), rand(4, 5, seed=1), objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "error", "words"),
+    [
+        (lambda y: y.argmax(1), TypeError, "real floating-point values, got torch.int64"),
+        (lambda y: torch.view_as_complex(y[:, :2].contiguous()), TypeError, "take .abs"),
+        (lambda y: squared(y.detach()), ValueError, "the objective has no gradient"),
+        (lambda y: torch.zeros(4), ValueError, "does not use the model's output"),
+    ],
+)
+def test_an_objective_without_a_gradient(
+    objective: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        optimize_input(Net(), rand(4, 5, seed=1), objective)
+
+
+def test_a_model_without_a_gradient() -> None:
+    class Shut(Net):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Detached(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    x = rand(4, 5, seed=1)
+    with pytest.raises(ValueError, match="the objective has no gradient"):
+        optimize_input(Shut(), x, squared)
+    found = optimize_input(Detached(), x, squared)
+    assert "whether the model detaches x" in found.report()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        optimize_input(Net(), x, squared)
+
+
+def test_what_is_no_tensor() -> None:
+    x = rand(4, 5, seed=1)
+    with pytest.raises(TypeError, match="several inputs go in as one"):
+        optimize_input(Net(), (x, x), squared)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tensor of booleans, one per row, got bool"):
+        optimize_input(Net(), x, squared, stop=lambda _: True)  # type: ignore[arg-type, return-value]
+    listed: Any = [0, 0, 1, 1]
+    with pytest.raises(TypeError, match="tensor of integers, got list"):
+        optimize_input(Net(), x, squared, variables=["head.bias"], groups=listed)
+    flags = torch.tensor([False, False, True, True])
+    with pytest.raises(ValueError, match=r"one integer per row, shape \(4,\), got torch.bool"):
+        optimize_input(Net(), x, squared, variables=["head.bias"], groups=flags)
+    with pytest.raises(TypeError, match="a list of names, got the string 'head'"):
+        optimize_input(Net(), x, squared, variables="head")
+    with pytest.raises(TypeError, match=r"max_iter must be an integer, got 2\.5"):
+        Joint(max_iter=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tol must not be negative"):
+        Joint(tol=-1.0)
 
 
 def test_unknown_variables() -> None:
@@ -1316,6 +1372,69 @@ def test_any_output_the_objective_understands() -> None:
     rich = optimize_input(Rich(), x, lambda out: squared(out["y"]), constraint=L2Ball(0.5))
     torch.testing.assert_close(rich.x, plain.x, rtol=0, atol=1e-12)
     torch.testing.assert_close(rich.output["parts"][1][0], plain.output[:, 1:])
+
+
+class Ordered(OrderedDict[str, Any]):
+    """A dict of a class of its own."""
+
+
+@dataclass
+class Record:
+    """One tensor under a name."""
+
+    y: Tensor
+
+
+class Pair(NamedTuple):
+    """Two of them."""
+
+    y: Tensor
+    total: Tensor
+
+
+@pytest.mark.parametrize(
+    ("pack", "get"),
+    [
+        (lambda y: y, lambda out: out),
+        (lambda y: Record(y), lambda out: out.y),
+        (lambda y: Pair(y, y.sum()), lambda out: out.y),
+        (lambda y: Ordered(y=y, mean=y.mean(), table=y.new_zeros(3, 2)), lambda out: out["y"]),
+    ],
+)
+def test_an_output_of_any_kind_is_that_of_the_returned_x(pack: Any, get: Any) -> None:
+    """Also where some rows fall back to their start, and what is no tensor by rows."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Any:
+            return pack(self.net(x))
+
+    def objective(out: Any) -> Tensor:
+        return squared(get(out))
+
+    x = rand(8, 5, seed=1)
+    wild = Joint(max_iter=1, step_size=20.0)
+    found = optimize_input(Packed(), x, objective, method=wild, constraint=L2Ball(5.0))
+    fallen = (found.x == x).flatten(1).all(1)
+    assert bool(fallen.any())
+    assert not bool(fallen.all())
+    with torch.no_grad():
+        expected = Packed()(found.x)
+    for output in (found.output, found.stats.model_output):
+        assert type(output) is type(expected)
+        torch.testing.assert_close(get(output), get(expected), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(objective(output), found.value, rtol=1e-6, atol=1e-7)
+    if isinstance(expected, (Pair, Ordered)):
+        names = ("total",) if isinstance(expected, Pair) else ("mean", "table")
+        for name in names:
+            own, other = (
+                getattr(out, name) if isinstance(out, Pair) else out[name]
+                for out in (found.output, expected)
+            )
+            torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [Picard, Broyden])

@@ -67,11 +67,15 @@ def check_trainable(classifier: PyTorchClassifier, attack: JIIOAttack) -> None:
     for name in ("eps", "eps_step"):
         if isinstance(getattr(attack, name), np.ndarray):
             raise ValueError(f"{name} of the attack must be a number for training, got an array")
-    if attack.random_eps or attack.loss != "cross-entropy":
-        raise ValueError(
-            "the attack must have random_eps=False and loss='cross-entropy' for training, got "
-            f"{attack.random_eps} and {attack.loss!r}"
-        )
+    for name, wanted in (
+        ("random_eps", False), ("loss", "cross-entropy"), ("early_stop", False), ("retry", None),
+    ):  # fmt: skip
+        value = getattr(attack, name)
+        if value != wanted:
+            raise ValueError(
+                f"the attack must have {name}={wanted!r} for training, which makes one search of "
+                f"the same length for every image, got {value!r}"
+            )
     if not isinstance(classifier.loss, nn.CrossEntropyLoss):
         raise TypeError(
             "the classifier's loss must be nn.CrossEntropyLoss, got "

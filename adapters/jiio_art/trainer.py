@@ -13,7 +13,7 @@ import torch
 from art.config import ART_NUMPY_DTYPE
 from art.defences.trainer.trainer import Trainer
 from art.estimators.classification import PyTorchClassifier
-from torch import Tensor
+from torch import Tensor, nn
 
 from jiio_art import _inputs
 from jiio_art._model import Autocast, RawInput
@@ -239,8 +239,6 @@ class JIIOAdversarialTrainer(Trainer):
             )
         clip = self._classifier.clip_values
         lower, upper = (None, None) if clip is None else clip
-        loss = copy.copy(self._classifier.loss)
-        loss.reduction = "none"
         return AdversarialTraining(
             norm=float(attack.norm),
             eps=float(attack.eps),
@@ -252,7 +250,7 @@ class JIIOAdversarialTrainer(Trainer):
             trades=self.trades,
             refine=self.refine,
             jacobian_weight=self.jacobian_weight,
-            loss=loss,
+            loss=RowLoss(self._classifier.loss),
         )
 
     def _bound(self, value: Any) -> float | Tensor | None:
@@ -274,6 +272,41 @@ class JIIOAdversarialTrainer(Trainer):
         labels = _inputs.class_indices(y, len(images), classifier.nb_classes)
         # a copy: training must not see what the caller does to the arrays meanwhile
         return torch.tensor(images, device=self._device), torch.tensor(labels, device=self._device)
+
+
+class RowLoss:
+    """Cross-entropy per image, whose plain mean over a batch is the classifier's own loss.
+
+    ``reduction="mean"`` divides by the sum of the class weights of the images that are not ignored,
+    ``"sum"`` by nothing.
+    """
+
+    def __init__(self, criterion: nn.Module) -> None:
+        assert isinstance(criterion, nn.CrossEntropyLoss)  # as check_trainable has seen to
+        self.criterion = criterion
+        self._rows = copy.copy(criterion)
+        self._rows.reduction = "none"
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        """``(batch,)``."""
+        rows: Tensor = self._rows(output, labels)
+        own = self.criterion
+        if own.reduction == "sum":
+            return rows * len(rows)
+        counted = labels != own.ignore_index
+        if own.weight is None:
+            total = counted.sum()
+        else:
+            total = own.weight[labels.where(counted, 0)][counted].sum()
+        return rows * (len(rows) / total)
+
+    def __repr__(self) -> str:
+        own = self.criterion
+        weight = None if own.weight is None else own.weight.tolist()
+        return (
+            f"CrossEntropyLoss({weight=}, ignore_index={own.ignore_index}, "
+            f"reduction={own.reduction!r}, label_smoothing={own.label_smoothing})"
+        )
 
 
 class _GeneratorBatches:

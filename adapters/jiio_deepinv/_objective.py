@@ -131,11 +131,21 @@ class Objective:
         self.image = image.detach()
         total = self.fidelity(image)
         if self.prior is not None:
-            total = total + self.prior_weight * self.prior(image).reshape(len(image), -1).sum(1)
+            total = total + self.prior_weight * self._prior_value(image)
         away = u if self.centre is None else u - self.centre
         total = total + 0.5 * self.latent_penalty * away.square().sum(1)
         total = total + 0.5 * self.range_penalty * r.square().sum(1)
         return (total / self.scale).to(u.dtype)
+
+    def _prior_value(self, image: Tensor) -> Tensor:
+        assert self.prior is not None
+        value = self.prior(image)
+        if not isinstance(value, Tensor) or value.shape[:1] != (len(image),):
+            got = getattr(value, "shape", type(value).__name__)
+            raise ValueError(
+                f"prior(x) must return one value per sample, shape ({len(image)},), got {got}"
+            )
+        return value.reshape(len(image), -1).sum(1)
 
     def fidelity(self, image: Tensor) -> Tensor:
         """The data term, ``(batch,)``."""

@@ -108,19 +108,6 @@ def _constantly(value: Tensor) -> Callable[[], Tensor]:
     return lambda: value
 
 
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put buffers back: BatchNorm in train mode would move its statistics at every iteration."""
-    moving = any(part.training for part in module.modules())
-    before = [(b, b.detach().clone()) for b in module.buffers()] if moving else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
 class TaskVariable(Variable):
     """``v -> loss + reg/2 ‖v − v0‖²`` for the adapted parameters v, flat ``(1, d)``.
 

@@ -23,9 +23,9 @@ from jiio_learn2learn._checks import (
     reaches,
     same_inputs,
 )
-from jiio_learn2learn._task import Slots, TaskVariable, buffers_kept, frozen, kept
+from jiio_learn2learn._task import Slots, TaskVariable, frozen, kept
 from jiio_plugins._counting import count, count_evaluations, counting_into
-from jiio_plugins._problem import same_randomness
+from jiio_plugins._problem import buffers_kept, same_randomness
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
 from jiio_plugins.adjoints import Implicit
 from jiio_plugins.constraints import FeasibleSet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,8 +205,11 @@ class JIIO(Attack):
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a finite number, not negative, got {self.eps}")
+        eps: object = self.eps
+        if not isinstance(eps, Real):
+            raise TypeError(f"eps must be a number, the same for all images, got {eps!r}")
+        if not 0 <= float(eps) < math.inf:
+            raise ValueError(f"eps must be a finite number, not negative, got {eps}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.random_starts < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 _Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -225,9 +225,9 @@ class RobustnessReport:
         """Everything but the images, in JSON's types (L∞ is the string "inf")."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "worst"}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         head = (

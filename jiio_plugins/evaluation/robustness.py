@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from jiio_plugins._counting import count_evaluations
-from jiio_plugins.attacks import BALLS, check_inside
+from jiio_plugins.attacks import as_norm, check_inside
+from jiio_plugins.checkpoint import fingerprint
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
@@ -112,8 +112,8 @@ def robust_accuracy(
     begin = time.perf_counter()
     model = unwrap(model)
     suite = _as_suite(attacks)
-    norm, eps = float(norm), float(eps)
-    _check_arguments(x, y, eps, norm, lower, upper, batch_size, verify, audit)
+    norm, eps = as_norm(norm), float(eps)
+    _check_arguments(x, y, eps, lower, upper, batch_size, verify, audit)
     if known is not None and (not isinstance(known, Tensor) or known.shape != x.shape):
         got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
         raise ValueError(f"known must hold images of the shape of x, {tuple(x.shape)}, got {got}")
@@ -155,7 +155,7 @@ def robust_accuracy(
         broken_by=tuple(state.broken_by),
         worst_loss=tuple(state.worst_loss.tolist()),
         seconds=time.perf_counter() - begin,
-        fingerprint=_fingerprint(x, y),
+        fingerprint=fingerprint(x, y),
         worst=state.worst,
     )
 
@@ -261,12 +261,6 @@ def _share(flags: Tensor) -> Interval:
     return wilson(int(flags.sum()), len(flags))
 
 
-def _fingerprint(x: Tensor, y: Tensor) -> str:
-    digest = hashlib.sha256(x.cpu().contiguous().numpy().tobytes())
-    digest.update(y.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attack]:
     if isinstance(attacks, Mapping):
         suite = [Attack(name, run) for name, run in attacks.items()]
@@ -292,7 +286,7 @@ def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attac
 
 
 def _check_arguments(
-    x: Tensor, y: Tensor, eps: float, norm: float, lower: Any, upper: Any, batch_size: int,
+    x: Tensor, y: Tensor, eps: float, lower: Any, upper: Any, batch_size: int,
     verify: Solver | None, audit: int,
 ) -> None:  # fmt: skip
     check_input(x)
@@ -309,8 +303,6 @@ def _check_arguments(
         raise TypeError(f"y must hold integer classes, got {y.dtype}")
     if y.shape != (len(x),):
         raise ValueError(f"y must hold one class per image ({len(x)},), got {tuple(y.shape)}")
-    if norm not in BALLS:
-        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     for name, bound in (("lower", lower), ("upper", upper)):

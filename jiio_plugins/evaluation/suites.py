@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from jiio_plugins.adapters import load_adapter
-from jiio_plugins.attacks import BALLS, attack
+from jiio_plugins.attacks import as_norm, attack
 from jiio_plugins.evaluation.gradients import (
     Backpropagated,
     through_intermediate,
@@ -46,8 +46,7 @@ def engine_attack(
 
     Bounds are numbers, or tensors that broadcast over the batch.
     """
-    if float(norm) not in BALLS:
-        raise ValueError(f"norm must be 1, 2 or inf, got {norm}")
+    norm = as_norm(norm)
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         found = attack(

@@ -171,6 +171,33 @@ def test_preprocessing_and_autocast() -> None:
     assert trainer.history[-1]["loss"] < trainer.history[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": torch.arange(1.0, 11.0)}, {"reduction": "sum"}, {"ignore_index": 3},
+        {"label_smoothing": 0.1, "weight": torch.arange(10.0)},
+    ],
+)  # fmt: skip
+def test_the_loss_is_the_classifiers_own(options: dict[str, Any]) -> None:
+    """Without a ball a step is that of ``classifier.fit``."""
+    x, y = arrays("train", 40)
+    targets = [classifier(loss=nn.CrossEntropyLoss(**options)) for _ in range(2)]
+    for target in targets:
+        target._optimizer = torch.optim.SGD(target.model.parameters(), lr=0.1)
+    before = weights(targets[0])
+    attack = JIIOAttack(targets[0], norm=2, eps=0.0)
+    JIIOAdversarialTrainer(targets[0], attack, refine=200, verbose=False).fit(
+        x, y, nb_epochs=1, batch_size=40
+    )
+    module, loss = targets[1].model.train(), nn.CrossEntropyLoss(**options)
+    expected = loss(module(torch.from_numpy(x)), torch.from_numpy(y))
+    expected.backward()
+    assert targets[0].model is not module
+    for own, old, p in zip(weights(targets[0]), before, module.parameters(), strict=True):
+        step = 0.1 * p.grad.numpy()
+        np.testing.assert_allclose(old - own, step, rtol=0, atol=5e-3 * float(np.abs(step).max()))
+
+
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     trainer_of(classifier(), verbose=True).fit(*arrays("train", 30), nb_epochs=1)
     shown = capsys.readouterr().err
@@ -287,8 +314,14 @@ def test_bad_parameters() -> None:
         build(target, JIIOAttack(target, targeted=True))
     with pytest.raises(ValueError, match="must be a number"):
         build(target, JIIOAttack(target, norm=2, eps=np.array([0.1, 0.2])))
-    with pytest.raises(ValueError, match="loss='cross-entropy'"):
-        build(target, JIIOAttack(target, loss="dlr"))
+    for options, words in (
+        ({"loss": "dlr"}, "loss='cross-entropy' for training"),
+        ({"random_eps": True}, "random_eps=False"),
+        ({"early_stop": True}, "early_stop=False"),
+        ({"retry": Joint(max_iter=40)}, "retry=None"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(target, JIIOAttack(target, **options))
     with pytest.raises(ValueError, match="ratio must be"):
         build(target, attack, ratio=1.5)
     other = classifier(loss=nn.MultiMarginLoss())

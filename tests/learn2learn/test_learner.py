@@ -610,6 +610,33 @@ def test_dropout_and_batch_norm_in_the_cell() -> None:
     assert torch.equal(before, model.equilibrium.cell.part.running_mean)
 
 
+@pytest.mark.parametrize("adapt", [("context",), HEAD])
+def test_batch_norm_before_the_layer_has_its_meta_gradient(adapt: tuple[str, ...]) -> None:
+    """And its running statistics move with the calls that the user makes, no others."""
+    model, (x, y, query, query_y) = Toy(), task(30)
+    norm = nn.BatchNorm1d(6, dtype=torch.float64)
+    model.encoder = nn.Sequential(model.encoder, norm)
+    maml = learner(model=model, adapt=adapt, tol=1e-11)
+
+    def meta_loss() -> Tensor:
+        clone = maml.clone()
+        clone.adapt(cross_entropy(clone(x), y))
+        return cross_entropy(clone(query), query_y)
+
+    meta_loss().backward()
+    assert int(norm.num_batches_tracked) == 2
+    gradient, step = norm.weight.grad.clone(), 1e-5
+    for k in (0, 3):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                norm.weight[k] += sign * step
+            values.append(float(meta_loss().detach()))
+            with torch.no_grad():
+                norm.weight[k] -= sign * step
+        assert float(gradient[k]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
+
+
 def test_dropout_outside_the_cell_keeps_one_mask() -> None:
     model, (x, y, _, _) = Toy(), task(30)
     model.head = nn.Sequential(nn.Dropout(0.3), model.head)

@@ -623,7 +623,7 @@ BAD_SETTINGS = [
     ({"eps": -0.1}, ValueError, "eps must be.*-0.1"),
     ({"eps": math.nan}, ValueError, "eps must be.*nan"),
     ({"eps": math.inf}, ValueError, "eps must be.*inf"),
-    ({"eps": "large"}, TypeError, "real number"),
+    ({"eps": "large"}, TypeError, "eps must be a number"),
     ({"norm": "L7"}, ValueError, "norm must be one of L2, Linf, got 'L7'"),
     ({"norm": 2}, ValueError, "norm must be one of"),
     ({"loss": "hinge"}, ValueError, "loss must be one of ce, .*got 'hinge'"),
