@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from jiio_plugins._counting import count, count_rows, counting_into, open_counters
 from jiio_plugins.solvers import FlatSolution, Solver, iterate
@@ -53,7 +54,7 @@ class CellMap:
         return out
 
     def restrict(self, rows: Tensor) -> CellMap | None:
-        """The same map for some rows; every injected tensor is batch first.
+        """The same map for some rows; injected tensors are batch first, or one row for all.
 
         None for a cell with dropout or batch statistics at work: fewer rows would change those.
         """
@@ -61,8 +62,23 @@ class CellMap:
             return None
         if any(m.training and isinstance(m, _COUPLED) for m in self.cell.modules()):
             return None
-        injection = [u[rows] if isinstance(u, Tensor) else u for u in self.injection]
+        injection = tree_map(lambda u: u[rows] if _has_rows(u) else u, self.injection)
         return CellMap(self.cell, injection, self.layout)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise if an injected tensor has neither the state's rows nor one for all of them."""
+        for u in tree_leaves(self.injection):
+            if _has_rows(u) and len(u) != rows:
+                raise ValueError(
+                    f"the layer's inputs must be batch first: the state has {rows} rows, an input "
+                    f"has shape {tuple(u.shape)}. What all rows share is (1, ...), or a parameter "
+                    "or buffer of the cell"
+                )
+
+
+def _has_rows(u: Any) -> bool:
+    """Whether rows of ``u`` are rows of the batch; a number or a single row is for all of them."""
+    return isinstance(u, Tensor) and u.ndim > 0 and len(u) != 1
 
 
 class Adjoint(abc.ABC):

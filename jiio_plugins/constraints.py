@@ -347,7 +347,10 @@ class Intersection(Constraint):
         lower, upper = result.lower, result.upper
         if lower is not None and upper is not None and not bool((lower <= upper).all()):
             raise ValueError("the sets have no point in common: their bounds cross")
-        if lead.norm is not None and not torch.equal(result.clip(lead.center), lead.center):
+        if any(b.mask is not None and not torch.equal(b.center, lead.center) for b in balls):
+            raise ValueError("a ball with a mask must have the centre of the other ball")
+        open_ = replace(result, mask=None)  # what the mask holds must lie in the box too
+        if lead.norm is not None and not torch.equal(open_.clip(lead.center), lead.center):
             raise ValueError(
                 "the centre of the ball lies outside the box: clip x (or center) into the box first"
             )

@@ -121,6 +121,7 @@ class Equilibrium(EquilibriumLayer):
         start = self.initial_state(*injection) if z0 is None else z0
         start = full_precision_state(start)
         f = CellMap(self.cell, injection, Layout.of(start))
+        f.check_rows(len(start[0] if f.layout.is_tuple else start))
         session = current_session()
         if session is not None:
             return session.visit(self, f, start)

@@ -203,6 +203,11 @@ class Tracker:
                     "stop(output) must return a tensor of booleans, one per row, got "
                     f"{getattr(reached, 'dtype', type(reached).__name__)}"
                 )
+            if reached.shape != active.shape:
+                raise ValueError(
+                    f"stop(output) must return one boolean per row, shape {tuple(active.shape)}, "
+                    f"got {tuple(reached.shape)}"
+                )
             met = self.groups.worst((~reached).float()) == 0
             self._hold(torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0)))
 

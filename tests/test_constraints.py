@@ -419,6 +419,14 @@ ZEROS = torch.zeros(2, 3)
         (Box(torch.zeros(4), 1.0), r"lower has shape \(4,\).*\(2, 3\)"),
         (Box(0.0, torch.ones(3, 3)), r"upper has shape \(3, 3\).*\(2, 3\)"),
         (Intersection(L2Ball(1.0), Box(0.5, 1.0)), "centre of the ball lies outside the box"),
+        (
+            Intersection(L2Ball(1.0, mask=torch.zeros(3)), Box(0.5, 1.0)),
+            "centre of the ball lies outside the box",
+        ),
+        (
+            Intersection(L2Ball(1.0), LinfBall(0.1, torch.full((3,), 0.05), mask=torch.ones(3))),
+            "a ball with a mask must have the centre of the other ball",
+        ),
         (Intersection(LinfBall(0.1), Box(0.5, 1.0)), "no point in common"),
         (Intersection(Box(0.0, 1.0), Box(2.0, 3.0)), "no point in common"),
     ],

@@ -765,3 +765,35 @@ def test_linear_equilibrium_has_the_closed_form_gradient() -> None:
     expected = torch.linalg.solve((torch.eye(5, dtype=a.dtype) - a).T, g.T).T
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
     assert linear(5, 2, seed=1).weight.dtype == torch.float64
+
+
+# Inputs that are not by row ---------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A factor for all rows, and a pair of injections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear(4, 4, seed=1)
+
+    def initial_state(self, parts: tuple[Tensor, Tensor], factor: Tensor) -> Tensor:
+        return torch.zeros_like(parts[0])
+
+    def forward(self, z: Tensor, parts: tuple[Tensor, Tensor], factor: Tensor) -> Tensor:
+        return torch.tanh(0.9 * self.inner(z) + factor * parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(0.5), 0.5 * torch.ones(1, 4)])
+def test_rows_that_converge_early_share_what_is_for_all_rows(factor: Tensor) -> None:
+    layer = Equilibrium(Shared(), solver=Anderson(max_iter=200, tol=1e-10))
+    u = torch.cat([10 * rand(3, 4, seed=2), 0.1 * rand(3, 4, seed=3)])
+    together = layer((u, u), factor.double())
+    alone = [layer((row, row), factor.double()) for row in u.split(1)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-8, atol=1e-9)
+
+
+def test_an_input_that_is_not_batch_first_is_an_error() -> None:
+    layer, u = Equilibrium(Shared()), rand(3, 4, seed=2)
+    with pytest.raises(ValueError, match=r"has 3 rows, an input has shape \(4,\)\. What all rows"):
+        layer((u, u), torch.ones(4).double())

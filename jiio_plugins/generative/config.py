@@ -114,6 +114,24 @@ class TrainConfig:
     """training images whose latents are fitted at the end, to sample from"""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("out", "folder"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        counts = (
+            "iterations", "epochs", "steps", "batch_size", "checkpoint_every", "pictures_every",
+            "latents_kept", "resize",
+        )  # fmt: skip
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        standard = type(self)(data=self.data, out=self.out)
+        names = [f.name for f in fields(self)]
+        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(standard, n)}
+
     def to_json(self) -> str:
         """As text, without what may differ on resuming."""
         return json.dumps(asdict(self), indent=1, default=str)

@@ -47,6 +47,11 @@ def fit_files(
             raise FileNotFoundError(f"there is no {path}")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         files += inside if path.is_dir() else [path]
+    if resize and height != width:
+        raise ValueError(
+            f"--resize makes squares, the generator makes {width}×{height} pixels: bring the "
+            "images to that size"
+        )
     pixels, skipped = read_files(files, height if resize else None, channels)
     for path in skipped:
         print(f"skipped, not readable: {path}")

@@ -110,8 +110,7 @@ def read_files(
     for path in tqdm(list(files), desc="reading images", leave=False):
         try:
             with Image.open(path) as opened:
-                grey = opened.mode in ("1", "L", "I", "I;16", "F", "LA")
-                image = opened.convert("L" if grey else "RGB")
+                image = _as_bytes(opened)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             skipped.append(path)  # PIL raises any of these on a broken file
             continue
@@ -128,6 +127,20 @@ def read_files(
             )
     wide = channels or max(3 if a.ndim == 3 else 1 for _, a in arrays)
     return torch.stack([_as_channels(a, wide) for _, a in arrays]), skipped
+
+
+def _as_bytes(image: Image) -> Image:
+    """Grey or RGB with a byte a channel; PIL itself clips sixteen bits instead of scaling them."""
+    from PIL.Image import fromarray
+
+    if image.mode == "F":
+        raise ValueError("floats have no range of their own")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:
+            values = values / 257
+        return fromarray(values.round().clip(0, 255).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def _square(image: Image, size: int) -> Image:

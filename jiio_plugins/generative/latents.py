@@ -105,8 +105,11 @@ def _check_images(decoder: MDEQDecoder, images: Tensor) -> None:
         raise ValueError(
             f"the generator makes images {decoder.image_shape}, got {tuple(images.shape[1:])}"
         )
-    if not images.is_floating_point() or float(images.min()) < 0 or float(images.max()) > 1:
+    if not images.is_floating_point():
         raise ValueError(f"images must be floats in [0, 1], got {images.dtype}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must be in [0, 1], got values from {low:g} to {high:g}")
 
 
 def fit_latents(

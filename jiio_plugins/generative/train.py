@@ -108,7 +108,14 @@ def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
         saved = TrainConfig.from_json(path.read_text())
-        config = replace(saved, **{name: getattr(config, name) for name in _RESUMABLE})
+        given = {"data": config.data, "out": config.out, **config.given()}
+        for name, value in given.items():
+            if name not in _RESUMABLE and value != getattr(saved, name):
+                raise ValueError(
+                    f"{name} was {getattr(saved, name)!r} and cannot be {value!r} in a resumed "
+                    f"run: leave it out, or start afresh with another --out"
+                )
+        config = replace(saved, **{k: v for k, v in given.items() if k in _RESUMABLE})
     elif config.out.exists() and any(config.out.iterdir()):
         raise FileExistsError(
             f"{config.out} exists and is not empty: choose another --out, or go on with --resume"

@@ -215,6 +215,22 @@ def test_runs_that_cannot_start(tmp_path: Path) -> None:
         train(config(out, resume=True))
 
 
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, epochs=3))
+    train(TrainConfig(data="digits", out=out, steps=3, resume=True))
+    saved = TrainConfig.from_json((out / "config.json").read_text())
+    assert (saved.epochs, saved.steps, saved.checkpoint_every) == (3, 3, 2)
+    with pytest.raises(ValueError, match=r"lr was 0\.003 and cannot be 0\.1 in a resumed run"):
+        train(TrainConfig(data="digits", out=out, lr=0.1, resume=True))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "checkpoint_every", "latents_kept", "epochs"])
+def test_settings_that_make_no_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        config(tmp_path / "run", **{name: 0})
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from jiio_plugins.generative import (
     sample_latents,
 )
 from jiio_plugins.generative.files import GENERATOR, LATENTS, save_generator, save_latents
-from jiio_plugins.generative.images import load_images, to_unit
+from jiio_plugins.generative.images import load_images, read_files, to_unit
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def test_fits_of_held_out_digits_are_close(digits: Any) -> None:
 def test_images_that_do_not_fit(digits: Any) -> None:
     with pytest.raises(ValueError, match=r"makes images \(1, 8, 8\), got \(1, 9, 8\)"):
         fit(digits, torch.rand(2, 1, 9, 8))
-    with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from 1\.5 to 1\.5"):
         fit(digits, torch.full((2, 1, 8, 8), 1.5))
     with pytest.raises(ValueError, match="no images to fit"):
         fit(digits, torch.zeros(0, 1, 8, 8))
@@ -192,3 +192,23 @@ def test_shipped_generators(name: str, latent: tuple[int, ...], shape: tuple[int
     images = decode(model, 0.5 * torch.randn(4, *latent))
     assert images.shape == (4, *shape)
     assert float(images.std(0).mean()) > 0.01  # the latent matters
+
+
+def test_sixteen_bits_are_scaled_and_floats_skipped(tmp_path: Path) -> None:
+    wide = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(
+        tmp_path / "float.tiff"
+    )
+    pixels, skipped = read_files([tmp_path / "wide.png", tmp_path / "float.tiff"])
+    assert pixels.flatten().tolist() == [17 * k for k in range(16)]
+    assert [p.name for p in skipped] == ["float.tiff"]
+
+
+def test_pixels_out_of_range_say_so(digits: Any) -> None:
+    images = torch.rand(2, 1, 8, 8)
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from nan to nan"):
+        fit(digits, images)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from 255 to 255"):
+        fit(digits, torch.full((2, 1, 8, 8), 255.0))
