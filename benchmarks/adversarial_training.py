@@ -73,6 +73,7 @@ RELAXED = "JIIO, 10 iterations, ω 1.2"
 SHORT_JOINT = tuple(
     f"JIIO, 4 iterations, {warm_up}ω 1.2, step 4" for warm_up in ("", "adjoint 1, ", "adjoint 2, ")
 )
+LONG_STEPS = {n: f"PGD-{n} warm, cap 1, step 4" for n in (6, 7, 8)}
 SUITE = ("JIIO", "PGD nested, tight")
 REFINE = (0, 5, 8, 12, 100)
 
@@ -150,7 +151,7 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     **{f"JIIO, {n} iterations": (joint(n), 0) for n in (5, 8, 10, 15)},
     RELAXED: (joint(10, 1.2), 0),
     **{name: (joint(4, 1.2, step=4.0, adjoint=n), 0) for n, name in enumerate(SHORT_JOINT)},
-    **{f"PGD-{n} warm, cap 1, step 4": (warm(n, 1, step=4.0), 0) for n in (6, 7, 8)},
+    **{name: (warm(n, 1, step=4.0), 0) for n, name in LONG_STEPS.items()},
     "PGD-20 cold, tol 1e-3": (
         Nested(max_iter=20, solver=Anderson(tol=1e-3)), Anderson(tol=1e-3),
     ),
@@ -178,8 +179,7 @@ def settings(args: Args) -> dict[str, Setting]:
         "fashion-mnist": Setting(
             "fashion-mnist", 1.0, 2e-3, args.fashion_penalty, args.fashion_epochs,
             (
-                *own, *SHORT_JOINT, PGD_10, CHEAP, CHEAPEST,
-                *(f"PGD-{n} warm, cap 1, step 4" for n in (8, 7, 6)),
+                *own, *SHORT_JOINT, PGD_10, CHEAP, CHEAPEST, *LONG_STEPS.values(),
             ),
         ),
     }  # fmt: skip
@@ -250,11 +250,12 @@ def measure_steps(args: Args, setting: Setting, store: Store, weights: Path | No
     rows = store.get(key)
     where = weights.stem if weights else f"{setting.name}, the shipped weights"
     print(f"\n{where}, one step of {args.batch_size} images, L2 {setting.eps}")
-    print(f"{'':30}{'CPU s':>8}{'f':>8}{'VJP':>8}{'loss':>8}   JIIO's seconds / these")
+    width = max(map(len, rows))
+    print(f"{'':{width}}{'CPU s':>8}{'f':>8}{'VJP':>8}{'loss':>8}   JIIO's seconds / these")
     for name, row in rows.items():
         ratio = rows[DEFAULT]["seconds"] / row["seconds"]
         print(
-            f"{name:30}{row['seconds']:8.3f}{row['f']:8.1f}{row['vjp']:8.1f}{row['loss']:8.3f}"
+            f"{name:{width}}{row['seconds']:8.3f}{row['f']:8.1f}{row['vjp']:8.1f}{row['loss']:8.3f}"
             f"   {ratio:.3f}"
         )
 

@@ -93,6 +93,7 @@ class Equilibrium(EquilibriumLayer):
     Raises:
         ValueError: the cell's output has another shape than its state.
         TypeError: no injection is given, or none that an initial state can be built from.
+        ValueError: an injected tensor has neither the state's rows nor one row for all of them.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models" (NeurIPS 2019).
     """

@@ -74,7 +74,8 @@ class TrainConfig:
     resize: int | None = None
     """for a folder: crop images to their central square and scale it to so many pixels"""
     resume: bool = False
-    """go on with the run in --out; its own settings hold, except epochs, steps and out"""
+    """go on with the run in --out; its own settings hold, of which epochs, steps, folder,
+    accelerator and checkpoint_every may be given anew"""
     model: Architecture = Architecture()
     latents: Latents = "zero"
     """where a step's joint optimisation starts: at zero as in the paper, at the latents of the
@@ -127,10 +128,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults."""
-        standard = type(self)(data=self.data, out=self.out)
-        names = [f.name for f in fields(self)]
-        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(standard, n)}
+        """What differs from the defaults; data and out have none."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     def to_json(self) -> str:
         """As text, without what may differ on resuming."""

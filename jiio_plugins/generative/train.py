@@ -108,7 +108,7 @@ def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
         saved = TrainConfig.from_json(path.read_text())
-        given = {"data": config.data, "out": config.out, **config.given()}
+        given = config.given()
         for name, value in given.items():
             if name not in _RESUMABLE and value != getattr(saved, name):
                 raise ValueError(
