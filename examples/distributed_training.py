@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 (tyro reads the annotations at run time)
 
 import torch
 import tyro
-from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, TensorDataset
 
 from jiio_plugins.adversarial import AdversarialTraining
 from jiio_plugins.data import load_digits
+from jiio_plugins.distributed import launch
 from jiio_plugins.models import load_pretrained
 
 
@@ -45,15 +44,7 @@ class Args:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
-    fabric = Fabric(
-        accelerator=args.accelerator,
-        devices=local,
-        num_nodes=nodes,
-        strategy="ddp" if local * nodes > 1 else "auto",
-    )
-    fabric.launch()
+    fabric = launch(args.accelerator)
     torch.manual_seed(args.seed)
     x, y = (t[: args.images] for t in load_digits("train"))
     model = load_pretrained("digits")

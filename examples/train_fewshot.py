@@ -11,24 +11,26 @@ gradients are averaged.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
-from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from jiio_learn2learn import JIIOLearner
+from jiio_plugins.distributed import launch
 from jiio_plugins.glyphs import load_glyphs
 from jiio_plugins.models import MDEQFewShot
 from jiio_plugins.omniglot import load_omniglot
 from jiio_plugins.tasks import ClassImages, sample_tasks
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def main(args: Args) -> None:
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fabric = Fabric(
-        accelerator=args.accelerator, devices=processes,
-        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
-        strategy="ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto",
-    )  # fmt: skip
-    fabric.launch()
+    fabric = launch(args.accelerator)
     if args.tasks % fabric.world_size:
         raise SystemExit(
             f"--tasks {args.tasks} cannot be shared out evenly over {fabric.world_size} processes"

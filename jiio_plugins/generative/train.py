@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from jiio_plugins.distributed import launch
 from jiio_plugins.generative import files
 from jiio_plugins.generative.config import TrainConfig
 from jiio_plugins.generative.images import Images, load_images, to_unit
@@ -73,7 +73,7 @@ def train(
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
-    fabric = _launch(config)
+    fabric = launch(config.accelerator, precision=config.precision)
     config = _settle(config, fabric)
     images = load_images(config.data, config.folder, config.resize)
     _report(images, config, fabric)
@@ -82,23 +82,6 @@ def train(
         run.load()
     run.loop(on_step)
     return run.finish()
-
-
-def _launch(config: TrainConfig) -> Fabric:
-    """One process, or those that torchrun started."""
-    from lightning_fabric import Fabric
-
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=local,
-        num_nodes=max(1, world // local),
-        strategy="ddp" if world > 1 else "auto",
-        precision=config.precision,
-    )
-    fabric.launch()
-    return fabric
 
 
 def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:

@@ -333,10 +333,12 @@ def test_default_step_size_by_the_sizes_of_latent_and_image(tmp_path: Path) -> N
 # Several processes ------------------------------------------------------------------------------
 
 RANK = """
-import os, sys, torch, tyro
+import atexit, os, sys, torch, tyro
 from jiio_plugins._cli_generative import TrainGenerator
 from jiio_plugins.generative import train
 
+# what is registered first runs last: by then the process group must have been closed
+atexit.register(lambda: print("left open:", torch.distributed.is_initialized()))
 config = tyro.cli(TrainGenerator, args=sys.argv[2:])
 torch.save(train(config).decoder.state_dict(), config.out / f"rank{os.environ['RANK']}.pt")
 """
@@ -352,6 +354,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     outputs = [process.communicate()[0] for process in (single, double)]
     assert single.returncode == 0, outputs[0]
     assert double.returncode == 0, outputs[1]
+    assert outputs[1].count("left open: False") == 2
     # 16 images a step over both, none twice: rank 0 has the even ones, rank 1 the odd ones
     visited = states(two)["table"].any(1)
     assert int(visited.sum()) == int(states(one)["table"].any(1).sum()) == 40 * 16

@@ -1,0 +1,47 @@
+"""Several processes, by lightning-fabric: what torchrun started, and an orderly end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def launch(accelerator: str = "auto", **options: Any) -> Fabric:
+    """Fabric on one process, or DistributedDataParallel on those that torchrun started.
+
+    Args:
+        accelerator: as in Fabric: cpu, cuda, auto.
+        **options: further arguments of ``Fabric``, such as ``precision``.
+
+    Raises:
+        ModuleNotFoundError: lightning-fabric is missing: ``pip install jiio-plugins[distributed]``.
+    """
+    from lightning_fabric import Fabric
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=max(1, world // local),
+        strategy="ddp" if world > 1 else "auto",
+        **options,
+    )
+    theirs = distributed.is_initialized()
+    fabric.launch()
+    if distributed.is_initialized() and not theirs:
+        # gloo's threads must end before the interpreter does: otherwise a process that has done its
+        # work now and then dies with SIGABRT. Fabric sees to it for NCCL alone.
+        atexit.register(_close)
+    return fabric
+
+
+def _close() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
