@@ -19,7 +19,12 @@ It measures, on the shipped digits and Fashion-MNIST classifiers under an L2 bal
 "cold" solves for z and for μ from scratch in each of its 20 steps, both to relative residual 1e-3.
 "warm" starts both solves where the last ones ended and stops at a tolerance or after a cap. All
 methods take their parameter gradient from where the search ended, as JIIO does; only "cold" solves
-on to 1e-3. All use the same Jacobian penalty, on digits none.
+on to 1e-3; "settled" evaluates f three times more at the last image. All use the same Jacobian
+penalty, on digits none.
+
+"carried": in the first epoch a search as the others; from the second on it starts at the image
+where the last one for the same sample ended, and is short ("one": one iteration). PGD can be given
+that as well: it is there in the same lengths.
 
 Whatever is done is kept in ``--out``: run the command again and it goes on.
 """
@@ -54,7 +59,12 @@ from jiio_plugins import (
     envelope_loss,
     joint_solution,
 )
-from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
+from jiio_plugins.adversarial import (
+    CARRIED_METHOD,
+    CARRIED_REFINE,
+    TRAINING_METHOD,
+    AdversarialTraining,
+)
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import (
     RobustnessReport,
@@ -74,6 +84,10 @@ SHORT_JOINT = tuple(
     f"JIIO, 4 iterations, {warm_up}ω 1.2, step 4" for warm_up in ("", "adjoint 1, ", "adjoint 2, ")
 )
 LONG_STEPS = {n: f"PGD-{n} warm, cap 1, step 4" for n in (6, 7, 8)}
+SETTLED = {n: f"PGD-{n} warm, cap 1, step 4, settled" for n in (4, 5)}
+SETTLED_JOINT = "JIIO, 3 iterations, adjoint 2, ω 1.2, step 4, settled"
+CARRIED, CARRIED_ONE = "JIIO, carried", "JIIO, carried, one"
+CARRIED_PGD = {n: f"PGD, carried, {n} warm, tol 0.1, cap 2" for n in (3, 4)}
 SUITE = ("JIIO", "PGD nested, tight")
 REFINE = (0, 5, 8, 12, 100)
 
@@ -128,6 +142,13 @@ class Setting:
         method, refine = METHODS[name]
         return replace(base, method=method, refine=refine)
 
+    def carried(self, name: str) -> AdversarialTraining | None:
+        """The step that takes up earlier searches; None where there is none."""
+        if name not in CARRIED_METHODS:
+            return None
+        method, refine = CARRIED_METHODS[name]
+        return replace(self.training(name), method=method, refine=refine)
+
 
 def joint(
     iterations: int, relaxation: float = 1.5, step: float | None = None, adjoint: int = 0
@@ -159,6 +180,11 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     CHEAP: (warm(10, 1), 0),
     MIDDLE: (warm(12, 1), 0),
     LONG: (warm(15, 1), 0),
+    SETTLED_JOINT: (joint(3, 1.2, step=4.0, adjoint=2), (3, 0)),
+    **{name: (warm(n, 1, step=4.0), (3, 0)) for n, name in SETTLED.items()},
+    CARRIED: (TRAINING_METHOD, 0),
+    CARRIED_ONE: (joint(3, 1.2, step=4.0, adjoint=2), (3, 0)),
+    **{name: (warm(8, 2), 0) for name in CARRIED_PGD.values()},
     "PGD-20 warm, cap 1": (warm(20, 1), 0),
     SHORT: (warm(8, 2), 0),
     PGD_10: (warm(10, 2), 0),
@@ -169,17 +195,34 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
 }  # fmt: skip
 
 
+CARRIED_METHODS: dict[str, tuple[Joint | Nested, Any]] = {
+    CARRIED: (CARRIED_METHOD, CARRIED_REFINE),
+    CARRIED_ONE: (replace(CARRIED_METHOD, max_iter=1, adjoint_warmup=1), (2, 0)),
+    **{
+        name: (
+            replace(warm(n, 2, step=1.0), warmup=CARRIED_METHOD.warmup, final_step_size=1.0),
+            CARRIED_REFINE,
+        )
+        for n, name in CARRIED_PGD.items()
+    },
+}
+
+
 def settings(args: Args) -> dict[str, Setting]:
     own = (DEFAULT, *(f"JIIO, {n} iterations" for n in (10, 8, 5, 15)))
     return {
         "digits": Setting(
             "digits", 0.6, 5e-3, args.digits_penalty, args.digits_epochs,
-            (*own, RELAXED, PGD_20, PGD_10, SHORT, LONG, MIDDLE, CHEAP, CHEAPEST),
+            (
+                *own, RELAXED, CARRIED, PGD_20, PGD_10, SHORT, LONG, MIDDLE, CHEAP, CHEAPEST,
+                *CARRIED_PGD.values(),
+            ),
         ),
         "fashion-mnist": Setting(
             "fashion-mnist", 1.0, 2e-3, args.fashion_penalty, args.fashion_epochs,
             (
-                *own, *SHORT_JOINT, PGD_10, CHEAP, CHEAPEST, *LONG_STEPS.values(),
+                *own, *SHORT_JOINT, SETTLED_JOINT, CARRIED, CARRIED_ONE, PGD_10, CHEAP, CHEAPEST,
+                *LONG_STEPS.values(), *SETTLED.values(), *CARRIED_PGD.values(),
             ),
         ),
     }  # fmt: skip
@@ -231,11 +274,17 @@ def measure_steps(args: Args, setting: Setting, store: Store, weights: Path | No
             model.load_state_dict(load_file(weights))
         seconds: dict[str, list[float]] = {name: [] for name in METHODS}
         counts = {}
+        # what carried steps take up: images that a search on this model has found
+        found = setting.training(DEFAULT)(model, x, y).solution.x
         for _ in tqdm(range(args.repeats), desc=key):
             for name in METHODS:
                 with count_evaluations() as counter:
                     begin = time.process_time()
-                    step = setting.training(name)(model, x, y)
+                    carried = setting.carried(name)
+                    if carried is None:
+                        step = setting.training(name)(model, x, y)
+                    else:
+                        step = carried(model, x, y, start=found)
                     step.loss.backward()
                     seconds[name].append(time.process_time() - begin)
                 counts[name] = {
@@ -322,6 +371,8 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
         history = fit_adversarially(
             model, setting.training(name), optimizer, batches, epochs=setting.epochs, seed=seed,
             scheduler=schedule, scheduler_interval="step", max_grad_norm=1.0,
+            carried=setting.carried(name),
+            restart_every=setting.epochs if name in CARRIED_METHODS else 1,
         )  # fmt: skip
     seconds = time.process_time() - begin
     steps = setting.epochs * len(batches)

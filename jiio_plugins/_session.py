@@ -177,7 +177,7 @@ class EnvelopeSession:
 
     Args:
         z, mu, jz_mu: flat, per layer.
-        refine: solver of further steps on z and on the adjoint; None: there are none.
+        refine: solvers of further steps on z and on the adjoint; None: there are none.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class EnvelopeSession:
         z: Sequence[Tensor],
         mu: Sequence[Tensor],
         jz_mu: Sequence[Tensor],
-        refine: Solver | None = None,
+        refine: tuple[Solver | None, Solver | None] = (None, None),
     ) -> None:
         self.z, self.mu, self.jz_mu, self.refine = z, mu, jz_mu, refine
         self.visits = 0
@@ -214,9 +214,9 @@ class EnvelopeSession:
                 f"the solution holds no state ({rows}, {width}) for call {k + 1} of an equilibrium "
                 "layer: give the model and the rows that the solution comes from"
             )
-        z = self.z[k]
-        if self.refine is not None:
-            z = solve_counted(f, z, self.refine).fz
+        z, (of_state, of_adjoint) = self.z[k], self.refine
+        if of_state is not None:
+            z = solve_counted(f, z, of_state).fz
         z = z.detach().requires_grad_()
         fz = f(z)
         count(f_evals=count_rows(rows, z.device))
@@ -224,7 +224,7 @@ class EnvelopeSession:
         # known only after a step of its own
         alone = len(self.z) == 1
         carried = self.jz_mu[k] if alone else self.mu[k]
-        solver = self.refine if alone else self.refine or Anderson(max_iter=1)
+        solver = of_adjoint if alone else of_adjoint or Anderson(max_iter=1)
 
         def warm_start(g: Tensor) -> Tensor:
             if self.weight is None:

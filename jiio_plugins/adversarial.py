@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from jiio_plugins.methods import Joint, Method, Progress
 from jiio_plugins.training import (
     FlatState,
     JointSolution,
+    Refine,
     envelope_pass,
     joint_solution,
     refiner,
@@ -27,13 +28,17 @@ from jiio_plugins.training import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jiio_plugins.solvers import Solver
-
     LossRows = Callable[[Any, Tensor], Tensor]
 
 # Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
 # converged. Of the warm-up two will do: the loss found is the same.
 TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
+# From images that an earlier search left, which are hard already. Steps of ε from the first to the
+# last: there is nothing to explore. With fewer than three the model learns to beat the search.
+CARRIED_METHOD = Joint(
+    max_iter=3, warmup=3, adjoint_warmup=2, relaxation=1.2, step_size=1.0, final_step_size=1.0
+)
+CARRIED_REFINE = (3, 0)  # z follows the last step on x, as long as the others
 
 
 def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
@@ -49,8 +54,8 @@ class AdversarialStep:
         loss: scalar with a graph: call ``backward()``.
         robust: attacked samples classified correctly at their adversarial example, ``(attacked,)``;
             the first ones of the batch.
-        clean: the same at the image itself; None where the step never looked there (random starts
-            without TRADES).
+        clean: the same at the image itself; None where the step never looked there (random or
+            carried starts without TRADES).
         solution: of the inner problem; ``solution.x`` are the adversarial examples.
         penalty: the Jacobian penalty, a detached scalar; None without one.
     """
@@ -111,7 +116,7 @@ class AdversarialTraining:
     random_start: bool = False
     ratio: float = 1.0
     trades: float | None = None
-    refine: int | Solver = 0
+    refine: Refine = 0
     jacobian_weight: float = 0.0
     jacobian_probes: int = 1
     loss: LossRows = cross_entropy_rows
@@ -145,6 +150,7 @@ class AdversarialTraining:
         *,
         wrapped: nn.Module | None = None,
         generator: torch.Generator | None = None,
+        start: Tensor | None = None,
     ) -> AdversarialStep:
         """The loss of one batch.
 
@@ -158,14 +164,16 @@ class AdversarialTraining:
                 a wrapper of it for several processes. A DistributedDataParallel model needs none.
             generator: of random starts, the Jacobian penalty and its iterate, on x's device; None:
                 the global one.
+            start: where the search starts, shaped like x, projected on the set: the images that an
+                earlier search for the same samples ended with. See :meth:`carried`.
         """
         if len(labels) != len(x):
             raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {len(labels)}")
         outer = model if wrapped is None else wrapped
         attacked = math.ceil(self.ratio * len(x))
         region = self.region(x, attacked)
-        start = clean = state = None
-        if self.random_start or self.trades is not None:
+        clean = state = None
+        if start is None and (self.random_start or self.trades is not None):
             start = region.bind(x.detach()).sample(generator).reshape(x.shape)
         if self.trades is not None:
             session = SolveSession()  # each layer's own solver and gradient rule
@@ -201,6 +209,14 @@ class AdversarialTraining:
             solution=solution,
             penalty=None if penalty is None else penalty.detach(),
         )
+
+    def carried(self) -> AdversarialTraining:
+        """The step for searches that take up earlier ones, by ``start=``: short ones.
+
+        Source: Zheng, Zhang, Gu, Chellappa and Luo, "Efficient adversarial training with
+        transferable adversarial examples" (CVPR 2020).
+        """
+        return replace(self, method=CARRIED_METHOD, refine=CARRIED_REFINE)
 
     def settings(self) -> dict[str, Any]:
         """The parameters as plain values; the loss by its name, or how it prints."""

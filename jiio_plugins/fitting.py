@@ -38,6 +38,9 @@ Metrics = dict[str, float]
 class Batches(Protocol):
     """Training data as batches, the same for every run of the same seed.
 
+    For ``restart_every`` they must tell which samples a batch holds: by ``order(index)``, the
+    numbers of all samples as the epoch has them, and ``batch_size``.
+
     Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
     that a resumed training has seen; it is called, if there is one, before the first epoch. What
     ``settings()`` returns, if it is there, plain values by name, must be the same in a resumed one.
@@ -78,10 +81,13 @@ class TensorBatches:
             "data (fingerprint)": fingerprint(self.x, self.y),
         }
 
+    def order(self, index: int) -> Tensor:
+        """The samples as epoch ``index`` has them, ``(n,)``."""
+        return torch.randperm(len(self.x), generator=_generator((self.seed, index), "cpu"))
+
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`Batches`."""
-        order = torch.randperm(len(self.x), generator=_generator((self.seed, index), "cpu"))
-        for rows in order.split(self.batch_size)[skip : self.count]:
+        for rows in self.order(index).split(self.batch_size)[skip : self.count]:
             at = rows.to(self.x.device)
             yield self.x[at], self.y[at]
 
@@ -96,6 +102,8 @@ def fit_adversarially(
     validation: tuple[Tensor, Tensor] | None = None,
     validation_batch: int = 128,
     wrapped: nn.Module | None = None,
+    restart_every: int = 1,
+    carried: AdversarialTraining | None = None,
     scheduler: Any = None,
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
@@ -118,6 +126,10 @@ def fit_adversarially(
             robust accuracy by ``model(x')`` at the examples the training's own search finds.
         validation_batch: images judged together.
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
+        restart_every: epochs from one search that starts as ``training`` says to the next. In
+            between, each search takes up the image where the last one for the same sample ended,
+            which is hard already, and is short. As many images as there are samples are kept.
+        carried: the step of those searches; None: ``training.carried()``.
         scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
             robust accuracy with mode "max", the training loss with mode "min".
         scheduler_interval: when it steps.
@@ -132,7 +144,7 @@ def fit_adversarially(
         verbose: show a progress bar: loss, clean and robust accuracy, relative residual of z.
 
     Returns:
-        One dict per epoch: "loss", "robust", "residual", "clean" where the step saw it, with
+        One dict per epoch: "loss", "robust", "residual", "clean" where the steps saw it, with
         validation "validation_clean" and "validation_robust".
 
     Raises:
@@ -149,8 +161,16 @@ def fit_adversarially(
             "TensorBatches(x, y, batch_size), or a class like it around a loader, got "
             f"{type(batches).__name__}"
         )
-    rules = {"max_grad_norm": max_grad_norm, "scheduler_interval": scheduler_interval}
-    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules)
+    rules: dict[str, Any] = {
+        "max_grad_norm": max_grad_norm, "scheduler_interval": scheduler_interval,
+    }  # fmt: skip
+    short = training.carried() if carried is None else carried
+    starts = None
+    if restart_every != 1:
+        starts = _Starts(batches, restart_every)
+        rules["restart_every"] = restart_every
+        rules.update({f"carried, {k}": v for k, v in short.settings().items()})
+    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules, starts)
     _check(run, epochs, patience, validation, scheduler_interval, checkpoint_every, max_grad_norm)
     run.begin(resume)
     with _flags_restored(model), run.bar(epochs, verbose) as bar:
@@ -160,7 +180,9 @@ def fit_adversarially(
             model.train()
             for x, y in batches.epoch(epoch, run.step):
                 generator = _generator((seed, epoch, run.step), x.device)
-                step = training(model, x, y, wrapped=wrapped, generator=generator)
+                start = None if starts is None else starts.of(epoch, run.step, x)
+                search = training if start is None else short
+                step = search(model, x, y, wrapped=wrapped, generator=generator, start=start)
                 optimizer.zero_grad()
                 step.loss.backward()
                 if max_grad_norm is not None:
@@ -175,6 +197,8 @@ def fit_adversarially(
                 optimizer.step()
                 if scheduler is not None and scheduler_interval == "step":
                     _advance(scheduler, {"loss": loss})
+                if starts is not None:
+                    starts.keep(epoch, run.step, step.solution.x)
                 run.take_in(step, loss)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3g}" for k, v in run.means().items()}, refresh=False)
@@ -191,6 +215,54 @@ def fit_adversarially(
     return run.history
 
 
+class _Starts:
+    """The images that the last searches ended with, by sample.
+
+    Attributes:
+        images: ``(n, ...)``; None before the first search.
+        known: whether there was one, ``(n,)``: an epoch may leave samples out.
+    """
+
+    def __init__(self, batches: Batches, every: int) -> None:
+        if type(every) is not int or every < 1:
+            raise ValueError(f"restart_every must be a number of epochs >= 1, got {every!r}")
+        if not hasattr(batches, "order") or not hasattr(batches, "batch_size"):
+            raise TypeError(
+                "restart_every needs to know which samples a batch holds: give "
+                "TensorBatches(x, y, batch_size), or batches that have order(index), the numbers "
+                "of all samples as the epoch has them, and batch_size; got "
+                f"{type(batches).__name__}"
+            )
+        self.batches: Any = batches
+        self.every = every
+        self.images: Tensor | None = None
+        self.known = torch.zeros(len(batches.order(0)), dtype=torch.bool)
+        self._order: tuple[int, Tensor] | None = None
+
+    def of(self, epoch: int, step: int, x: Tensor) -> Tensor | None:
+        """Where the searches of a batch start; None: as they do by themselves."""
+        if epoch % self.every == 0 or self.images is None:
+            return None
+        self.images = self.images.to(x)  # those of a checkpoint may be elsewhere
+        rows = self._rows(epoch, step)
+        known = self.known[rows].to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.where(known, self.images[rows.to(x.device)], x)
+
+    def keep(self, epoch: int, step: int, x: Tensor) -> None:
+        """Note where they ended."""
+        rows = self._rows(epoch, step)
+        if self.images is None:
+            self.images = x.new_zeros(len(self.known), *x.shape[1:])
+        self.images[rows.to(x.device)] = x.detach()
+        self.known[rows] = True
+
+    def _rows(self, epoch: int, step: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.batches.order(epoch)
+        size = self.batches.batch_size
+        return self._order[1][step * size : (step + 1) * size]
+
+
 class _Run:
     """How far a training has come."""
 
@@ -204,8 +276,10 @@ class _Run:
         checkpoint: str | Path | None,
         seed: int,
         rules: dict[str, Any],
+        starts: _Starts | None = None,
     ) -> None:
         self.model, self.training, self.batches = model, training, batches
+        self.starts = starts
         self.path = None if checkpoint is None else Path(checkpoint)
         settings = {
             **training.settings(), **rules, "batches an epoch": len(batches), "seed": seed
@@ -233,6 +307,9 @@ class _Run:
                 "file or delete it"
             )
         progress, random = self.trained.load(self.path)
+        starts = progress.pop("starts", None)
+        if self.starts is not None:
+            self.starts.images, self.starts.known = starts["images"], starts["known"]
         for name, value in progress.items():
             setattr(self, name, value)
         skip = getattr(self.batches, "skip", None)
@@ -244,7 +321,10 @@ class _Run:
         """Write the checkpoint."""
         if self.path is not None:
             names = ("epoch", "step", "waited", "stopped", "history", "sums", "best")
-            self.trained.save(self.path, {name: getattr(self, name) for name in names})
+            progress = {name: getattr(self, name) for name in names}
+            if self.starts is not None:
+                progress["starts"] = {"images": self.starts.images, "known": self.starts.known}
+            self.trained.save(self.path, progress)
 
     def take_in(self, step: AdversarialStep, loss: float) -> None:
         """One step has been made."""

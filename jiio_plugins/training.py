@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jiio_plugins.methods import Callback, Method, Stop
 
 Reduction = Literal["mean", "sum", "none"]
+Refine = int | tuple[int, int] | Solver
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def envelope_loss(
     solution: JointSolution,
     objective: Objective,
     *,
-    refine: int | Solver = 0,
+    refine: Refine = 0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """The optimised objective as a differentiable function of the model's parameters.
@@ -190,8 +191,8 @@ def envelope_loss(
         solution: of :func:`joint_solution` for this model.
         objective: the one that was minimised, ``objective(output) -> (batch,)``.
         refine: further steps on z before the pass and on μ in its backward, at most so many of
-            each, warm-started at the solution's; or the solver that takes them. A model with
-            several equilibrium layers takes one step on μ at least.
+            each, warm-started at the solution's; a pair ``(on z, on μ)``; or the solver that takes
+            them. A model with several equilibrium layers takes one step on μ at least.
         reduction: "mean", "sum" or "none" over the batch.
 
     Returns:
@@ -213,7 +214,7 @@ def envelope_loss(
 
 
 def envelope_pass(
-    model: nn.Module, solution: JointSolution, objective: Objective, *, refine: int | Solver = 0
+    model: nn.Module, solution: JointSolution, objective: Objective, *, refine: Refine = 0
 ) -> tuple[Tensor, Any]:
     """The loss of :func:`envelope_loss` per sample, ``(batch,)``, and the model's output."""
     if not isinstance(model, nn.Module):
@@ -244,12 +245,16 @@ def envelope_pass(
     return problem_value, output
 
 
-def refiner(refine: int | Solver, dtype: torch.dtype) -> Solver | None:
-    """The solver that ``refine=`` stands for; None for no steps."""
+def refiner(refine: Refine, dtype: torch.dtype) -> tuple[Solver | None, Solver | None]:
+    """The solvers on z and on μ that ``refine=`` stands for; None for no steps."""
     if isinstance(refine, Solver):
-        return refine
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ValueError(f"refine must be a number of steps >= 0 or a solver, got {refine!r}")
-    if refine == 0:
-        return None
-    return Anderson(max_iter=refine, tol=1e-10 if dtype == torch.float64 else 1e-5)
+        return refine, refine
+    steps = refine if isinstance(refine, tuple) else (refine, refine)
+    if len(steps) != 2 or not all(type(n) is int and n >= 0 for n in steps):
+        raise ValueError(
+            "refine must be a number of steps >= 0, a pair of them (on z, on μ) or a solver, got "
+            f"{refine!r}"
+        )
+    tol = 1e-10 if dtype == torch.float64 else 1e-5
+    of_state, of_adjoint = (Anderson(max_iter=n, tol=tol) if n else None for n in steps)
+    return of_state, of_adjoint

@@ -97,6 +97,32 @@ def test_random_starts_follow_the_generator() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_search_that_takes_up_an_earlier_one_starts_there() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    training = AdversarialTraining(**BOX, random_start=True)
+    first = training(model, x, Y, generator=generator())
+    seen: list[Tensor] = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    second = training.carried()(model, x, Y, start=first.solution.x, generator=generator(1))
+    hook.remove()
+    torch.testing.assert_close(seen[0].detach(), first.solution.x, rtol=1e-12, atol=1e-12)
+    assert second.clean is None
+    # at three steps the loss is what the search of seven had found, if not more
+    assert bool(second.loss > first.loss - 0.01)
+    assert float(second.solution.f_evals.mean()) < 0.8 * float(first.solution.f_evals.mean())
+    outside = training(model, x, Y, start=x + 9.0)
+    assert float((outside.solution.x - x).norm(dim=1).max()) <= 0.5 * (1 + 1e-9)
+
+
+def test_state_and_adjoint_are_refined_by_numbers_of_their_own() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    with count_evaluations() as counter:
+        step = AdversarialTraining(**BOX, refine=(3, 0))(model, x, Y)
+        step.loss.backward()
+    assert counter.f_evals == float(step.solution.f_evals.sum()) + 4 * (1 + 3)
+    assert counter.vjps == float(step.solution.vjps.sum()) + 4
+
+
 def test_the_jacobian_penalty_is_added_and_training_on_it_lowers_it() -> None:
     model, x = Net(seed=3, rate=0.9), rand(4, 5, seed=1)
     plain = AdversarialTraining(**BOX)(model, x, Y)
@@ -158,6 +184,8 @@ def test_nothing_of_the_callers_is_changed() -> None:
         ({"jacobian_weight": math.inf}, ValueError, "jacobian_weight must be"),
         ({"jacobian_probes": 0}, ValueError, "jacobian_probes"),
         ({"refine": -1}, ValueError, "refine must be"),
+        ({"refine": (1, 2, 3)}, ValueError, "a pair of them"),
+        ({"refine": (1, -2)}, ValueError, "a pair of them"),
     ],
 )
 def test_bad_parameters(options: dict[str, Any], error: type[Exception], words: str) -> None:

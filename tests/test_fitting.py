@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins import Joint, checkpoint
-from jiio_plugins.adversarial import AdversarialTraining
+from jiio_plugins import Joint, checkpoint, count_evaluations
+from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
 from jiio_plugins.data import load_digits
-from jiio_plugins.fitting import TensorBatches, fit_adversarially
+from jiio_plugins.fitting import TensorBatches, fit_adversarially, judge
 from jiio_plugins.models import ConvDEQClassifier
 
 if TYPE_CHECKING:
@@ -159,6 +159,99 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         scheduler=scheduler, verbose=False,
     )  # fmt: skip
     assert_equal_weights(model, alone)
+
+
+# Searches that take up earlier ones --------------------------------------------------------------
+
+
+class Recorded(AdversarialTraining):
+    """Notes where each search started and ended, by label: here every sample has its own."""
+
+    starts: dict[int, Tensor | None]
+    ends: dict[int, Tensor]
+
+    def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, **options: Any) -> Any:
+        step = super().__call__(model, x, labels % 10, **options)
+        start = options["start"]
+        for k, label in enumerate(labels.tolist()):
+            self.starts[label] = None if start is None else start[k]
+            self.ends[label] = step.solution.x[k]
+        return step
+
+
+def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
+    options: dict[str, Any] = {"norm": 2, "eps": 0.3, "method": Joint(max_iter=2)}
+    fresh, short = Recorded(**options), Recorded(**options)
+    starts: dict[int, Tensor | None] = {}
+    ends: dict[int, Tensor] = {}
+    for training in (fresh, short):
+        object.__setattr__(training, "starts", starts)
+        object.__setattr__(training, "ends", ends)
+    model, x = build(), data()[0]
+    history: list[tuple[dict[int, Tensor | None], dict[int, Tensor]]] = []
+
+    class Watched(TensorBatches):
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            yield from super().epoch(index, skip)
+            history.append((dict(starts), dict(ends)))
+
+    fit_adversarially(
+        model, fresh, torch.optim.SGD(model.parameters(), lr=0.01),
+        Watched(x, torch.arange(64), 20, drop_last=True), epochs=5, restart_every=3,
+        carried=short, verbose=False,
+    )  # fmt: skip
+    for epoch, (begun, _) in enumerate(history):
+        anew = epoch % 3 == 0
+        order = TensorBatches(x, torch.arange(64), 20).order(epoch)[:60].tolist()
+        for sample in order:
+            start = begun[sample]
+            assert (start is None) == anew
+            if start is not None:  # the one that an epoch left out starts at its image
+                last = history[epoch - 1][1].get(sample, x[sample])
+                assert torch.equal(start, last)
+    assert any(sample not in history[0][1] for sample in range(64))
+
+
+def test_carried_searches_are_as_good_for_less() -> None:
+    training = replace(TRAINING, method=TRAINING_METHOD)
+    counts = []
+    for every in (1, 8):
+        model = build()
+        before = judge(model, training, *data("test", 100))["robust"]
+        with count_evaluations() as counter:
+            history = train(model, epochs=8, restart_every=every, training=training)
+        counts.append(counter.f_evals + counter.vjps)
+        assert judge(model, training, *data("test", 100))["robust"] > before + 0.2
+        assert ("clean" in history[-1]) == (every == 1)
+    assert counts[1] < 0.7 * counts[0]
+
+
+@pytest.mark.parametrize("every", [2, 9])
+def test_resumed_with_carried_searches(every: int, tmp_path: Path) -> None:
+    whole, parts, path = build(), build(), tmp_path / "run.pt"
+    options: dict[str, Any] = {"restart_every": every, "epochs": 4}
+    expected = train(whole, **options)
+    kept = {"checkpoint": path, "checkpoint_every": 1, "resume": True}
+    with pytest.raises(StoppedError):
+        train(parts, batches=Bomb, **options, **kept)
+    with pytest.raises(ValueError, match="another restart_every"):
+        train(build(), epochs=4, **kept)
+    fresh = build(seed=7)
+    assert train(fresh, **options, **kept) == expected
+    assert_equal_weights(whole, fresh)
+
+
+def test_batches_that_do_not_tell_their_samples_cannot_be_carried() -> None:
+    class Loader:
+        def __len__(self) -> int:
+            return 4
+
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            return TensorBatches(*data(), 16).epoch(index, skip)
+
+    train(build(), epochs=1, batches=lambda *_: Loader())
+    with pytest.raises(TypeError, match=r"batches that have order\(index\)"):
+        train(build(), batches=lambda *_: Loader(), restart_every=2)
 
 
 # Resuming ---------------------------------------------------------------------------------------
@@ -355,6 +448,7 @@ def test_an_existing_checkpoint_is_not_overwritten(saved: Path) -> None:
         ({"checkpoint_every": 2}, ValueError, "needs checkpoint="),
         ({"resume": True}, ValueError, "needs checkpoint="),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
+        ({"restart_every": 0}, ValueError, "restart_every must be"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
 from jiio_art import JIIOAdversarialTrainer, JIIOAttack
-from jiio_plugins import Joint
+from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.data import load_digits
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 
@@ -160,6 +160,23 @@ def test_options_reach_the_training(options: dict[str, Any]) -> None:
     trainer.fit(x, y, nb_epochs=1)
     assert math.isfinite(trainer.history[0]["loss"])
     assert any((a != b).any() for a, b in zip(weights(plain), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> None:
+    x, y = arrays("train", TRAIN)
+    counts = []
+    for every in (1, 4):
+        target = classifier()
+        attack = JIIOAttack(target, norm=2, eps=0.3, autocast=autocast)
+        trainer = JIIOAdversarialTrainer(target, attack, restart_every=every, verbose=False)
+        with count_evaluations() as counter:
+            trainer.fit(x, y, nb_epochs=4, batch_size=16)
+        counts.append(counter.f_evals + counter.vjps)
+        assert trainer.history[-1]["loss"] < 0.9 * trainer.history[0]["loss"]
+    assert counts[1] < 0.75 * counts[0]
+    with pytest.raises(TypeError, match="which samples a batch holds"):
+        trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16), nb_epochs=2)
 
 
 def test_preprocessing_and_autocast() -> None:
