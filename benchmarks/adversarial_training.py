@@ -428,12 +428,16 @@ def main(args: Args) -> None:
     known = {name for setting in chosen for name in setting.methods}
     if unknown := set(args.methods) - known:
         raise SystemExit(f"no training is called {sorted(unknown)}; there are {sorted(known)}")
+    if short := [s.name for s in chosen if s.epochs < 2 and set(args.methods) & {*CARRIED_METHODS}]:
+        raise SystemExit(f"carried searches need two epochs at least: {', '.join(short)}")
     for setting in chosen:
         measure_gradients(args, setting, store)
         measure_steps(args, setting, store)
         if not args.train:
             continue
         names = [n for n in setting.methods if not args.methods or n in args.methods]
+        if setting.epochs < 2:
+            names = [n for n in names if n not in CARRIED_METHODS]
         reports: dict[str, list[RobustnessReport]] = {name: [] for name in names}
         for seed in range(args.seeds):
             for name in names:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins._counting import count, count_rows
-from jiio_plugins._state import Layout, as_tensors, flatten
+from jiio_plugins._state import Layout, as_tensors, flatten, relative
 from jiio_plugins.adjoints import implicit_gate, solve_counted
 from jiio_plugins.equilibrium import running
 from jiio_plugins.regularization import jacobian_penalty
@@ -190,6 +190,12 @@ class EnvelopeSession:
         self.z, self.mu, self.jz_mu, self.refine = z, mu, jz_mu, refine
         self.visits = 0
         self.weight: Tensor | None = None
+        self.residuals: list[Tensor] = []
+
+    @property
+    def residual(self) -> Tensor | None:
+        """Largest relative residual of z after its refinement, ``(rows,)``; None without one."""
+        return torch.stack(self.residuals).amax(0) if self.residuals else None
 
     def watch(self, value: Tensor) -> None:
         """Note the gradient of ``value`` ``(rows,)``, which backward meets before any layer."""
@@ -220,6 +226,8 @@ class EnvelopeSession:
         z = z.detach().requires_grad_()
         fz = f(z)
         count(f_evals=count_rows(rows, z.device))
+        if of_state is not None:
+            self.residuals.append(relative((fz - z).detach(), fz.detach()))
         # J_zᵀμ holds what other layers send here as well, and so does g: one layer's own share is
         # known only after a step of its own
         alone = len(self.z) == 1

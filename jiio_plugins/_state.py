@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,3 +101,15 @@ def surely_finite(tensor: Tensor) -> bool:
 
 def _show(shapes: list[tuple[int, ...]]) -> str:
     return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))
+
+
+def relative(residual: Tensor, image: Tensor) -> Tensor:
+    """‖residual‖ / ‖image‖ per row."""
+    return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether it is an integer, numpy's included, not below ``least``; booleans are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return int(value) >= least

@@ -22,8 +22,12 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
     Raises:
         ModuleNotFoundError: lightning-fabric is missing: ``pip install jiio-plugins[distributed]``.
     """
-    from lightning_fabric import Fabric
-
+    try:
+        from lightning_fabric import Fabric
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "several processes need lightning-fabric: pip install 'jiio-plugins[distributed]'"
+        ) from error
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     fabric = Fabric(
@@ -33,15 +37,19 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
         strategy="ddp" if world > 1 else "auto",
         **options,
     )
-    theirs = distributed.is_initialized()
+    theirs = _is_open()
     fabric.launch()
-    if distributed.is_initialized() and not theirs:
+    if _is_open() and not theirs:
         # gloo's threads must end before the interpreter does: otherwise a process that has done its
         # work now and then dies with SIGABRT. Fabric sees to it for NCCL alone.
         atexit.register(_close)
     return fabric
 
 
+def _is_open() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _close() -> None:
-    if distributed.is_initialized():
+    if _is_open():
         distributed.destroy_process_group()

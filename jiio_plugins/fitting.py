@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
+from jiio_plugins._state import is_count
 from jiio_plugins.checkpoint import Trained, fingerprint, set_random_states
 from jiio_plugins.training import joint_solution
 
@@ -128,8 +129,10 @@ def fit_adversarially(
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
         restart_every: epochs from one search that starts as ``training`` says to the next. In
             between, each search takes up the image where the last one for the same sample ended,
-            which is hard already, and is short. As many images as there are samples are kept.
-        carried: the step of those searches; None: ``training.carried()``.
+            which is hard already, and is short. As many images as there are samples are kept, so
+            samples must be the same in every epoch, not augmented.
+        carried: the step of those searches; None: ``training.carried()``. The progress then shows
+            no clean accuracy.
         scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
             robust accuracy with mode "max", the training loss with mode "min".
         scheduler_interval: when it steps.
@@ -163,14 +166,13 @@ def fit_adversarially(
         )
     rules: dict[str, Any] = {
         "max_grad_norm": max_grad_norm, "scheduler_interval": scheduler_interval,
+        "restart_every": restart_every,
     }  # fmt: skip
-    short = training.carried() if carried is None else carried
-    starts = None
-    if restart_every != 1:
-        starts = _Starts(batches, restart_every)
-        rules["restart_every"] = restart_every
-        rules.update({f"carried, {k}": v for k, v in short.settings().items()})
-    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules, starts)
+    kept = _carry(training, batches, restart_every, carried)
+    if kept is not None:
+        own = kept.search.settings().items()
+        rules.update({f"{name} of carried searches": value for name, value in own})
+    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules, kept)
     _check(run, epochs, patience, validation, scheduler_interval, checkpoint_every, max_grad_norm)
     run.begin(resume)
     with _flags_restored(model), run.bar(epochs, verbose) as bar:
@@ -180,8 +182,8 @@ def fit_adversarially(
             model.train()
             for x, y in batches.epoch(epoch, run.step):
                 generator = _generator((seed, epoch, run.step), x.device)
-                start = None if starts is None else starts.of(epoch, run.step, x)
-                search = training if start is None else short
+                start = None if kept is None else kept.start(epoch, run.step, x, generator)
+                search = training if kept is None or start is None else kept.search
                 step = search(model, x, y, wrapped=wrapped, generator=generator, start=start)
                 optimizer.zero_grad()
                 step.loss.backward()
@@ -197,8 +199,8 @@ def fit_adversarially(
                 optimizer.step()
                 if scheduler is not None and scheduler_interval == "step":
                     _advance(scheduler, {"loss": loss})
-                if starts is not None:
-                    starts.keep(epoch, run.step, step.solution.x)
+                if kept is not None:
+                    kept.keep(epoch, run.step, step.solution.x, len(step.robust))
                 run.take_in(step, loss)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3g}" for k, v in run.means().items()}, refresh=False)
@@ -215,17 +217,40 @@ def fit_adversarially(
     return run.history
 
 
-class _Starts:
+def _carry(
+    training: AdversarialTraining, batches: Batches, every: int, carried: AdversarialTraining | None
+) -> _Carried | None:
+    """What ``restart_every`` and ``carried`` ask for."""
+    if not is_count(every, 1):
+        raise ValueError(f"restart_every must be a number of epochs >= 1, got {every!r}")
+    if every == 1:
+        if carried is not None:
+            raise ValueError(
+                "carried= is the step between restarts: it needs restart_every above 1"
+            )
+        return None
+    search = training.carried() if carried is None else carried
+    if not hasattr(search, "settings") or not hasattr(search, "region"):
+        raise TypeError(
+            f"carried must be an AdversarialTraining like training, got {type(carried).__name__}"
+        )
+    if (search.norm, search.eps) != (training.norm, training.eps):
+        raise ValueError(
+            f"carried searches must be in the ball of the others, norm {training.norm} and eps "
+            f"{training.eps}, got {search.norm} and {search.eps}"
+        )
+    return _Carried(batches, int(every), search)
+
+
+class _Carried:
     """The images that the last searches ended with, by sample.
 
     Attributes:
         images: ``(n, ...)``; None before the first search.
-        known: whether there was one, ``(n,)``: an epoch may leave samples out.
+        known: whether there was one, ``(n,)``: an epoch may leave samples out, or not attack them.
     """
 
-    def __init__(self, batches: Batches, every: int) -> None:
-        if type(every) is not int or every < 1:
-            raise ValueError(f"restart_every must be a number of epochs >= 1, got {every!r}")
+    def __init__(self, batches: Batches, every: int, search: AdversarialTraining) -> None:
         if not hasattr(batches, "order") or not hasattr(batches, "batch_size"):
             raise TypeError(
                 "restart_every needs to know which samples a batch holds: give "
@@ -234,33 +259,61 @@ class _Starts:
                 f"{type(batches).__name__}"
             )
         self.batches: Any = batches
-        self.every = every
+        self.every, self.search = every, search
         self.images: Tensor | None = None
-        self.known = torch.zeros(len(batches.order(0)), dtype=torch.bool)
-        self._order: tuple[int, Tensor] | None = None
+        self._order = -1, torch.empty(0)
+        self.known = torch.zeros(len(self._rows(0, slice(None))), dtype=torch.bool)
 
-    def of(self, epoch: int, step: int, x: Tensor) -> Tensor | None:
+    def start(self, epoch: int, step: int, x: Tensor, generator: torch.Generator) -> Tensor | None:
         """Where the searches of a batch start; None: as they do by themselves."""
         if epoch % self.every == 0 or self.images is None:
             return None
-        self.images = self.images.to(x)  # those of a checkpoint may be elsewhere
-        rows = self._rows(epoch, step)
+        rows = self._batch(epoch, step, x)
+        own = self.search.start(x, self.search.region(x), generator)
         known = self.known[rows].to(x.device).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(known, self.images[rows.to(x.device)], x)
+        return torch.where(known, self.images[rows].to(x), x if own is None else own)
 
-    def keep(self, epoch: int, step: int, x: Tensor) -> None:
-        """Note where they ended."""
-        rows = self._rows(epoch, step)
+    def keep(self, epoch: int, step: int, x: Tensor, attacked: int) -> None:
+        """Note where they ended: those of the first rows, the others were not attacked."""
+        rows = self._batch(epoch, step, x)[:attacked]
         if self.images is None:
             self.images = x.new_zeros(len(self.known), *x.shape[1:])
-        self.images[rows.to(x.device)] = x.detach()
+        self.images[rows] = x[:attacked].detach().to(self.images)
         self.known[rows] = True
 
-    def _rows(self, epoch: int, step: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self.batches.order(epoch)
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"images": self.images, "known": self.known}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up that of a checkpoint."""
+        if len(state["known"]) != len(self.known):
+            raise ValueError(
+                f"the checkpoint keeps images of {len(state['known'])} samples, the batches hold "
+                f"{len(self.known)}: resume with the data that the training began with"
+            )
+        self.images, self.known = state["images"], state["known"]
+
+    def _batch(self, epoch: int, step: int, x: Tensor) -> Tensor:
         size = self.batches.batch_size
-        return self._order[1][step * size : (step + 1) * size]
+        rows = self._rows(epoch, slice(step * size, (step + 1) * size))
+        if len(rows) != len(x):
+            raise ValueError(
+                f"step {step + 1} of epoch {epoch + 1} has {len(x)} images, and by order() and "
+                f"batch_size it should have {len(rows)}"
+            )
+        return rows
+
+    def _rows(self, epoch: int, part: slice) -> Tensor:
+        if self._order[0] != epoch:
+            order = torch.as_tensor(self.batches.order(epoch)).cpu()
+            if not torch.equal(order.sort().values, torch.arange(len(order))):
+                raise ValueError(
+                    "order(index) must hold the number of every sample once, 0 to n - 1, also of "
+                    f"those that the epoch leaves out, got {order}"
+                )
+            self._order = epoch, order
+        return self._order[1][part]
 
 
 class _Run:
@@ -276,10 +329,10 @@ class _Run:
         checkpoint: str | Path | None,
         seed: int,
         rules: dict[str, Any],
-        starts: _Starts | None = None,
+        kept: _Carried | None = None,
     ) -> None:
         self.model, self.training, self.batches = model, training, batches
-        self.starts = starts
+        self.kept = kept
         self.path = None if checkpoint is None else Path(checkpoint)
         settings = {
             **training.settings(), **rules, "batches an epoch": len(batches), "seed": seed
@@ -307,9 +360,9 @@ class _Run:
                 "file or delete it"
             )
         progress, random = self.trained.load(self.path)
-        starts = progress.pop("starts", None)
-        if self.starts is not None:
-            self.starts.images, self.starts.known = starts["images"], starts["known"]
+        carried = progress.pop("carried", None)
+        if self.kept is not None:
+            self.kept.load(carried)
         for name, value in progress.items():
             setattr(self, name, value)
         skip = getattr(self.batches, "skip", None)
@@ -322,14 +375,14 @@ class _Run:
         if self.path is not None:
             names = ("epoch", "step", "waited", "stopped", "history", "sums", "best")
             progress = {name: getattr(self, name) for name in names}
-            if self.starts is not None:
-                progress["starts"] = {"images": self.starts.images, "known": self.starts.known}
+            if self.kept is not None:
+                progress["carried"] = self.kept.state()
             self.trained.save(self.path, progress)
 
     def take_in(self, step: AdversarialStep, loss: float) -> None:
         """One step has been made."""
         self.step += 1
-        rows = {"robust": step.robust.float(), "residual": step.solution.z_residual}
+        rows = {"robust": step.robust.float(), "residual": step.residual}
         if step.clean is not None:
             rows["clean"] = step.clean.float()
         values = {name: (float(t.sum()), len(t)) for name, t in rows.items()}

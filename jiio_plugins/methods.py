@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import nowhere, row_norm, surely_finite
+from jiio_plugins._state import nowhere, relative, row_norm, surely_finite
 from jiio_plugins.mixing import MIXINGS, Descent
 from jiio_plugins.solvers import FlatMap, HostFlag
 
@@ -249,11 +249,6 @@ class Tracker:
             v, z, mu, jz_mu, self.v_best, self.loss_best, self.loss_first, self.loss_last,
             self.doubt, self.iterations, z_residual, mu_residual,
         )  # fmt: skip
-
-
-def relative(residual: Tensor, image: Tensor) -> Tensor:
-    """‖residual‖ / ‖image‖ per row."""
-    return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins.methods import Method, Progress, Tracker, relative
+from jiio_plugins._state import relative
+from jiio_plugins.methods import Method, Progress, Tracker
 from jiio_plugins.solvers import Anderson, FlatMap, Solver, iterate
 
 if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
     from jiio_plugins._session import Linearization
     from jiio_plugins.constraints import FeasibleSet
-    from jiio_plugins.methods import Callback, Path, Stop
+from jiio_plugins.methods import Callback, Path, Stop
 
 
 @dataclass(frozen=True, kw_only=True)

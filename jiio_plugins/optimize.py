@@ -199,21 +199,23 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_input(x: Tensor) -> None:
+def check_input(x: Tensor, name: str = "x") -> None:
     """Raise unless ``x`` is a finite, batch-first, floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"x must be one tensor, got {type(x).__name__}; several inputs go in as one, flattened "
-            "and concatenated, and a wrapper of the model splits them"
+            f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
+            "flattened and concatenated, and a wrapper of the model splits them"
         )
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
+        raise TypeError(
+            f"{name} must be floating point, got {x.dtype}: convert it with {name}.float()"
+        )
     if x.ndim < 2:
-        raise ValueError(f"x must be batch first, (batch, ...), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be batch first, (batch, ...), got shape {tuple(x.shape)}")
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
-        raise ValueError(f"x holds NaN or Inf (first in sample {bad}): clean the input")
+        raise ValueError(f"{name} holds NaN or Inf (first in sample {bad}): clean the input")
 
 
 def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> None:

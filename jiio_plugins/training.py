@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jiio_plugins._counting import count, counting_into
 from jiio_plugins._problem import Problem, Variable
 from jiio_plugins._session import EnvelopeSession, StateLayout
+from jiio_plugins._state import is_count
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import running
 from jiio_plugins.optimize import check_constraint, check_input, check_method, undisturbed, unwrap
@@ -161,7 +162,7 @@ def _start(x: Tensor, start: Tensor | JointSolution | None) -> Tensor:
     tensor = start.x if isinstance(start, JointSolution) else start
     if not isinstance(tensor, Tensor):
         raise TypeError(f"start must be a tensor or a JointSolution, got {type(tensor).__name__}")
-    check_input(tensor)
+    check_input(tensor, "start")
     if tensor.shape != x.shape:
         raise ValueError(
             f"start must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}"
@@ -207,7 +208,7 @@ def envelope_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    value, _ = envelope_pass(model, solution, objective, refine=refine)
+    value, _, _ = envelope_pass(model, solution, objective, refine=refine)
     if reduction == "none":
         return value
     return value.mean() if reduction == "mean" else value.sum()
@@ -215,8 +216,11 @@ def envelope_loss(
 
 def envelope_pass(
     model: nn.Module, solution: JointSolution, objective: Objective, *, refine: Refine = 0
-) -> tuple[Tensor, Any]:
-    """The loss of :func:`envelope_loss` per sample, ``(batch,)``, and the model's output."""
+) -> tuple[Tensor, Any, Tensor | None]:
+    """The loss of :func:`envelope_loss` per sample, the model's output, and how well z settled.
+
+    That is its relative residual after the refinement, ``(batch,)``; None without one.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(solution, JointSolution):
@@ -242,19 +246,19 @@ def envelope_pass(
             f"objective(output) must return one value per row, shape ({rows},), got {got}"
         )
     session.watch(problem_value)
-    return problem_value, output
+    return problem_value, output, session.residual
 
 
 def refiner(refine: Refine, dtype: torch.dtype) -> tuple[Solver | None, Solver | None]:
     """The solvers on z and on μ that ``refine=`` stands for; None for no steps."""
     if isinstance(refine, Solver):
         return refine, refine
-    steps = refine if isinstance(refine, tuple) else (refine, refine)
-    if len(steps) != 2 or not all(type(n) is int and n >= 0 for n in steps):
+    steps: Any = refine if isinstance(refine, tuple | list) else (refine, refine)
+    if len(steps) != 2 or not all(is_count(n, 0) for n in steps):
         raise ValueError(
             "refine must be a number of steps >= 0, a pair of them (on z, on μ) or a solver, got "
             f"{refine!r}"
         )
     tol = 1e-10 if dtype == torch.float64 else 1e-5
-    of_state, of_adjoint = (Anderson(max_iter=n, tol=tol) if n else None for n in steps)
+    of_state, of_adjoint = (Anderson(max_iter=int(n), tol=tol) if n else None for n in steps)
     return of_state, of_adjoint

@@ -120,6 +120,9 @@ def test_state_and_adjoint_are_refined_by_numbers_of_their_own() -> None:
         step = AdversarialTraining(**BOX, refine=(3, 0))(model, x, Y)
         step.loss.backward()
     assert counter.f_evals == float(step.solution.f_evals.sum()) + 4 * (1 + 3)
+    assert bool((step.residual < 0.1 * step.solution.z_residual).all())
+    plain = AdversarialTraining(**BOX)(model, x, Y)
+    assert torch.equal(plain.residual, plain.solution.z_residual)
     assert counter.vjps == float(step.solution.vjps.sum()) + 4
 
 
@@ -211,3 +214,5 @@ def test_bad_input() -> None:
         AdversarialTraining(**BOX, lower=0.0, upper=1.0)(model, x, Y)
     with pytest.raises(ValueError, match="one value per row"):
         AdversarialTraining(**BOX, loss=cross_entropy)(model, x, Y)
+    with pytest.raises(TypeError, match="start must be floating point"):
+        AdversarialTraining(**BOX)(model, x, Y, start=x.int())

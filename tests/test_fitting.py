@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from jiio_plugins import Joint, checkpoint, count_evaluations
 from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
 from jiio_plugins.data import load_digits
-from jiio_plugins.fitting import TensorBatches, fit_adversarially, judge
+from jiio_plugins.fitting import TensorBatches, _Carried, fit_adversarially, judge
 from jiio_plugins.models import ConvDEQClassifier
 
 if TYPE_CHECKING:
@@ -226,19 +226,94 @@ def test_carried_searches_are_as_good_for_less() -> None:
     assert counts[1] < 0.7 * counts[0]
 
 
+class Late(TensorBatches):
+    """Batches that end in the middle of the third epoch."""
+
+    def epoch(self, index: int, skip: int = 0) -> Any:
+        for k, batch in enumerate(super().epoch(index, skip)):
+            if index == 2 and k == 2:
+                raise StoppedError
+            yield batch
+
+
+@pytest.mark.parametrize("end", [Bomb, Late])  # Late: in a whole search's epoch, if every is 2
 @pytest.mark.parametrize("every", [2, 9])
-def test_resumed_with_carried_searches(every: int, tmp_path: Path) -> None:
+def test_resumed_with_carried_searches(every: int, end: Callable[..., Any], tmp_path: Path) -> None:
     whole, parts, path = build(), build(), tmp_path / "run.pt"
-    options: dict[str, Any] = {"restart_every": every, "epochs": 4}
+    training = replace(TRAINING, ratio=0.5, trades=2.0)  # some rows have nothing to take up
+    options: dict[str, Any] = {"restart_every": every, "epochs": 4, "training": training}
     expected = train(whole, **options)
     kept = {"checkpoint": path, "checkpoint_every": 1, "resume": True}
     with pytest.raises(StoppedError):
-        train(parts, batches=Bomb, **options, **kept)
-    with pytest.raises(ValueError, match="another restart_every"):
-        train(build(), epochs=4, **kept)
+        train(parts, batches=end, **options, **kept)
+    with pytest.raises(ValueError, match=f"another restart_every, {every}"):
+        train(build(), epochs=4, training=training, **kept)
     fresh = build(seed=7)
     assert train(fresh, **options, **kept) == expected
     assert_equal_weights(whole, fresh)
+
+
+def test_images_that_were_not_attacked_are_not_taken_up() -> None:
+    starts: dict[int, Tensor | None] = {}
+    ends: dict[int, Tensor] = {}
+    training = Recorded(norm=2, eps=0.3, ratio=0.5, random_start=True, method=Joint(max_iter=2))
+    object.__setattr__(training, "starts", starts)
+    object.__setattr__(training, "ends", ends)
+    x, y, model = data()[0], torch.arange(64), build()
+    fit_adversarially(
+        model, training, torch.optim.SGD(model.parameters(), lr=0.01), TensorBatches(x, y, 16),
+        epochs=2, restart_every=2, carried=training, verbose=False,
+    )  # fmt: skip
+    orders = [TensorBatches(x, y, 16).order(k).split(16) for k in (0, 1)]
+    before = {int(n) for rows in orders[0] for n in rows[:8]}
+    first = {int(n) for rows in orders[1] for n in rows[:8]}
+    new = first - before
+    assert new
+    for sample in new:  # at random, as the training's own searches start
+        start = starts[sample]
+        assert start is not None
+        assert 0.0 < float((start - x[sample]).norm()) <= 0.3 * (1 + 1e-5)
+    assert all(float((ends[n] - x[n]).norm()) < 1e-6 for n in range(64) if n not in first)
+
+
+def test_kept_images_of_a_checkpoint_go_where_the_batches_are() -> None:
+    """Here from single to double precision, as from the CPU to an accelerator."""
+    x, y = data()
+    kept = _Carried(TensorBatches(x, y, 16), 2, TRAINING)
+    rows = TensorBatches(x, y, 16).order(0)[:16]
+    kept.keep(0, 0, x[rows], 16)
+    other = _Carried(TensorBatches(x.double(), y, 16), 2, TRAINING)
+    other.load(kept.state())
+    other.keep(0, 1, x.double()[:16], 16)
+    start = other.start(1, 0, x.double()[:16], torch.Generator())
+    assert start is not None
+    assert start.dtype == torch.float64
+    with pytest.raises(ValueError, match="images of 64 samples, the batches hold 20"):
+        _Carried(TensorBatches(x[:20], y[:20], 16), 2, TRAINING).load(kept.state())
+
+
+@pytest.mark.parametrize(
+    ("order", "words"), [([3, 1, 2], "every sample once"), (list(range(40)), "it should have 8")]
+)
+def test_an_order_that_does_not_fit(order: list[int], words: str) -> None:
+    class Wrong(TensorBatches):
+        def order(self, index: int) -> Any:
+            return order
+
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            return TensorBatches(*data(), 16).epoch(index, skip)
+
+    with pytest.raises(ValueError, match=words):
+        train(build(), batches=Wrong, restart_every=2)
+
+
+def test_a_carried_step_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="needs restart_every"):
+        train(build(), carried=TRAINING)
+    with pytest.raises(TypeError, match="must be an AdversarialTraining"):
+        train(build(), carried="short", restart_every=2)
+    with pytest.raises(ValueError, match="in the ball of the others"):
+        train(build(), carried=replace(TRAINING, eps=0.2), restart_every=2)
 
 
 def test_batches_that_do_not_tell_their_samples_cannot_be_carried() -> None:

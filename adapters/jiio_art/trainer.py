@@ -42,7 +42,8 @@ class JIIOAdversarialTrainer(Trainer):
 
     A step solves for the adversarial examples, the state and its adjoint in one iteration, and
     takes the gradient of the parameters from where that iteration ended. Norm, ε, first step,
-    iterations, method, random starts and autocast are those of ``attack``; attacks of ART would
+    iterations, method, random starts and autocast are those of ``attack`` (``restart_every`` has a
+    method of its own); attacks of ART would
     solve the model's fixed point anew at each of their steps.
 
     Args:
@@ -58,7 +59,9 @@ class JIIOAdversarialTrainer(Trainer):
             a pair of them.
         restart_every: epochs from one search that starts at the images to the next; in between
             each takes up the example where the last one for the same image ended, and is short.
-            Cheaper by half; for arrays (``fit``), which must not be augmented. 1: every epoch.
+            For arrays (:meth:`fit`). Epochs count within one call of ``fit``. 1: every epoch.
+        carried: method of the searches in between; None: that of
+            :meth:`jiio_plugins.adversarial.AdversarialTraining.carried`.
         jacobian_weight: of the Jacobian penalty at a random iterate of the search; 0 switches it
             off. It keeps the cell easy to solve while it is trained.
         max_grad_norm: clip the gradient's norm; None: do not.
@@ -101,6 +104,7 @@ class JIIOAdversarialTrainer(Trainer):
         trades: float | None = None,
         refine: int | tuple[int, int] = 0,
         restart_every: int = 1,
+        carried: Method | None = None,
         jacobian_weight: float = 0.0,
         max_grad_norm: float | None = None,
         scheduler_interval: Interval = "epoch",
@@ -118,13 +122,17 @@ class JIIOAdversarialTrainer(Trainer):
         super().__init__(classifier=classifier)
         self.attack = attack
         self.ratio, self.trades, self.refine = ratio, trades, refine
-        self.restart_every = restart_every
+        self.restart_every, self.carried = restart_every, carried
         self.jacobian_weight = jacobian_weight
         self.max_grad_norm, self.scheduler_interval = max_grad_norm, scheduler_interval
         self.patience = patience
         self.checkpoint, self.checkpoint_every, self.resume = checkpoint, checkpoint_every, resume
         self.seed, self.verbose = seed, verbose
         self.history: list[Metrics] = []
+        if not restart_every >= 1:
+            raise ValueError(f"restart_every must be a number of epochs >= 1, got {restart_every}")
+        if carried is not None and restart_every == 1:
+            raise ValueError("carried= is of the searches between restarts: set restart_every")
         self._training(RawInput(classifier))  # its errors now
 
     def fit(
@@ -177,6 +185,11 @@ class JIIOAdversarialTrainer(Trainer):
             validation_data: likewise.
             **kwargs: none.
         """
+        if self.restart_every > 1:
+            raise ValueError(
+                "a generator does not tell which images a batch holds, and restart_every needs to "
+                "know: use fit(x, y), or restart_every=1"
+            )
         if generator.size is None:
             raise ValueError("the generator must know its size: give it size=")
         batches = _GeneratorBatches(self, generator)
@@ -204,7 +217,10 @@ class JIIOAdversarialTrainer(Trainer):
             )
         module = RawInput(self._classifier)
         training = self._training(module)
-        carried = training.carried()
+        carried = None
+        if self.restart_every > 1:
+            carried = training.carried()
+            carried = replace(carried, method=self._cast(self.carried or carried.method, module))
         wrapped = RawInput(self._classifier, keep_wrapper=True)
         logger.info("Adversarial training with %r", self.attack)
         self.history = fit_adversarially(
@@ -217,7 +233,7 @@ class JIIOAdversarialTrainer(Trainer):
             validation_batch=batch_size,
             wrapped=wrapped,
             restart_every=self.restart_every,
-            carried=replace(carried, method=self._cast(carried.method, module)),
+            carried=carried,
             scheduler=scheduler,
             scheduler_interval=self.scheduler_interval,
             max_grad_norm=self.max_grad_norm,

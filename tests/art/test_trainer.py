@@ -175,8 +175,19 @@ def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> Non
         counts.append(counter.f_evals + counter.vjps)
         assert trainer.history[-1]["loss"] < 0.9 * trainer.history[0]["loss"]
     assert counts[1] < 0.75 * counts[0]
-    with pytest.raises(TypeError, match="which samples a batch holds"):
+    with pytest.raises(ValueError, match=r"use fit\(x, y\)"):
         trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16), nb_epochs=2)
+    for options, words in (
+        ({"restart_every": 0}, "restart_every must be"),
+        ({"carried": Joint(max_iter=2)}, "set restart_every"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            JIIOAdversarialTrainer(target, attack, **options)
+    with count_evaluations() as longer:
+        JIIOAdversarialTrainer(
+            target, attack, restart_every=4, carried=Joint(max_iter=9), verbose=False
+        ).fit(x, y, nb_epochs=4, batch_size=16)
+    assert longer.f_evals + longer.vjps > 1.3 * counts[1]
 
 
 def test_preprocessing_and_autocast() -> None:
