@@ -99,10 +99,6 @@ def surely_finite(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and math.isfinite(float(tensor.detach().sum()))
 
 
-def _show(shapes: list[tuple[int, ...]]) -> str:
-    return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))
-
-
 def relative(residual: Tensor, image: Tensor) -> Tensor:
     """‖residual‖ / ‖image‖ per row."""
     return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
@@ -113,3 +109,7 @@ def is_count(value: object, least: int) -> bool:
     if isinstance(value, bool) or not isinstance(value, Integral):
         return False
     return int(value) >= least
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))

@@ -177,7 +177,7 @@ class AdversarialTraining:
         region = self.region(x, attacked)
         clean = state = None
         if start is None:
-            start = self.start(x, region, generator)
+            start = self.start(x, generator, region)
         if self.trades is not None:
             session = SolveSession()  # each layer's own solver and gradient rule
             with running(session):
@@ -227,11 +227,12 @@ class AdversarialTraining:
         return replace(self, method=CARRIED_METHOD, refine=self.refine or CARRIED_REFINE)
 
     def start(
-        self, x: Tensor, region: Constraint, generator: torch.Generator | None = None
+        self, x: Tensor, generator: torch.Generator | None = None, region: Constraint | None = None
     ) -> Tensor | None:
-        """Where a search starts by itself, shaped like x; None: at x."""
+        """Where a search starts by itself, in ``region(x)`` or the one given; None: at x."""
         if not self.random_start and self.trades is None:
             return None
+        region = self.region(x) if region is None else region
         return region.bind(x.detach()).sample(generator).reshape(x.shape)
 
     def settings(self) -> dict[str, Any]:

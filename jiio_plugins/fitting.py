@@ -269,7 +269,7 @@ class _Carried:
         if epoch % self.every == 0 or self.images is None:
             return None
         rows = self._batch(epoch, step, x)
-        own = self.search.start(x, self.search.region(x), generator)
+        own = self.search.start(x, generator)
         known = self.known[rows].to(x.device).reshape(-1, *[1] * (x.ndim - 1))
         return torch.where(known, self.images[rows].to(x), x if own is None else own)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jiio_plugins._problem import Problem
     from jiio_plugins._session import Linearization
     from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.methods import Callback, Path, Stop
+    from jiio_plugins.methods import Callback, Path, Stop
 
 
 @dataclass(frozen=True, kw_only=True)

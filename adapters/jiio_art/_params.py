@@ -31,9 +31,9 @@ def check_params(attack: JIIOAttack) -> None:
         raise ValueError(f'norm must be 1, 2, np.inf or "inf", got {attack.norm!r}')
     _check_sizes(attack.eps, attack.eps_step)
     for name, least in (("num_random_init", 0), ("batch_size", 1), ("seed", 0)):
-        _check_count(name, getattr(attack, name), least)
+        check_count(name, getattr(attack, name), least)
     if attack.max_iter is not None:
-        _check_count("max_iter", attack.max_iter, 1)
+        check_count("max_iter", attack.max_iter, 1)
     for name in ("targeted", "random_eps", "early_stop", "verbose"):
         if not isinstance(getattr(attack, name), bool):
             raise ValueError(f"{name} must be True or False, got {getattr(attack, name)!r}")
@@ -120,7 +120,7 @@ def _check_size(name: str, value: Any, positive: bool) -> None:
         raise ValueError(f"{name} must be finite and {sign}, got {value}")
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:

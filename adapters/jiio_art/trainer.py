@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jiio_art import _inputs
 from jiio_art._model import Autocast, RawInput
-from jiio_art._params import check_trainable
+from jiio_art._params import check_count, check_trainable
 from jiio_art.attack import JIIOAttack
 from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
 from jiio_plugins.fitting import TensorBatches, fit_adversarially
@@ -43,8 +43,8 @@ class JIIOAdversarialTrainer(Trainer):
     A step solves for the adversarial examples, the state and its adjoint in one iteration, and
     takes the gradient of the parameters from where that iteration ended. Norm, ε, first step,
     iterations, method, random starts and autocast are those of ``attack`` (``restart_every`` has a
-    method of its own); attacks of ART would
-    solve the model's fixed point anew at each of their steps.
+    method of its own); attacks of ART would solve the model's fixed point anew at each of their
+    steps.
 
     Args:
         classifier: a :class:`PyTorchClassifier` with an optimiser, ``nn.CrossEntropyLoss`` and a
@@ -129,8 +129,7 @@ class JIIOAdversarialTrainer(Trainer):
         self.checkpoint, self.checkpoint_every, self.resume = checkpoint, checkpoint_every, resume
         self.seed, self.verbose = seed, verbose
         self.history: list[Metrics] = []
-        if not restart_every >= 1:
-            raise ValueError(f"restart_every must be a number of epochs >= 1, got {restart_every}")
+        check_count("restart_every", restart_every, 1)
         if carried is not None and restart_every == 1:
             raise ValueError("carried= is of the searches between restarts: set restart_every")
         self._training(RawInput(classifier))  # its errors now

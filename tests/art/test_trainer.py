@@ -178,7 +178,7 @@ def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> Non
     with pytest.raises(ValueError, match=r"use fit\(x, y\)"):
         trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16), nb_epochs=2)
     for options, words in (
-        ({"restart_every": 0}, "restart_every must be"),
+        ({"restart_every": 0}, "restart_every must be at least 1"),
         ({"carried": Joint(max_iter=2)}, "set restart_every"),
     ):
         with pytest.raises(ValueError, match=words):
