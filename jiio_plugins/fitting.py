@@ -129,8 +129,9 @@ def fit_adversarially(
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
         restart_every: epochs from one search that starts as ``training`` says to the next. In
             between, each search takes up the image where the last one for the same sample ended,
-            which is hard already, and is short. As many images as there are samples are kept, so
-            samples must be the same in every epoch, not augmented.
+            which is hard already, one step on (:meth:`AdversarialStep.ahead`), and is short. As
+            many images as there are samples are kept, so samples must be the same in every epoch,
+            not augmented.
         carried: the step of those searches; None: ``training.carried()``. The progress then shows
             no clean accuracy.
         scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
@@ -184,7 +185,10 @@ def fit_adversarially(
                 generator = _generator((seed, epoch, run.step), x.device)
                 start = None if kept is None else kept.start(epoch, run.step, x, generator)
                 search = training if kept is None or start is None else kept.search
-                step = search(model, x, y, wrapped=wrapped, generator=generator, start=start)
+                step = search(
+                    model, x, y, wrapped=wrapped, generator=generator, start=start,
+                    ahead=kept is not None,
+                )  # fmt: skip
                 optimizer.zero_grad()
                 step.loss.backward()
                 if max_grad_norm is not None:
@@ -200,7 +204,7 @@ def fit_adversarially(
                 if scheduler is not None and scheduler_interval == "step":
                     _advance(scheduler, {"loss": loss})
                 if kept is not None:
-                    kept.keep(epoch, run.step, step.solution.x, len(step.robust))
+                    kept.keep(epoch, run.step, step.ahead(), len(step.robust))
                 run.take_in(step, loss)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3g}" for k, v in run.means().items()}, refresh=False)
@@ -243,7 +247,7 @@ def _carry(
 
 
 class _Carried:
-    """The images that the last searches ended with, by sample.
+    """The images that the last searches ended with, one step ahead, by sample.
 
     Attributes:
         images: ``(n, ...)``; None before the first search.
@@ -274,7 +278,7 @@ class _Carried:
         return torch.where(known, self.images[rows].to(x), x if own is None else own)
 
     def keep(self, epoch: int, step: int, x: Tensor, attacked: int) -> None:
-        """Note where they ended: those of the first rows, the others were not attacked."""
+        """Note where they go on: those of the first rows, the others were not attacked."""
         rows = self._batch(epoch, step, x)[:attacked]
         if self.images is None:
             self.images = x.new_zeros(len(self.known), *x.shape[1:])

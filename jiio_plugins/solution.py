@@ -34,7 +34,7 @@ class Status(IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "converged and verified",
+    Status.CONVERGED: "the fixed point converged; at an optimised input, by an independent solve",
     Status.MAX_ITER: (
         "the iteration limit came before the tolerance: raise max_iter, loosen tol, "
         "or use Anderson instead of Picard"

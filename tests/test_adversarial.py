@@ -114,6 +114,45 @@ def test_a_search_that_takes_up_an_earlier_one_starts_there() -> None:
     assert float((outside.solution.x - x).norm(dim=1).max()) <= 0.5 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+@pytest.mark.parametrize("trades", [None, 3.0])
+def test_a_step_ahead_is_one_of_eps_along_the_exact_gradient(
+    norm: float, trades: float | None
+) -> None:
+    model, x, at = Net(seed=3), rand(4, 5, seed=1), generator()
+    training = AdversarialTraining(
+        norm=norm, eps=0.5, trades=trades, refine=TIGHT, method=Joint(max_iter=1, step_size=0.3)
+    )
+    step = training(model, x, Y, generator=at, ahead=True)
+    assert not step.solution.x.requires_grad
+    (7.0 * step.loss).backward()  # as a gradient scaler does
+    seen = step.solution.x.clone().requires_grad_()
+    search = training.adversary(Y, None if trades is None else model(x).detach())
+    (gradient,) = torch.autograd.grad(search(model(seen)).sum(), seen)
+    set_ = training.region(x).bind(x)
+    exact = seen.detach() + 0.5 * set_.descent_direction(gradient, seen.detach())
+    torch.testing.assert_close(step.ahead(), set_.project(exact), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(step.ahead(), step.solution.x)
+
+
+def test_a_step_ahead_costs_nothing_and_changes_nothing_else() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    gradients, costs = [], []
+    for ahead in (False, True):
+        with count_evaluations() as counter:
+            step = AdversarialTraining(**BOX, ratio=0.5)(model, x, Y, ahead=ahead)
+            with pytest.raises(RuntimeError, match=r"ahead=True|call loss\.backward\(\)"):
+                step.ahead()
+            gradients.append(flat_gradient(model, step.loss))
+        costs.append((counter.f_evals, counter.vjps))
+    assert costs[0] == costs[1]
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(step.ahead()[2:], x[2:])  # not attacked
+    step = AdversarialTraining(**BOX, ratio=0.5)(model, x, Y, ahead=True)
+    (math.inf * step.loss).backward()  # a scaler's pass that overflowed
+    assert torch.equal(step.ahead(), step.solution.x)
+
+
 def test_state_and_adjoint_are_refined_by_numbers_of_their_own() -> None:
     model, x = Net(seed=3), rand(4, 5, seed=1)
     with count_evaluations() as counter:

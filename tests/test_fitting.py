@@ -165,17 +165,17 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
 
 
 class Recorded(AdversarialTraining):
-    """Notes where each search started and ended, by label: here every sample has its own."""
+    """Notes where each search started and what goes on, by label: every sample has its own."""
 
     starts: dict[int, Tensor | None]
-    ends: dict[int, Tensor]
+    ends: dict[int, Callable[[], Tensor]]
 
     def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, **options: Any) -> Any:
         step = super().__call__(model, x, labels % 10, **options)
         start = options["start"]
         for k, label in enumerate(labels.tolist()):
             self.starts[label] = None if start is None else start[k]
-            self.ends[label] = step.solution.x[k]
+            self.ends[label] = lambda k=k: step.ahead()[k]
         return step
 
 
@@ -183,7 +183,7 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
     options: dict[str, Any] = {"norm": 2, "eps": 0.3, "method": Joint(max_iter=2)}
     fresh, short = Recorded(**options), Recorded(**options)
     starts: dict[int, Tensor | None] = {}
-    ends: dict[int, Tensor] = {}
+    ends: dict[int, Callable[[], Tensor]] = {}
     for training in (fresh, short):
         object.__setattr__(training, "starts", starts)
         object.__setattr__(training, "ends", ends)
@@ -193,7 +193,7 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
     class Watched(TensorBatches):
         def epoch(self, index: int, skip: int = 0) -> Any:
             yield from super().epoch(index, skip)
-            history.append((dict(starts), dict(ends)))
+            history.append((dict(starts), {sample: end() for sample, end in ends.items()}))
 
     fit_adversarially(
         model, fresh, torch.optim.SGD(model.parameters(), lr=0.01),
@@ -255,7 +255,7 @@ def test_resumed_with_carried_searches(every: int, end: Callable[..., Any], tmp_
 
 def test_images_that_were_not_attacked_are_not_taken_up() -> None:
     starts: dict[int, Tensor | None] = {}
-    ends: dict[int, Tensor] = {}
+    ends: dict[int, Callable[[], Tensor]] = {}
     training = Recorded(norm=2, eps=0.3, ratio=0.5, random_start=True, method=Joint(max_iter=2))
     object.__setattr__(training, "starts", starts)
     object.__setattr__(training, "ends", ends)
@@ -273,7 +273,7 @@ def test_images_that_were_not_attacked_are_not_taken_up() -> None:
         start = starts[sample]
         assert start is not None
         assert 0.0 < float((start - x[sample]).norm()) <= 0.3 * (1 + 1e-5)
-    assert all(float((ends[n] - x[n]).norm()) < 1e-6 for n in range(64) if n not in first)
+    assert all(float((ends[n]() - x[n]).norm()) < 1e-6 for n in range(64) if n not in first)
 
 
 def test_kept_images_of_a_checkpoint_go_where_the_batches_are() -> None:
