@@ -88,7 +88,7 @@ SETTLED = {n: f"PGD-{n} warm, cap 1, step 4, settled" for n in (3, 4, 5)}
 SETTLED_JOINT = "JIIO, 3 iterations, adjoint 2, ω 1.2, step 4, settled"
 CARRIED, CARRIED_TWO = "JIIO, carried", "JIIO, carried, two"
 CARRIED_PGD = {n: f"PGD, carried, {n} warm, tol 0.1, cap 2" for n in (3, 4)}
-CARRIED_PGD_TWO = "PGD, carried, 2 warm, cap 1"
+CARRIED_PGD_ONE = {n: f"PGD, carried, {n} warm, cap 1" for n in (2, 3)}
 SUITE = ("JIIO", "PGD nested, tight")
 REFINE = (0, 5, 8, 12, 100)
 
@@ -186,7 +186,7 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     CARRIED: (TRAINING_METHOD, 0),
     CARRIED_TWO: (joint(3, 1.2, step=4.0, adjoint=2), (3, 0)),
     **{name: (warm(8, 2), 0) for name in CARRIED_PGD.values()},
-    CARRIED_PGD_TWO: (warm(4, 1, step=4.0), (3, 0)),
+    **{name: (warm(4, 1, step=4.0), (3, 0)) for name in CARRIED_PGD_ONE.values()},
     "PGD-20 warm, cap 1": (warm(20, 1), 0),
     SHORT: (warm(8, 2), 0),
     PGD_10: (warm(10, 2), 0),
@@ -210,10 +210,11 @@ CARRIED_METHODS: dict[str, tuple[Joint | Nested, Any]] = {
         )
         for n, name in CARRIED_PGD.items()
     },
-    CARRIED_PGD_TWO: (
-        replace(warm(2, 1, step=1.0), warmup=2, final_step_size=1.0), CARRIED_REFINE,
-    ),
-}  # fmt: skip
+    **{
+        name: (replace(warm(n, 1, step=1.0), warmup=2, final_step_size=1.0), CARRIED_REFINE)
+        for n, name in CARRIED_PGD_ONE.items()
+    },
+}
 
 
 def settings(args: Args) -> dict[str, Setting]:
@@ -230,7 +231,8 @@ def settings(args: Args) -> dict[str, Setting]:
             "fashion-mnist", 1.0, 2e-3, args.fashion_penalty, args.fashion_epochs,
             (
                 *own, *SHORT_JOINT, SETTLED_JOINT, CARRIED, CARRIED_TWO, PGD_10, CHEAP, CHEAPEST,
-                *LONG_STEPS.values(), *SETTLED.values(), *CARRIED_PGD.values(), CARRIED_PGD_TWO,
+                *LONG_STEPS.values(), *SETTLED.values(), *CARRIED_PGD.values(),
+                *CARRIED_PGD_ONE.values(),
             ),
         ),
     }  # fmt: skip
