@@ -259,20 +259,33 @@ class Learner:
         return Found(images, float(stats.f_evals.mean()), float(stats.vjps.mean()))
 
 
-def plain_unet(task: Task) -> Learner:
+def artifact_removal(task: Task) -> nn.Module:
     """A U-Net on Aᵀy, or A⁺y."""
-    model = dinv.models.ArtifactRemoval(unet(), mode=task.back)
+    model: nn.Module = dinv.models.ArtifactRemoval(unet(), mode=task.back)
+    return model
+
+
+def plain_unet(task: Task) -> Learner:
+    """It by itself."""
+    model = artifact_removal(task)
     return Learner(model, [Stage(0.0, model)])
 
 
-def unfolded(task: Task) -> Learner:
-    """Proximal gradient unfolded five times, a U-Net each, step sizes learned."""
+def unfolded_pgd(task: Task, iterations: int, widths: tuple[int, ...]) -> nn.Module:
+    """deepinv's proximal gradient unfolded, a U-Net an iteration, step sizes learned."""
     norm = float(task.physics().compute_sqnorm(torch.rand(1, *SHAPE), verbose=False))
-    priors = [dinv.optim.PnP(denoiser=unet(widths=(10, 20, 40))) for _ in range(5)]
-    model = dinv.optim.PGD(
-        unfold=True, stepsize=[1 / norm] * 5, g_param=[0.1] * 5, lambda_reg=[1.0] * 5, max_iter=5,
+    priors = [dinv.optim.PnP(denoiser=unet(widths)) for _ in range(iterations)]
+    model: nn.Module = dinv.optim.PGD(
+        unfold=True, stepsize=[1 / norm] * iterations, g_param=[0.1] * iterations,
+        lambda_reg=[1.0] * iterations, max_iter=iterations,
         trainable_params=["stepsize", "g_param"], data_fidelity=dinv.optim.L2(), prior=priors,
     )  # fmt: skip
+    return model
+
+
+def unfolded(task: Task) -> Learner:
+    """Five iterations of it."""
+    model = unfolded_pgd(task, 5, (10, 20, 40))
     return Learner(model, [Stage(0.0, model)])
 
 
@@ -293,14 +306,14 @@ def deq_pgd(task: Task) -> Learner:
     return Learner(model, [Stage(0.0, model, batch=32)])
 
 
-def end_to_end(task: Task) -> Learner:
-    """JIIO around a U-Net's guess: first the guess, then with the generator, then jointly."""
+def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
+    """JIIO around an encoder's guess: first the guess, then with the generator, then jointly."""
     generator = MDEQRefiner(
         SHAPE,
         solver=Anderson(max_iter=20, tol=1e-3),
         adjoint=Implicit(solver=Anderson(max_iter=15, tol=1e-2)),
     )
-    encoder = dinv.models.ArtifactRemoval(unet(), mode=task.back)
+    encoder = guess(task)
     model = JIIOReconstructor(
         generator,
         encoder=encoder,
@@ -336,7 +349,8 @@ LEARNERS: dict[str, Callable[[Task], Learner]] = {
     "U-Net": plain_unet,
     "unfolded PGD": unfolded,
     "DEQ-PGD": deq_pgd,
-    "JIIO, end to end": end_to_end,
+    "JIIO, end to end": partial(end_to_end, artifact_removal),
+    "JIIO, unfolded": partial(end_to_end, partial(unfolded_pgd, iterations=4, widths=(11, 22, 44))),
 }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepinv.optim import DataFidelity, Prior
+from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
@@ -14,8 +16,6 @@ from jiio_plugins.equilibrium import EquilibriumLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from deepinv.physics import Physics
 
 
 def parts(y: Any) -> list[Tensor]:
@@ -77,7 +77,8 @@ def latent_shape_of(generator: nn.Module, given: int | Sequence[int] | None) -> 
 def check_weights(**weights: float) -> None:
     """Raise unless these are finite numbers, not negative."""
     for name, value in weights.items():
-        if not 0 <= value < float("inf"):
+        number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number, not negative, got {value}")
 
 
@@ -104,6 +105,40 @@ def check_measurements(y: Any) -> None:
         if not bool(finite.all()):
             bad = int((~finite.flatten(1).all(1)).nonzero()[0])
             raise ValueError(f"y holds NaN or Inf (first in sample {bad}): clean the measurements")
+
+
+def check_physics(physics: Any) -> None:
+    """Raise unless it is deepinv's."""
+    if not isinstance(physics, Physics):
+        raise TypeError(
+            f"physics must be a deepinv.physics.Physics, got {type(physics).__name__}; a function "
+            "becomes one by deepinv.physics.Physics(A=function)"
+        )
+
+
+def check_keywords(given: dict[str, Any], kind: type) -> None:
+    """Raise where a setting of the class was meant for a single call."""
+    settings = [name for name in given if name in inspect.signature(kind).parameters]
+    if settings:
+        raise TypeError(
+            f"{', '.join(settings)}: settings of {kind.__name__}(generator, ...), not of a call"
+        )
+
+
+def check_truth(x_gt: Any, batch: int) -> None:
+    """Raise unless there is a true image per sample, or none."""
+    if x_gt is not None and (not isinstance(x_gt, Tensor) or x_gt.shape[:1] != (batch,)):
+        got = tuple(x_gt.shape) if isinstance(x_gt, Tensor) else type(x_gt).__name__
+        raise ValueError(f"x_gt must hold an image per sample of y, {batch} of them, got {got}")
+
+
+def check_usable(generator: nn.Module) -> None:
+    """Raise where no gradient can pass the generator."""
+    if any(t.is_inference() for t in [*generator.parameters(), *generator.buffers()]):
+        raise ValueError(
+            "the generator was made in inference mode, so that no gradient can pass it: make or "
+            "load it outside of torch.inference_mode()"
+        )
 
 
 def usable(y: Any) -> Any:

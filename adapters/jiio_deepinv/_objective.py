@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_deepinv._checks import shapes
+from jiio_deepinv._checks import parts, shapes
+from jiio_deepinv.likelihoods import likelihood_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,18 +109,25 @@ class Objective:
     """
 
     def __init__(
-        self, model: Latents, y: Any, physics: Physics, data: DataFidelity, prior: Prior | None,
-        prior_weight: float, latent_penalty: float, range_penalty: float, centre: Tensor | None,
+        self, model: Latents, y: Any, physics: Physics, data: DataFidelity | None,
+        prior: Prior | None, prior_weight: float, latent_penalty: float, range_penalty: float,
+        centre: Tensor | None,
     ) -> None:  # fmt: skip
         self.model = model
-        self.y, self.physics, self.data, self.prior = y, physics, data, prior
+        self.y, self.physics, self.given, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
         self.range_penalty, self.centre = range_penalty, centre
         self.image: Tensor | None = None
 
     def measure(self, image: Tensor, change: Tensor, direction: Tensor) -> None:
         """Take s from what :meth:`Latents.probe` saw; raise where all does not fit."""
-        self._check(image)
+        made = self._measurements(image)
+        self.data = (
+            likelihood_of(self.physics, entry_gain(self.physics, image, made, direction))
+            if self.given is None
+            else self.given
+        )
+        self._check_slope(image, change)
         self.stiffness = curvature(self.fidelity, image, direction)
         gain = change.abs().square().flatten(1).sum(1)
         gain = torch.where(gain > 0, gain, torch.ones_like(gain))
@@ -158,8 +166,8 @@ class Objective:
             )
         return value
 
-    def _check(self, image: Tensor) -> None:
-        """Say what does not fit, before a deeper layer does."""
+    def _measurements(self, image: Tensor) -> Any:
+        """A(image); what does not fit is said here, before a deeper layer does."""
         expected = getattr(self.physics, "img_size", None)
         shape = tuple(image.shape[1:])
         try:
@@ -177,25 +185,81 @@ class Objective:
                 f"y does not fit physics and generator: physics.A of the generator's images "
                 f"{tuple(image.shape)} has shape {_words(ours)}, y has {_words(theirs)}"
             )
-        with torch.enable_grad():
-            leaf = image.clone().requires_grad_()
-            try:
-                value = self.fidelity(leaf)
-                slope = torch.autograd.grad(value.sum(), leaf)[0]
-            except RuntimeError as error:
+        return made
+
+    def _check_slope(self, image: Tensor, change: Tensor) -> None:
+        """Raise unless the data term has a gradient at images."""
+
+        def slope(at: Tensor) -> Tensor:
+            with torch.enable_grad():
+                leaf = at.clone().requires_grad_()
+                gradient: Tensor = torch.autograd.grad(self.fidelity(leaf).sum(), leaf)[0]
+            return gradient
+
+        try:
+            found = slope(image)
+        except RuntimeError as error:
+            if "nference tensor" in str(error):
                 raise ValueError(
-                    "the physics has no differentiable forward (or the data fidelity has none): "
-                    f"torch says {error}"
+                    "the physics or the data fidelity holds tensors made in inference mode, which "
+                    f"no gradient passes: make them outside of it. torch says {error}"
                 ) from error
-        if not bool(torch.isfinite(slope).all()):
+            raise ValueError(
+                "the physics has no differentiable forward (or the data fidelity has none): "
+                f"torch says {error}"
+            ) from error
+        except (AttributeError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"data_fidelity, a {type(self.data).__name__}, does not take what the physics "
+                f"makes, {_words(shapes(self.y))}: {type(error).__name__}: {error}. Stacked "
+                "physics need a StackedPhysicsDataFidelity"
+            ) from error
+        if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 "the data term's gradient at the generator's first image is NaN or Inf: the "
                 "physics or the data fidelity is not differentiable there, or y is not in its range"
+            )
+        # zero at one image alone may be a minimum
+        if not bool(found.any()) and not bool(slope(image + RADIUS * change).any()):
+            raise ValueError(
+                "the data term's gradient is zero at all images tried: the physics rounds, takes "
+                "signs or else has no useful derivative, so that nothing can be fitted to y"
             )
 
 
 def _words(sizes: list[tuple[int, ...]]) -> str:
     return str(sizes[0]) if len(sizes) == 1 else str(sizes)
+
+
+def entry_gain(physics: Physics, image: Tensor, made: Any, direction: Tensor) -> Any:
+    """How large an entry of A(x) becomes where one of x is 1, at most 1; see ``likelihood_of``.
+
+    The ratio of the root mean squares of ``A(image + h d) − A(image)``, where that is not zero (a
+    mask leaves the others as they are), and of ``h d``, ``(batch,)``; for stacked physics a list of
+    them. Not above 1: where a physics lengthens images, y is as exact as its noise model says.
+    """
+    step = _reach(image, direction)
+    with torch.no_grad():
+        moved = physics.A(image + step)
+    size = _mean_square(step)
+    changes = [after - before for after, before in zip(parts(moved), parts(made), strict=True)]
+    gains = [
+        (_mean_square(d) / (d != 0).flatten(1).to(size.dtype).mean(1) / size).sqrt().clamp(max=1)
+        for d in changes
+    ]
+    # a physics that does not see this step says nothing of the others
+    gains = [torch.where(gain > 0, gain, torch.ones_like(gain)) for gain in gains]
+    return gains[0] if len(gains) == 1 else gains
+
+
+def _mean_square(t: Tensor) -> Tensor:
+    return t.abs().square().flatten(1).mean(1)
+
+
+def _reach(image: Tensor, direction: Tensor) -> Tensor:
+    """A step in a direction, small against the image: ``(batch, ...)``."""
+    h = (1e-2 * (_mean_square(image) / _mean_square(direction)).sqrt()).to(direction.dtype)
+    return direction * h.reshape(-1, *[1] * (direction.ndim - 1))
 
 
 def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
@@ -213,13 +277,9 @@ def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
             gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
         return gradient.detach()
 
-    def length(t: Tensor) -> Tensor:
-        return t.abs().square().flatten(1).sum(1)
-
-    reach = (1e-2 * (length(image) / length(direction)).sqrt()).to(direction.dtype)
-    step = direction * reach.reshape(-1, *[1] * (direction.ndim - 1))
+    step = _reach(image, direction)
     change = slope(image + step) - slope(image - step)
     inner = (change.conj() * step).real if image.is_complex() else change * step
-    ratio = inner.flatten(1).sum(1).abs() / (2 * length(step))
+    ratio = inner.flatten(1).mean(1).abs() / (2 * _mean_square(step))
     usable = torch.isfinite(ratio) & (ratio > 0)
     return torch.where(usable, ratio, torch.ones_like(ratio))

@@ -34,39 +34,51 @@ if TYPE_CHECKING:
 
     Distance = Callable[[Tensor, Tensor], Tensor]
 
-SIGMA_MIN = 0.05  # about what good generators miss an image by: less noise counts as this much
+SIGMA_MIN = 0.05  # about what good generators miss a pixel by: less noise counts as this much
 RATE_MIN = 1e-2  # counts, or intensities, below which a likelihood goes on as a parabola
 
 
-def likelihood_of(physics: Physics) -> DataFidelity:
+def likelihood_of(physics: Physics, gain: Any = 1.0) -> DataFidelity:
     """Minus the log-likelihood of the measurements under ``physics.noise_model``, up to a constant.
 
     ========================  ======================================================================
     noise model               ``-log p(y | z)`` summed over the entries, z = A(x)
     ========================  ======================================================================
-    ZeroNoise                 ``(z − y)² / 2σ²`` with σ = 0.05
-    GaussianNoise             ``(z − y)² / 2σ²``, σ per sample where the noise model has that
+    ZeroNoise                 ``(z − y)² / 2σ²`` with σ = 0.05 g
+    GaussianNoise             ``(z − y)² / 2σ²``, σ per sample where the noise model has that;
+                              ``|z − y|² / σ²`` of complex entries, as deepinv draws them
     UniformGaussianNoise      the same with the root mean square of its range of σ
     UniformNoise(a)           the same with ``σ = a/√3``; its own, an indicator, has no slope
     PoissonNoise(γ)           ``λ − k log λ`` with ``λ = z/γ`` and counts k
-    PoissonGaussianNoise      the same with ``λ = (z + σ²)/γ``, ``k = (y + σ²)/γ`` (shifted Poisson)
+    PoissonGaussianNoise      the same with ``λ = z/γ + σ²/γ²``, ``k = y/γ + σ²/γ²`` (shifted
+                              Poisson: mean and variance are those of the sum)
     LogPoissonNoise           ``N₀ (exp(−μz) + μ z exp(−μy))``
     GammaNoise(l)             ``l (log z + y/z)``
     FisherTippettNoise(l)     ``l (z + exp(y − z))``
     LaplaceNoise(b)           ``√((z − y)² + b²) / b``, smoothed ``|z − y|/b``
-    SaltPepperNoise           the same with b = 0.05, robust against outliers
+    SaltPepperNoise           the same with b = 0.05 g, robust against outliers
     RicianNoise(σ)            ``(z² + y²)/2σ² − log I₀(zy/σ²)``
     ========================  ======================================================================
 
-    σ below 0.05 counts as 0.05. The Poisson and Gamma likelihoods go on as their parabola of second
-    order where λ or z is below 0.01, so they are finite and convex there. Stacked physics get a
-    ``StackedPhysicsDataFidelity`` of their parts' likelihoods.
+    σ and b below 0.05 g count as 0.05 g. The Poisson and Gamma likelihoods go on as their parabola
+    of second order where λ or z is below 0.01, so they are finite and convex there. Stacked physics
+    get a ``StackedPhysicsDataFidelity`` of their parts' likelihoods.
+
+    Args:
+        physics: the forward model, with its noise model.
+        gain: g, how large an entry of A(x) is where one of x is 1: what a generator misses, 0.05 a
+            pixel, reaches the measurements so. A number, one per sample, or for stacked physics a
+            list of them.
 
     Raises:
         TypeError: another noise model, which only you can know the likelihood of.
     """
     if isinstance(physics, StackedPhysics):
-        return StackedPhysicsDataFidelity([likelihood_of(part) for part in physics.physics_list])
+        parts = physics.physics_list
+        gains = gain if isinstance(gain, (list, tuple)) else [gain] * len(parts)
+        return StackedPhysicsDataFidelity(
+            [likelihood_of(part, each) for part, each in zip(parts, gains, strict=True)]
+        )
     noise = physics.noise_model
     build = _BUILDERS.get(type(noise))
     if build is None:
@@ -74,7 +86,7 @@ def likelihood_of(physics: Physics) -> DataFidelity:
             f"no likelihood is known for the noise model {type(noise).__name__}: give "
             f"data_fidelity=. Known are {', '.join(kind.__name__ for kind in _BUILDERS)}"
         )
-    return build(noise)
+    return build(noise, gain)
 
 
 def per_sample(fidelity: DataFidelity) -> DataFidelity:
@@ -103,10 +115,16 @@ def _column(parameter: Any, like: Tensor) -> Tensor:
     return value
 
 
-def _gaussian(sigma: Any) -> DataFidelity:
+def _at_least(width: Any, gain: Any, like: Tensor) -> Tensor:
+    """A noise model's σ or b, or what a generator misses if that is more."""
+    return _column(width, like).maximum(SIGMA_MIN * _column(gain, like))
+
+
+def _gaussian(sigma: Any, gain: Any) -> DataFidelity:
     def distance(z: Tensor, y: Tensor) -> Tensor:
-        error = (z - y) / _column(sigma, y).clamp(min=SIGMA_MIN)
-        return 0.5 * _sum(error.abs().square() if error.is_complex() else error.square())
+        error = (z - y) / _at_least(sigma, gain, y)
+        # σ² is the variance of a complex entry, half of it that of each part
+        return _sum(error.abs().square() if error.is_complex() else 0.5 * error.square())
 
     return DataFidelity(d=distance)
 
@@ -123,13 +141,22 @@ def _poisson(gain: Any, background: Any = 0.0, *, counts: bool = False) -> DataF
     return DataFidelity(d=distance)
 
 
-def _shifted_poisson(noise: Any) -> DataFidelity:
+def _shifted_poisson(noise: Any, gain: Any) -> DataFidelity:
+    """``λ − k − k log(λ/k)`` with ``λ = z/γ + σ²/γ²``, ``k = y/γ + σ²/γ²``.
+
+    What does not depend on z is taken off: for a small γ, λ and k are large and nearly equal.
+    """
+
     def distance(z: Tensor, y: Tensor) -> Tensor:
-        # a smaller gain is Gaussian noise, and its counts too large for float32
-        gain = _column(noise.gain, y).clamp(min=1e-3)
-        shift = _column(noise.sigma, y).square()
-        rate, k = (z + shift) / gain, ((y + shift) / gain).clamp(min=0)
-        return _sum(rate - k * _extended_log(rate))
+        variance = _at_least(noise.sigma, gain, y).square()
+        # less would add no hundredth of σ² to the variance, and counts too large for float32
+        g = _column(noise.gain, y).maximum(0.01 * variance)
+        counts = y / g + variance / g.square()
+        k = counts.clamp(min=RATE_MIN)
+        excess = (z - y) / g + (counts - k)  # λ − k
+        near = excess.maximum(RATE_MIN - k)
+        t = (excess + k - RATE_MIN).clamp(max=0) / RATE_MIN  # as in _extended_log
+        return _sum(excess - k * ((near / k).log1p() + t - 0.5 * t.square()))
 
     return DataFidelity(d=distance)
 
@@ -169,18 +196,18 @@ def _log_poisson(noise: Any) -> DataFidelity:
     return DataFidelity(d=distance)
 
 
-def _smoothed_l1(b: Any) -> DataFidelity:
+def _smoothed_l1(b: Any, gain: Any) -> DataFidelity:
     def distance(z: Tensor, y: Tensor) -> Tensor:
-        scale = _column(b, y).clamp(min=SIGMA_MIN)
+        scale = _at_least(b, gain, y)
         error = (z - y).abs() if y.is_complex() else z - y
         return _sum((error / scale).square().add(1).sqrt() - 1)
 
     return DataFidelity(d=distance)
 
 
-def _rician(noise: Any) -> DataFidelity:
+def _rician(noise: Any, gain: Any) -> DataFidelity:
     def distance(z: Tensor, y: Tensor) -> Tensor:
-        variance = _column(noise.sigma, y).clamp(min=SIGMA_MIN).square()
+        variance = _at_least(noise.sigma, gain, y).square()
         # log I₀(a) = log i0e(a) + a, so that nothing overflows
         bessel = torch.special.i0e(z * y / variance).log()
         return _sum((z.abs() - y).square() / (2 * variance) - bessel)
@@ -194,17 +221,18 @@ def _root_mean_square(noise: Any) -> Tensor:
     return rms
 
 
-_BUILDERS: dict[type, Callable[[Any], DataFidelity]] = {
-    ZeroNoise: lambda noise: _gaussian(SIGMA_MIN),
-    GaussianNoise: lambda noise: _gaussian(noise.sigma),
-    UniformGaussianNoise: lambda noise: _gaussian(_root_mean_square(noise)),
-    UniformNoise: lambda noise: _gaussian(noise.a / 3**0.5),
-    PoissonNoise: lambda noise: _poisson(noise.gain, counts=not bool(noise.normalize)),
+# from the noise model, and how large a measurement is where a pixel is 1
+_BUILDERS: dict[type, Callable[[Any, Any], DataFidelity]] = {
+    ZeroNoise: lambda noise, gain: _gaussian(0.0, gain),
+    GaussianNoise: lambda noise, gain: _gaussian(noise.sigma, gain),
+    UniformGaussianNoise: lambda noise, gain: _gaussian(_root_mean_square(noise), gain),
+    UniformNoise: lambda noise, gain: _gaussian(noise.a / 3**0.5, gain),
+    PoissonNoise: lambda noise, _: _poisson(noise.gain, counts=not bool(noise.normalize)),
     PoissonGaussianNoise: _shifted_poisson,
-    LogPoissonNoise: _log_poisson,
-    GammaNoise: _gamma,
-    FisherTippettNoise: _fisher_tippett,
-    LaplaceNoise: lambda noise: _smoothed_l1(noise.b),
-    SaltPepperNoise: lambda noise: _smoothed_l1(SIGMA_MIN),
+    LogPoissonNoise: lambda noise, _: _log_poisson(noise),
+    GammaNoise: lambda noise, _: _gamma(noise),
+    FisherTippettNoise: lambda noise, _: _fisher_tippett(noise),
+    LaplaceNoise: lambda noise, gain: _smoothed_l1(noise.b, gain),
+    SaltPepperNoise: lambda noise, gain: _smoothed_l1(0.0, gain),
     RicianNoise: _rician,
 }

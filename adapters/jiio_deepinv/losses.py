@@ -49,10 +49,18 @@ class JacobianLoss(Loss):
         self, x_net: Any, x: Any, y: Any, physics: Any, model: Any, **kwargs: Any
     ) -> Tensor:
         """The penalty, a scalar; of what deepinv passes it needs the model alone."""
-        while not isinstance(model, JIIOReconstructor) and hasattr(model, "model"):
-            model = model.model  # what a loss that adapts models wrapped
+        # what wraps it: a loss that adapts models, DistributedDataParallel
+        while not isinstance(model, JIIOReconstructor):
+            inner = getattr(model, "model", getattr(model, "module", None))
+            if inner is None or isinstance(model, nn.DataParallel):
+                break
+            model = inner
         if not isinstance(model, JIIOReconstructor):
-            raise TypeError(f"JacobianLoss is for a JIIOReconstructor, got {type(model).__name__}")
+            raise TypeError(
+                f"JacobianLoss is for a JIIOReconstructor, got {type(model).__name__}"
+                + "; DataParallel's copies keep their latents to themselves, "
+                "DistributedDataParallel does not" * isinstance(model, nn.DataParallel)
+            )
         u = model.latents
         if u is None:
             raise RuntimeError("JacobianLoss comes after the model's forward, which was not called")

@@ -11,9 +11,13 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 
 from jiio_deepinv._checks import (
+    check_keywords,
     check_latents,
     check_measurements,
     check_modules,
+    check_physics,
+    check_truth,
+    check_usable,
     check_weights,
     latent_shape_of,
     parts,
@@ -21,7 +25,7 @@ from jiio_deepinv._checks import (
     usable_physics,
 )
 from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective
-from jiio_deepinv.likelihoods import likelihood_of, per_sample
+from jiio_deepinv.likelihoods import per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
 from jiio_plugins._state import full_precision
@@ -52,7 +56,8 @@ class JIIOReconstructor(Reconstructor):
     iteration (:class:`jiio_plugins.Joint`), each sample by itself. With gradients on, x̂ is a
     differentiable function of everything that requires grad (generator, y, physics, data fidelity,
     prior), by implicit differentiation of the joint fixed point: memory does not depend on
-    ``iters``. Its residuals are in ``solution.stats.implicit``, and above 1e-3 there is a warning.
+    ``iters``. Its residuals are in ``solution.stats.implicit``; there is a warning where they are
+    above 1e-3 or, if that is more, ten times ``implicit.tol``.
 
     Args:
         generator: a module with a :class:`jiio_plugins.Equilibrium` that maps latents
@@ -170,10 +175,16 @@ class JIIOReconstructor(Reconstructor):
             init: see the class.
             x_gt: true images, for the metric "psnr".
             compute_metrics: also return ``{"residual", "cost", "psnr": list[B][iteration]}``.
-            **kwargs: what deepinv's wrappers pass to every model; not used.
+            **kwargs: what deepinv's wrappers pass to every model; not used. A setting of the class
+                among them is an error.
         """
         self._solution = None
         check_measurements(y)
+        check_physics(physics)
+        check_keywords(kwargs, JIIOReconstructor)
+        if compute_metrics:
+            check_truth(x_gt, len(parts(y)[0]))
+        check_usable(self.generator)
         gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             y, physics = usable(y), usable_physics(physics)
@@ -185,14 +196,13 @@ class JIIOReconstructor(Reconstructor):
         self, y: Any, physics: Physics, init: Init | None, metrics: Metrics | None
     ) -> Tensor:
         start, centre = self._start(y, physics, init)
-        data = self.data_fidelity if self.data_fidelity is not None else likelihood_of(physics)
         exact: bool | Solver = True if self.implicit is None else self.implicit
         differentiable = torch.is_grad_enabled() and exact
         with full_precision(start.device.type), _evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
-                model, y, physics, data, self.prior, self.prior_weight, self.latent_penalty,
-                self.range_penalty or 0.0, centre,
+                model, y, physics, self.data_fidelity, self.prior, self.prior_weight,
+                self.latent_penalty, self.range_penalty or 0.0, centre,
             )  # fmt: skip
             v = start.flatten(1)
             # at zero one row stands for the whole batch, and more steps can be tried

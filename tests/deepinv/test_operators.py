@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import deepinv as dinv
@@ -19,9 +20,9 @@ physics_tests = upstream("test_physics")
 # What is left out, and why; docs/deepinv.md says the same.
 EXCEPTIONS = {
     "haze": "its image is a TensorList: a map, a depth and a number",
-    "lidar": "deepinv's own forward takes one image at a time",
+    "lidar": "deepinv's own forward takes one image at a time; below by itself",
     "spatial_unwrapping_round": "wrapping to the nearest multiple jumps within the image range",
-    "scattering": "runs, but solves a linear system in each forward: about a minute",
+    "scattering": "slow: it solves a linear system in each forward; below by itself",
 }
 OPERATORS = [
     *physics_tests.OPERATORS,
@@ -69,6 +70,34 @@ def test_operator(name: str, batch: int) -> None:
     torch.manual_seed(0)
     physics, shape, dtype = operator(name)
     generator = Generator(shape, dtype=dtype)
+    with torch.no_grad():
+        x = generator(1.5 * rand(batch, 3, seed=3))
+    check(physics, x, JIIOReconstructor(generator, iters=12))
+
+
+@pytest.mark.parametrize("name", ["lidar", "scattering"])
+def test_operators_of_one_image(name: str) -> None:
+    torch.manual_seed(0)
+    physics, shape, dtype = operator(name)
+    generator = Generator(shape, dtype=dtype)
+    with torch.no_grad():
+        x = generator(1.5 * rand(1, 3, seed=3))
+    check(physics, x, JIIOReconstructor(generator, iters=4 if name == "scattering" else 12))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["inpainting", "deblur_circular"])
+@pytest.mark.parametrize("wrapper", ["LinearPhysicsMultiScaler", "PhysicsCropper"])
+def test_wrapped_operators(wrapper: str, name: str, batch: int) -> None:
+    torch.manual_seed(0)
+    physics, shape, _, _ = physics_tests.find_operator(name, "cpu", imsize=(3, 16, 32))
+    if wrapper == "LinearPhysicsMultiScaler":
+        physics = dinv.physics.LinearPhysicsMultiScaler(physics, shape, factors=[2, 4])
+        physics.set_scale(2)
+        shape = (3, 4, 8)
+    else:
+        physics, shape = dinv.physics.PhysicsCropper(physics, crop=(2, 4)), (3, 18, 36)
+    generator = Generator(shape, dtype=torch.float32)
     with torch.no_grad():
         x = generator(1.5 * rand(batch, 3, seed=3))
     check(physics, x, JIIOReconstructor(generator, iters=12))
@@ -124,6 +153,82 @@ def test_the_likelihood_is_the_noise_models(name: str) -> None:
     tolerance = {"rtol": 0.2, "atol": 4.0} if name == "Laplace" else {"rtol": 1e-4, "atol": 1e-4}
     for k in (1, 2):
         torch.testing.assert_close(ours[k] - ours[0], exact[k] - exact[0], **tolerance)
+
+
+NOISE_MODELS = {
+    "Gaussian": dinv.physics.GaussianNoise(0.3),
+    "complex Gaussian": dinv.physics.GaussianNoise(0.3),
+    "Poisson": dinv.physics.PoissonNoise(0.02),
+    "PoissonGaussian, gain 0.2": dinv.physics.PoissonGaussianNoise(0.2, 0.3),
+    "PoissonGaussian, gain 0.1": dinv.physics.PoissonGaussianNoise(0.1, 0.1),
+    "PoissonGaussian, gain 0.01": dinv.physics.PoissonGaussianNoise(0.01, 0.1),
+    "PoissonGaussian, gain 1e-5": dinv.physics.PoissonGaussianNoise(1e-5, 0.1),
+    "Gamma": dinv.physics.GammaNoise(5.0),
+    "FisherTippett": dinv.physics.FisherTippettNoise(5.0),
+    "LogPoisson": dinv.physics.LogPoissonNoise(N0=1024.0, mu=0.2),
+    "Rician": dinv.physics.RicianNoise(0.2),
+}
+
+
+@pytest.mark.parametrize("name", NOISE_MODELS)
+@pytest.mark.parametrize("z", [0.4, 1.0])
+def test_the_likelihood_belongs_to_the_noise(name: str, z: float) -> None:
+    """Fisher: the slope at the true z is zero in the mean, and its variance the mean curvature."""
+    torch.manual_seed(0)
+    model = NOISE_MODELS[name]
+    physics = dinv.physics.Denoising(copy.deepcopy(model))
+    dtype = torch.complex64 if name.startswith("complex") else torch.float32
+    clean = torch.full((20_000, 1, 1, 1), z, dtype=dtype)
+    y = physics(clean)
+    leaf = clean.clone().requires_grad_()
+    value = likelihood_of(physics)(leaf, y, physics)
+    (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    slope = slope.real if slope.is_complex() else slope
+    (change,) = torch.autograd.grad(slope.sum(), leaf)
+    curvature = float((change.real if change.is_complex() else change).mean())
+    slope = slope.detach()
+    assert float(slope.mean()) ** 2 < 1e-3 * curvature
+    assert float(slope.var()) == pytest.approx(curvature, rel=0.06)
+
+
+def test_a_small_gain_makes_gaussian_noise_of_counts() -> None:
+    """The shifted Poisson likelihood goes over into the Gaussian one."""
+    z = torch.linspace(0, 1, 50).reshape(2, 1, 5, 5)
+    y = z + 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    gaussian = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    expected = likelihood_of(gaussian)(z, y, gaussian)
+    for gain in (1e-4, 1e-9):
+        physics = dinv.physics.Denoising(dinv.physics.PoissonGaussianNoise(gain, 0.1))
+        found = likelihood_of(physics)(z, y, physics)
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.0)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_the_measurements_does_not_matter(unit: float, stacked: bool) -> None:
+    """The same problem in another unit has the same solution, with little noise too."""
+
+    def scaled(c: float) -> Any:
+        return dinv.physics.LinearPhysics(
+            A=lambda x, **_: c * x, A_adjoint=lambda y, **_: c * y,
+            noise_model=dinv.physics.GaussianNoise(0.01 * c) if c <= 1
+            else dinv.physics.GaussianNoise(0.1 * c),
+        )  # fmt: skip
+
+    generator = Generator((1, 8, 8))
+    x = generator(3 * rand(2, 3, seed=3)).detach()
+    y = x + 0.1 * rand(*x.shape, seed=4)
+    model = JIIOReconstructor(generator, iters=200, tol=1e-9)
+    plain = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.05 if unit <= 1 else 0.1))
+    with torch.no_grad():
+        expected = model(y, plain)
+        if stacked:
+            both = scaled(unit).stack(plain)
+            expected = model(dinv.utils.TensorList([y, y]), plain.stack(plain))
+            found = model(dinv.utils.TensorList([unit * y, y]), both)
+        else:
+            found = model(unit * y, scaled(unit))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_deepinvs_poisson_likelihood_is_taken_apart() -> None:

@@ -12,7 +12,7 @@ from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting, Physics,
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from jiio_deepinv import JIIOReconstructor
+from jiio_deepinv import JIIOReconstructor, likelihood_of
 from jiio_plugins import Joint, Nested, Status
 from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
@@ -108,7 +108,6 @@ def test_one_step_size_for_all_noise_levels(sigma: float) -> None:
     with torch.no_grad():
         model(y, physics)
         short = model.solution.value
-        reconstructor(iters=600, tol=1e-9)
         long = reconstructor(iters=600, tol=1e-9)
         long(y, physics)
     assert (short - long.solution.value <= 0.01 * long.solution.value).all()
@@ -120,10 +119,15 @@ def test_stacked_measurements() -> None:
     physics = Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.1)).stack(blur)
     x, y, _ = measured(physics)
     assert isinstance(y, TensorList)
-    model = reconstructor()
+    model = reconstructor(iters=300, tol=1e-9)
     with torch.no_grad():
         assert model(y, physics).shape == x.shape
     assert (model.solution.status == Status.CONVERGED).all()
+    u = model.latents.clone().requires_grad_()
+    value = likelihood_of(physics)(model.generator(u), y, physics) + u.square().sum(1) / 2
+    torch.testing.assert_close(model.solution.value, value.detach())
+    (gradient,) = torch.autograd.grad(value.sum(), u)
+    assert gradient.abs().max() < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")  # deepinv makes one
@@ -290,6 +294,53 @@ def test_physics_without_a_derivative() -> None:
     bad(y, Physics(A=lambda x: x.detach()), "no differentiable forward")
     bad(y, Physics(A=lambda x: torch.from_numpy(x.numpy())), "no differentiable forward")
     bad(y, Physics(A=lambda x: (x > 0.5).double()), "no differentiable forward")
+    for steps in (torch.round, torch.floor, torch.sign):
+        bad(y, Physics(A=lambda x, steps=steps: steps(4 * x)), "gradient is zero at all images")
+
+
+def test_a_start_at_the_minimum_is_no_error() -> None:
+    physics = Denoising(GaussianNoise(0.1))
+    model = reconstructor()
+    with torch.no_grad():
+        y = model.generator(torch.zeros(2, 3).double())  # the gradient of the data term is zero
+        torch.testing.assert_close(model(y, physics), y)
+
+
+def test_physics_that_is_none() -> None:
+    _, y, _ = measured()
+    bad(y, None, r"deepinv\.physics\.Physics, got NoneType", TypeError)
+    bad(y, lambda x: x, r"got function; a function becomes one by", TypeError)
+
+
+def test_a_data_fidelity_that_does_not_take_stacked_measurements() -> None:
+    noise = GaussianNoise(0.1)
+    _, y, physics = measured(Denoising(noise).stack(Denoising(noise)))
+    match = r"L2, does not take .*\[\(2, 1, 4, 4\), \(2, 1, 4, 4\)\].* StackedPhysicsDataFidelity"
+    bad(y, physics, match, data_fidelity=dinv.optim.L2())
+
+
+def test_true_images_that_do_not_fit() -> None:
+    x, y, physics = measured()
+    for wrong, got in ((x[:1], r"\(1, 1, 4, 4\)"), (x.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=f"an image per sample of y, 2 of them, got {got}"):
+            reconstructor()(y, physics, x_gt=wrong, compute_metrics=True)
+
+
+def test_settings_given_to_a_call() -> None:
+    _, y, physics = measured()
+    with pytest.raises(TypeError, match=r"iters, prior: settings of JIIOReconstructor"):
+        reconstructor()(y, physics, iters=500, prior=None)
+    reconstructor(iters=2)(y, physics, update_parameters=True)  # deepinv's own
+
+
+def test_what_was_made_in_inference_mode() -> None:
+    _, y, physics = measured()
+    with torch.inference_mode():
+        weight = torch.ones(SHAPE).double()
+        model = reconstructor()
+        with pytest.raises(ValueError, match="generator was made in inference mode"):
+            model(y, physics)
+    bad(y, Physics(A=lambda x: weight * x), "tensors made in inference mode")
 
 
 def test_a_data_fidelity_that_mixes_samples() -> None:
@@ -318,6 +369,7 @@ def test_latents_that_do_not_fit() -> None:
         ({"prior": nn.MSELoss()}, TypeError, "Prior"),
         ({"prior": dinv.optim.PnP(nn.Identity())}, ValueError, "no value to minimise"),
         ({"latent_penalty": -1.0}, ValueError, "latent_penalty must be"),
+        ({"latent_penalty": None}, ValueError, "latent_penalty must be .* got None"),
         ({"prior_weight": float("nan")}, ValueError, "prior_weight must be"),
         ({"range_penalty": -1.0}, ValueError, "range_penalty must be"),
         ({"latent_shape": (3, 0)}, ValueError, "positive integers"),
@@ -375,3 +427,5 @@ def test_nothing_of_the_callers_is_changed(fails: bool) -> None:
 
 def test_joint_settings_are_passed_on() -> None:
     assert reconstructor(method=Joint(max_iter=7)).method.max_iter == 7
+    method = reconstructor(iters=9, step_size=0.5, tol=1e-2).method
+    assert (method.max_iter, method.step_size, method.tol) == (9, 0.5, 1e-2)

@@ -104,6 +104,41 @@ def test_early_stop(images: Any, tmp_path: Path, stop: Any) -> None:
     trainer_tests.test_early_stop(None, images, SHAPE, "cpu", Counting(), stop, 100_000, tmp_path)
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("losses", [False, True])
+def test_loss_logging(images: Any, tmp_path: Path, losses: bool, metrics: bool) -> None:
+    model = Counting()
+    trainer_tests.test_loss_logging(images, SHAPE, "cpu", model, tmp_path, losses, metrics)
+
+
+@pytest.mark.parametrize("method", trainer_tests.NO_LEARNING)
+def test_nolearning(tmp_path: Path, method: str) -> None:
+    physics = dinv.physics.BlurFFT(img_size=SHAPE, filter=torch.ones(1, 1, 3, 3) / 9)
+    trainer_tests.test_nolearning(SHAPE, physics, Counting(), method, "cpu", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Generated measurements repeat each epoch")
+@pytest.mark.filterwarnings("ignore:Cannot reset state for random number generator")
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("noise", [None, "gaussian", "poisson"])
+def test_physics_generator_params(repeat: bool, noise: str | None) -> None:
+    rng = torch.Generator().manual_seed(0)
+    size = (3, 37, 31)  # of theirs: with fewer pixels two counts can be equal
+    trainer_tests.test_trainer_physics_generator_params(size, repeat, noise, rng, "cpu", Counting())
+
+
+@pytest.mark.parametrize("generator", [None, "param", "noise", "param+noise"])
+@pytest.mark.parametrize("kind", ["blur", "inpainting"])
+@pytest.mark.parametrize("online", [True, False])
+def test_get_samples(
+    images: Any, tmp_path: Path, kind: str, generator: str | None, online: bool
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    trainer_tests.test_get_samples(
+        tmp_path, SHAPE, kind, Counting(), "cpu", images, generator, online, True, rng, tmp_path
+    )
+
+
 def test_folders_that_collide(images: Any, tmp_path: Path) -> None:
     trainer_tests.test_out_dir_collision_detection(images, SHAPE, "cpu", Counting(), tmp_path)
 
