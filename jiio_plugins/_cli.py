@@ -14,6 +14,11 @@ from jiio_plugins import __version__
 from jiio_plugins._cli_generative import FitImages, Sample, TrainGenerator
 from jiio_plugins.adapters import available_adapters, install_command
 
+DESCRIPTION = (
+    "Joint inference and input optimisation of deep equilibrium models: attack and evaluate "
+    "classifiers, train generators and fit images with them. jiio --version prints the version."
+)
+
 
 @dataclass
 class Demo:
@@ -31,7 +36,6 @@ class Demo:
     """norm of the ball"""
     eps: float | None = None
     """radius; default: 0.5 (digits, L2), 1.0 (fashion-mnist, L2), 0.1 / 0.03 (L∞), 3 / 10 (L1)"""
-    seed: int = 0
 
     def run(self) -> None:
         """Do it."""
@@ -74,7 +78,9 @@ class Evaluate(_OnClassifier):
     audit: int = 48
     """images the gradients are audited on, at the first radius; 0 switches it off"""
     seed: int = 0
+    """of random starts and of Square"""
     device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
         """Do it."""
@@ -102,6 +108,7 @@ class Bench(_OnClassifier):
     threads: int | None = None
     """of torch; default: its own choice"""
     device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
         """Do it."""
@@ -142,7 +149,7 @@ def main(args: list[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"jiio {__version__}")
         return
-    command = tyro.cli(Command, args=words, prog="jiio", description=__doc__)
+    command = tyro.cli(Command, args=words, prog="jiio", description=DESCRIPTION)
     try:
         command.run()
     except (OSError, ImportError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -58,6 +59,7 @@ def run_demo(
     dataset: str, data: Path, out: Path, images: int, norm: float, eps: float | None
 ) -> list[Row]:
     """Run both attacks, print the table, write ``results.json``, ``curve.png``, ``images.png``."""
+    importlib.import_module("matplotlib")  # rather now than after the last attack
     load_adapter("art")  # says what to install before anything is run
     x, y = load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
     x, y = x[:images], y[:images]

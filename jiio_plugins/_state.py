@@ -64,11 +64,15 @@ class Layout:
         """Raise unless ``state`` has this layout."""
         got = [tuple(t.shape) for t in as_tensors(state, what)]
         wanted = [(rows, *shape) for shape in self.shapes]
-        if isinstance(state, (tuple, list)) != self.is_tuple or got != wanted:
-            raise ValueError(
-                f"{what} has shape {_show(got)}, but the state has shape {_show(wanted)}: "
-                "a cell must return a state of the shape it was given"
-            )
+        is_tuple = isinstance(state, (tuple, list))
+        if is_tuple == self.is_tuple and got == wanted:
+            return
+        kind = ("tensor", "tuple")
+        raise ValueError(
+            f"{what} is a {kind[is_tuple]} of shape {_show(got)}, but the state is a "
+            f"{kind[self.is_tuple]} of shape {_show(wanted)}: a cell must return a state like the "
+            "one it was given"
+        )
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

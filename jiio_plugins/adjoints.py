@@ -48,8 +48,17 @@ class CellMap:
     def evaluate(self, state: Any) -> Any:
         """The cell on a structured state, its output's shape checked."""
         rows = len(state[0] if self.layout.is_tuple else state)
-        out = self.cell(state, *self.injection)
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
+        try:
+            out = self.cell(state, *self.injection)
+        except RuntimeError as error:
+            shapes = ", ".join(str((rows, *shape)) for shape in self.layout.shapes)
+            error.add_note(
+                f"(in the cell {name}, called with a state of shape {shapes}. If that is not its "
+                "shape: z starts as zeros like the first injected tensor, unless the cell has "
+                "initial_state(*injection) or the layer is called with z0=)"
+            )
+            raise
         self.layout.check(out, rows, f"the output of the cell {name}")
         return out
 

@@ -223,7 +223,7 @@ class AdversarialTraining:
         )
         total = -values.mean()
         if self.trades is not None:
-            total = self.loss(clean, labels).mean() + self.trades * total
+            total = self._loss(clean, labels).mean() + self.trades * total
         penalty = None
         if iterate is not None:
             states = solution.flat.layout.split(iterate.z)
@@ -273,10 +273,19 @@ class AdversarialTraining:
             values[key] = repr(values[key])
         return {**values, "loss": name}
 
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        try:
+            return self.loss(output, labels)
+        except IndexError as error:
+            raise ValueError(
+                f"the loss does not take these labels for logits of shape {tuple(output.shape)}: "
+                f"{error} Integer labels go from 0 to classes - 1"
+            ) from error
+
     def adversary(self, labels: Tensor, clean: Tensor | None = None) -> _Adversary:
         """The objective of the inner problem; with clean logits that of TRADES."""
         if clean is None:
-            return _Adversary(lambda output: self.loss(output, labels))
+            return _Adversary(lambda output: self._loss(output, labels))
         target = log_softmax(clean, dim=1)
 
         def divergence(output: Tensor) -> Tensor:

@@ -245,6 +245,8 @@ def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -
 
 
 def _hit(output: Any, labels: Tensor, targeted: bool) -> Tensor:
+    if not len(labels):  # a model that was given no image has no output
+        return torch.zeros_like(labels, dtype=torch.bool)
     predicted = output.argmax(1)
     hit: Tensor = predicted == labels
     return hit if targeted else ~hit

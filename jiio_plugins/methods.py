@@ -282,8 +282,8 @@ class Joint(Method):
     Args:
         state_steps: evaluations of f an iteration; one where there is mixing.
         adjoint_warmup: iterations at the beginning that take a second VJP; 0 where there is mixing.
-        relaxation: ω in (0, 2); at most 1 with one state step, where nothing would tell that it is
-            too long; 1 where there is mixing.
+        relaxation: ω in (0, 2). With one state step more than 1 counts as 1, as nothing would tell
+            that it is too long; 1 where there is mixing.
         mixing: "quasi-newton" or "anderson", for problems without a ball.
         acceleration: memory of the mixing, in iterations; 0 switches it off.
         tol: without a ball: relative residual of all three blocks at which the loop stops.

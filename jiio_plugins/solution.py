@@ -44,12 +44,13 @@ _MESSAGES = {
         "lower damping, or train with a Jacobian penalty"
     ),
     Status.NONFINITE: (
-        "the cell returned NaN or Inf: the best finite iterate is returned; check the input's "
+        "the model returned NaN or Inf: the best finite iterate is returned; check the input's "
         "range and the weights"
     ),
     Status.NOT_VERIFIED: (
         "the independent solve at the returned input did not reach its tolerance: do not trust "
-        "this value; raise max_iter of the verification solver"
+        "this value; give it more iterations (verify=), or, where the cell does not contract, "
+        "train with a Jacobian penalty"
     ),
     Status.DISAGREEMENT: (
         "the model's own solver and the tight solve give different values: the model stops too "

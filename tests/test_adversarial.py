@@ -253,5 +253,10 @@ def test_bad_input() -> None:
         AdversarialTraining(**BOX, lower=0.0, upper=1.0)(model, x, Y)
     with pytest.raises(ValueError, match="one value per row"):
         AdversarialTraining(**BOX, loss=cross_entropy)(model, x, Y)
+    for trades in (None, 1.0):
+        with pytest.raises(
+            ValueError, match=r"logits of shape \(4, 3\): Target 1. is out of bounds"
+        ):
+            AdversarialTraining(**BOX, trades=trades)(model, x, Y + 11)
     with pytest.raises(TypeError, match="start must be floating point"):
         AdversarialTraining(**BOX)(model, x, Y, start=x.int())

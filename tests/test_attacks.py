@@ -466,6 +466,7 @@ def test_edge_batches() -> None:
         )
         assert none.x.shape == (0, 5)
         assert none.value.shape == (0,)
+        assert is_adversarial(none, y[:0]).shape == (0,)
         one = attack(model, x[:1], y[:1].int(), norm=2, eps=0.1, random_starts=starts)
         assert one.x.shape == (1, 5)
     with pytest.raises(ValueError, match="one value per sample"):

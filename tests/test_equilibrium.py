@@ -555,8 +555,23 @@ class Wrong(nn.Module):
     ],
 )
 def test_a_cell_of_another_output_shape(answer: Any) -> None:
-    with pytest.raises(ValueError, match=r"the output of the cell Wrong has shape .*\(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"cell Wrong is a t.* the state is a tensor of .*\(2, 4\)"
+    ):
         Equilibrium(Wrong(answer))(rand(2, 4, seed=1))
+
+
+def test_a_cell_that_returns_its_tensor_in_a_tuple() -> None:
+    with pytest.raises(ValueError, match=r"Wrong is a tuple of shape \(2, 4\), .* is a tensor of"):
+        Equilibrium(Wrong(lambda z, u: (z,)))(rand(2, 4, seed=1))
+
+
+def test_a_cell_whose_state_is_not_shaped_like_its_injection() -> None:
+    cell = Wrong(lambda z, u: z @ torch.eye(3).double())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        Equilibrium(cell)(rand(2, 4, seed=1))
+    assert "cell Wrong, called with a state of shape (2, 4)" in caught.value.__notes__[0]
+    assert "initial_state(*injection)" in caught.value.__notes__[0]
 
 
 def test_a_cell_that_returns_no_tensor() -> None:
