@@ -243,6 +243,8 @@ class Learner:
     model: nn.Module
     stages: list[Stage] = field(default_factory=list)
     regularise: Callable[[Tensor, Physics], Tensor] | None = None
+    parts: dict[str, Callable[[Tensor, Physics], Tensor]] = field(default_factory=dict)
+    """what its parts make by themselves, to see what the whole adds"""
 
     def __post_init__(self) -> None:
         # convolutions of a processor are a third faster so, and minutes are what is given
@@ -336,12 +338,16 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
 
         model.latent_penalty = max((30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5), key=by)
 
+    def corrected(y: Tensor, physics: Physics) -> Tensor:
+        images: Tensor = generator(encoder(y, physics))
+        return images
+
     stages = [
         Stage(0.0, encoder),
-        Stage(0.45, lambda y, physics: generator(encoder(y, physics)), penalised=True),
+        Stage(0.45, corrected, penalised=True),
         Stage(0.6, model, batch=32, penalised=True, tune=tune),
     ]
-    learner = Learner(model, stages, regularise)
+    learner = Learner(model, stages, regularise, {"guess": encoder, "G of it": corrected})
     return learner
 
 

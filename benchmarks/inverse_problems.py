@@ -11,7 +11,8 @@ tuned on.
   the spatial one, whichever is better on validation images.
 * Trained for it, on the same images by the same optimiser, ``minutes`` of CPU time each and about
   as many parameters: a U-Net, an unfolded proximal gradient, one with ``DEQ=``, and JIIO end to
-  end: a U-Net's guess as centre of the latents of a :class:`jiio_plugins.models.MDEQRefiner`.
+  end: the guess of a U-Net, or of an unfolded proximal gradient, as centre of the latents of a
+  :class:`jiio_plugins.models.MDEQRefiner`; what the guess is worth by itself is printed beside it.
 
 Weights and stopping are tuned on validation images. Then, on the generator, what JIIO and Adam take
 to the PSNR at which Adam ends (less 0.1 dB): iterations are swept, each run is judged by its
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 UNTRAINED = ("TV", "wavelet", "DIP", "latent Adam", "JIIO")
 COUNTS = (5, 10, 15, 20, 30, 45, 60)
-STEPS = (10, 20, 40, 80, 160)
+STEPS = (10, 15, 20, 30, 40, 60, 80, 120, 160)
 RATES = (0.05, 0.1, 0.2, 0.4)
 
 
@@ -91,6 +92,7 @@ class Result:
     images: int
     parameters: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)  # PSNR of what its parts make
 
 
 class Benchmark:
@@ -179,6 +181,10 @@ class Benchmark:
         )  # fmt: skip
         result = self.judge(task, method, f"{self.args.minutes:g} min", learner.solve, self.test)
         result.curve = curve
+        y, physics = task.measure(self.test, seed=2)
+        for name, run in learner.parts.items():
+            with torch.no_grad():
+                result.parts[name] = float(psnr(run(y, physics).clamp(0, 1), self.test).mean())
         penalty = getattr(learner.model, "latent_penalty", None)
         result.setting += "" if penalty is None else f", λ {penalty:g}"
         result.parameters = sum(p.numel() for p in learner.model.parameters())
@@ -235,6 +241,7 @@ def show(results: list[Result]) -> None:
                     note += (
                         f", {r.parameters:,} parameters, last fifth {late[-1] - late[0]:+.2f} dB"
                     )
+                note += "".join(f", {name} {value:.2f} dB" for name, value in r.parts.items())
                 print(
                     f"{r.method:18} {r.psnr:6.2f} {r.ssim:6.3f} {r.seconds:8.3f} {r.f_evals:6.0f} "
                     f"{r.vjps:6.0f}  {r.setting}{note}"
