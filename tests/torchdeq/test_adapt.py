@@ -516,6 +516,6 @@ def test_bad_input() -> None:
         layer(lambda z: z)
     with (
         layers_as(solver=Anderson()),
-        pytest.raises(ValueError, match=r"the output of the cell .* has shape \(4, 3\)"),
+        pytest.raises(ValueError, match=r"the output of the cell .* is a tensor of shape \(4, 3\)"),
     ):
         layer(lambda z: z[:, :3], torch.zeros_like(u))
