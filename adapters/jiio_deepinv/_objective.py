@@ -114,7 +114,7 @@ class Objective:
         centre: Tensor | None,
     ) -> None:  # fmt: skip
         self.model = model
-        self.y, self.physics, self.given, self.prior = y, physics, data, prior
+        self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
         self.range_penalty, self.centre = range_penalty, centre
         self.image: Tensor | None = None
@@ -122,16 +122,14 @@ class Objective:
     def measure(self, image: Tensor, change: Tensor, direction: Tensor) -> None:
         """Take s from what :meth:`Latents.probe` saw; raise where all does not fit."""
         made = self._measurements(image)
-        self.data = (
-            likelihood_of(self.physics, entry_gain(self.physics, image, made, direction))
-            if self.given is None
-            else self.given
-        )
+        if self.data is None:
+            gain = entry_gain(self.physics, image, made, direction)
+            self.data = likelihood_of(self.physics, gain)
         self._check_slope(image, change)
         self.stiffness = curvature(self.fidelity, image, direction)
-        gain = change.abs().square().flatten(1).sum(1)
-        gain = torch.where(gain > 0, gain, torch.ones_like(gain))
-        self.scale = self.stiffness * gain + self.latent_penalty
+        length = change.abs().square().flatten(1).sum(1)
+        length = torch.where(length > 0, length, torch.ones_like(length))
+        self.scale = self.stiffness * length + self.latent_penalty
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(batch,)``."""
@@ -157,6 +155,7 @@ class Objective:
 
     def fidelity(self, image: Tensor) -> Tensor:
         """The data term, ``(batch,)``."""
+        assert self.data is not None  # measure() was called
         value = self.data(image, self.y, self.physics)
         if not isinstance(value, Tensor) or value.shape != (len(image),):
             got = getattr(value, "shape", type(value).__name__)
@@ -189,15 +188,8 @@ class Objective:
 
     def _check_slope(self, image: Tensor, change: Tensor) -> None:
         """Raise unless the data term has a gradient at images."""
-
-        def slope(at: Tensor) -> Tensor:
-            with torch.enable_grad():
-                leaf = at.clone().requires_grad_()
-                gradient: Tensor = torch.autograd.grad(self.fidelity(leaf).sum(), leaf)[0]
-            return gradient
-
         try:
-            found = slope(image)
+            found = slope(self.fidelity, image)
         except RuntimeError as error:
             if "nference tensor" in str(error):
                 raise ValueError(
@@ -220,7 +212,7 @@ class Objective:
                 "physics or the data fidelity is not differentiable there, or y is not in its range"
             )
         # zero at one image alone may be a minimum
-        if not bool(found.any()) and not bool(slope(image + RADIUS * change).any()):
+        if not bool(found.any()) and not bool(slope(self.fidelity, image + RADIUS * change).any()):
             raise ValueError(
                 "the data term's gradient is zero at all images tried: the physics rounds, takes "
                 "signs or else has no useful derivative, so that nothing can be fitted to y"
@@ -262,6 +254,14 @@ def _reach(image: Tensor, direction: Tensor) -> Tensor:
     return direction * h.reshape(-1, *[1] * (direction.ndim - 1))
 
 
+def slope(function: Any, image: Tensor) -> Tensor:
+    """The gradient of a function of images, ``(batch,)``, at these."""
+    with torch.enable_grad():
+        leaf = image.clone().requires_grad_()
+        gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    return gradient.detach()
+
+
 def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
     """``|dᵀ H d| / dᵀd`` of a function of images along directions d, ``(batch,)``.
 
@@ -270,15 +270,8 @@ def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
     derivative, taken as a difference of two gradients at ``image ± h d``: it costs no evaluation
     of f.
     """
-
-    def slope(at: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = at.clone().requires_grad_()
-            gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
-        return gradient.detach()
-
     step = _reach(image, direction)
-    change = slope(image + step) - slope(image - step)
+    change = slope(function, image + step) - slope(function, image - step)
     inner = (change.conj() * step).real if image.is_complex() else change * step
     ratio = inner.flatten(1).mean(1).abs() / (2 * _mean_square(step))
     usable = torch.isfinite(ratio) & (ratio > 0)

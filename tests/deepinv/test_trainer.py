@@ -72,7 +72,7 @@ def images() -> Any:
     return upstream("dummy").DummyCircles(samples=4, imsize=SHAPE)
 
 
-@pytest.mark.parametrize("precision", [False, torch.bfloat16])
+@pytest.mark.parametrize("precision", [False, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("losses", [False, True])
 def test_forward_passes(images: Any, tmp_path: Path, precision: Any, losses: bool) -> None:
     trainer_tests.test_model_forward_passes(
