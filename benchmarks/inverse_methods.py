@@ -14,7 +14,7 @@ from adam import NestedAdam
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jiio_deepinv import JIIOReconstructor
+from jiio_deepinv import GaussianEncoder, JIIOReconstructor
 from jiio_deepinv.losses import contraction
 from jiio_plugins import Anderson, Implicit, Joint
 from jiio_plugins.checkpoint import Trained, set_random_states
@@ -233,7 +233,6 @@ class Stage:
     run: Callable[[Tensor, Physics], Tensor]
     batch: int = 64
     penalised: bool = False
-    tune: Callable[[Tensor], None] | None = None  # on validation images, at its begin and end
 
 
 @dataclass
@@ -261,9 +260,9 @@ class Learner:
         return Found(images, float(stats.f_evals.mean()), float(stats.vjps.mean()))
 
 
-def artifact_removal(task: Task) -> nn.Module:
+def artifact_removal(task: Task, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
     """A U-Net on Aᵀy, or A⁺y."""
-    model: nn.Module = dinv.models.ArtifactRemoval(unet(), mode=task.back)
+    model: nn.Module = dinv.models.ArtifactRemoval(unet(widths), mode=task.back)
     return model
 
 
@@ -316,12 +315,13 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
         adjoint=Implicit(solver=Anderson(max_iter=15, tol=1e-2)),
     )
     encoder = guess(task)
+    spread = dinv.models.UNet(2, 1, scales=3, channels_per_scale=[8, 16, 32], residual=False)
     model = JIIOReconstructor(
         generator,
-        encoder=encoder,
-        latent_penalty=30.0,
+        encoder=GaussianEncoder(encoder, spread, mode=task.back),
+        latent_penalty=1.0,
         method=Joint(max_iter=8, step_size=1.0, tol=1e-3),
-        implicit=Anderson(max_iter=15, memory=8, tol=1e-2),
+        implicit=Anderson(max_iter=8, memory=8, tol=0.1),
     )
 
     def regularise(y: Tensor, physics: Physics) -> Tensor:
@@ -329,34 +329,24 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
             u = encoder(y, physics)
         return 0.05 * contraction(generator, u)
 
-    def tune(validation: Tensor) -> None:
-        """How much the guess is trusted."""
-
-        def by(penalty: float) -> float:
-            model.latent_penalty = penalty
-            return quality(learner.solve, task, validation)
-
-        model.latent_penalty = max((30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5), key=by)
-
     def corrected(y: Tensor, physics: Physics) -> Tensor:
         images: Tensor = generator(encoder(y, physics))
         return images
 
     stages = [
         Stage(0.0, encoder),
-        Stage(0.45, corrected, penalised=True),
-        Stage(0.6, model, batch=32, penalised=True, tune=tune),
+        Stage(0.55, corrected, penalised=True),
+        Stage(0.62, model, batch=32, penalised=True),
     ]
-    learner = Learner(model, stages, regularise, {"guess": encoder, "G of it": corrected})
-    return learner
+    return Learner(model, stages, regularise, {"guess": encoder, "G of it": corrected})
 
 
 LEARNERS: dict[str, Callable[[Task], Learner]] = {
     "U-Net": plain_unet,
     "unfolded PGD": unfolded,
     "DEQ-PGD": deq_pgd,
-    "JIIO, end to end": partial(end_to_end, artifact_removal),
-    "JIIO, unfolded": partial(end_to_end, partial(unfolded_pgd, iterations=4, widths=(11, 22, 44))),
+    "JIIO, end to end": partial(end_to_end, partial(artifact_removal, widths=(20, 40, 80))),
+    "JIIO, unfolded": partial(end_to_end, partial(unfolded_pgd, iterations=4, widths=(10, 20, 40))),
 }
 
 
@@ -378,15 +368,12 @@ def train(
         progress, random = state.load(path)
         set_random_states(random)
         spent, step, curve = progress["spent"], progress["step"], progress["curve"]
-    saved, last = time.process_time(), None
+    saved = time.process_time()
     bar = tqdm(total=round(total), initial=round(spent), desc=f"{task.name}, {name}", unit="s")
     while spent < total:
         begin = time.process_time()
         share = spent / total
         stage = next(s for s in reversed(learner.stages) if share >= s.begin)
-        if stage is not last and stage.tune is not None:
-            stage.tune(validation)
-        last = stage
         x = images[torch.randint(len(images), (stage.batch,))]
         y = physics(x)
         for group in optimizer.param_groups:
@@ -410,8 +397,6 @@ def train(
             state.save(path, {"spent": spent, "step": step, "curve": curve})
             saved = time.process_time()
     bar.close()
-    if learner.stages[-1].tune is not None:
-        learner.stages[-1].tune(validation)
     return curve
 
 

@@ -3,9 +3,10 @@
     python examples/deepinv_end_to_end.py --problem photographs
     python examples/deepinv_end_to_end.py --problem mri
 
-A U-Net guesses an image, and JIIO moves the guess to where a generator's image fits the
-measurements: ``u* = argmin_u ‖A G(u) − y‖² / 2σ² + λ/2 ‖u − m(y)‖²``. Both networks learn together,
-through the solution, in deepinv's own trainer. It takes some five minutes on one core.
+A U-Net guesses an image m, a smaller one how far off each pixel may be, s; and JIIO moves the guess
+to where a generator's image fits the measurements,
+``u* = argmin_u ‖A G(u) − y‖² / 2σ² + ‖(u − m)/s‖² / 2``. All networks learn together, through the
+solution, in deepinv's own trainer. It takes some five minutes on one core.
 
 The photographs are the two that scikit-learn ships (trained on patches of one, shown on the other);
 the slice is matplotlib's sample MRI of a head (trained on its upper half, shown on its lower).
@@ -26,10 +27,10 @@ import torch
 import tyro
 from deepinv.physics import GaussianNoise, Physics
 from deepinv_inverse_problems import draw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from jiio_deepinv import JacobianLoss, JIIOReconstructor
+from jiio_deepinv import GaussianEncoder, JacobianLoss, JIIOReconstructor
 from jiio_plugins import Anderson, Joint
 from jiio_plugins.models import MDEQRefiner
 
@@ -96,16 +97,20 @@ def bright(patches: Tensor) -> Tensor:
     return patches[patches[:, 0].mean((1, 2)) > 0.15]
 
 
-def reconstructor(channels: int, penalty: float) -> JIIOReconstructor:
-    """Generator and encoder of 130,000 parameters; a loose gradient is enough to learn from."""
+def reconstructor(channels: int) -> tuple[JIIOReconstructor, nn.Module]:
+    """It and its guess: 180,000 parameters; a loose gradient is enough to learn from."""
     network = dinv.models.UNet(channels, channels, scales=3, channels_per_scale=[16, 32, 64])
-    return JIIOReconstructor(
-        MDEQRefiner((channels, SIDE, SIDE), channels=(16,)),
-        encoder=dinv.models.ArtifactRemoval(network),
-        latent_penalty=penalty,
-        method=Joint(max_iter=10, step_size=1.0, tol=1e-3),
-        implicit=Anderson(max_iter=15, memory=8, tol=1e-2),
+    guess = dinv.models.ArtifactRemoval(network)
+    spread = dinv.models.UNet(
+        2 * channels, channels, scales=3, channels_per_scale=[8, 16, 32], residual=False
     )
+    model = JIIOReconstructor(
+        MDEQRefiner((channels, SIDE, SIDE), channels=(16,)),
+        encoder=GaussianEncoder(guess, spread),
+        method=Joint(max_iter=10, step_size=1.0, tol=1e-3),
+        implicit=Anderson(max_iter=8, memory=8, tol=0.1),
+    )
+    return model, guess
 
 
 def train(model: Any, losses: list[Any], data: Any, physics: Physics, epochs: int) -> None:
@@ -133,25 +138,25 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     images, others, physics = photographs() if args.problem == "photographs" else mri()
     some = torch.randperm(len(images))[: args.patches]
-    model = reconstructor(images.shape[1], penalty=300.0)
+    model, guess = reconstructor(images.shape[1])
     loader = DataLoader([{"x": x} for x in images[some]], batch_size=16, shuffle=True)
     print(f"{len(some)} patches to learn from, {len(others)} others to test on")
     # a guess alone is cheap to learn; what the generator and the measurements add comes after
-    train(model.encoder, [dinv.loss.SupLoss()], loader, physics, args.guess_epochs)
+    train(guess, [dinv.loss.SupLoss()], loader, physics, args.guess_epochs)
     train(model, [dinv.loss.SupLoss(), JacobianLoss(0.05)], loader, physics, args.epochs)
     psnr = dinv.metric.PSNR()
     torch.manual_seed(args.seed)
     y = physics(others)
     model.eval()
     with torch.no_grad():
-        found, guess = model(y, physics), model.encoder(y, physics)
+        found, first = model(y, physics), guess(y, physics)
     seen = physics.A_adjoint(y)
-    for name, made in (("measured", seen), ("the encoder's guess", guess), ("JIIO", found)):
+    for name, made in (("measured", seen), ("the encoder's guess", first), ("JIIO", found)):
         print(f"{name:20} {psnr(made, others).mean():.2f} dB on {len(others)} other patches")
     assert model.solution is not None
     print(model.solution.report(), model.solution.stats.summary())
     shown = torch.linspace(0, len(others) - 1, args.images).round().long()
-    rows = [("truth", others), ("measured", seen), ("guess", guess), ("JIIO", found)]
+    rows = [("truth", others), ("measured", seen), ("guess", first), ("JIIO", found)]
     draw(
         [(name, visible(images[shown])) for name, images in rows],
         args.out or Path(f"deepinv_{args.problem}.png"),

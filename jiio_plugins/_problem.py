@@ -112,23 +112,28 @@ class Groups:
 
 
 class Variable:
-    """The optimised variable, flat ``(problems, d)``: the model's input."""
+    """The optimised variable, flat ``(problems, d)``: the model's input.
 
-    rows_see_v_alone = True
+    Attributes:
+        given: what else the model is called with, a row per row.
+        rows_see_v_alone: whether v is all that the output of a row depends on.
+    """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = ()) -> None:
         self.model, self.shape = model, x.shape
+        self.given, self.rows_see_v_alone = tuple(given), not given
         self.groups = Groups(len(x))
         self.origin = x  # with its graph, where it has one
         self.start = x.detach()
 
     def call(self, v: Tensor) -> Any:
         """The model's output at ``v``."""
-        return self.model(v.reshape(self.shape))
+        return self.model(v.reshape(self.shape), *self.given)
 
     def call_rows(self, v: Tensor, rows: Tensor) -> Any:
         """The output for some rows only."""
-        return self.model(v[rows].reshape(len(rows), *self.shape[1:]))
+        given = [t[rows] for t in self.given]
+        return self.model(v[rows].reshape(len(rows), *self.shape[1:]), *given)
 
     def unflatten(self, v: Tensor) -> Any:
         """``v`` as the caller knows it."""
@@ -138,11 +143,10 @@ class Variable:
 class ParameterVariable(Variable):
     """Named parameters of the model; with several problems each row sees its problem's copy."""
 
-    rows_see_v_alone = False  # but their row of x too
-
     def __init__(
-        self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None
-    ) -> None:
+        self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None,
+        given: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         parameters = dict(model.named_parameters())
         missing = [name for name in names if name not in parameters]
         if missing or not names:
@@ -151,6 +155,7 @@ class ParameterVariable(Variable):
                 f"there are {', '.join(parameters)}"
             )
         self.model, self.x, self.names = model, x, tuple(names)
+        self.given, self.rows_see_v_alone = tuple(given), False  # they see their row of x too
         self.groups = Groups(
             len(x),
             torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
@@ -181,12 +186,13 @@ class ParameterVariable(Variable):
     def call(self, v: Tensor) -> Any:
         """The model's output with its parameters replaced."""
         spread = self.groups.spread(v) if self.groups.problems > 1 else v
-        return functional_call(self.model, self._replace(spread), (self.x,))
+        return functional_call(self.model, self._replace(spread), (self.x, *self.given))
 
     def call_rows(self, v: Tensor, rows: Tensor) -> Any:
         """The output for some rows only."""
         spread = self.groups.spread(v)[rows] if self.groups.problems > 1 else v
-        return functional_call(self.model, self._replace(spread), (self.x[rows],))
+        inputs = tuple(t[rows] for t in (self.x, *self.given))
+        return functional_call(self.model, self._replace(spread), inputs)
 
     def unflatten(self, v: Tensor) -> Mapping[str, Tensor]:
         """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""

@@ -41,6 +41,7 @@ def optimize_input(
     x: Tensor,
     objective: Objective,
     *,
+    given: Sequence[Tensor] = (),
     method: Method | None = None,
     constraint: Constraint | None = None,
     variables: Sequence[str] | None = None,
@@ -57,9 +58,11 @@ def optimize_input(
 
     Args:
         model: any module whose forward reaches at least one :class:`jiio_plugins.Equilibrium`.
-            It is called as ``model(x)``; nothing of it is changed.
+            It is called as ``model(x, *given)``; nothing of it is changed.
         x: where to start, ``(batch, ...)``, floating point, finite.
         objective: ``objective(output) -> (batch,)``, minimised; to attack, give minus the loss.
+        given: what else the model takes, tensors ``(batch, ...)``: a condition, a mask. They stand
+            still.
         method: :class:`Joint` (default) or :class:`Nested`.
         constraint: an :class:`L2Ball`, :class:`LinfBall`, :class:`L1Ball`, :class:`Box` or
             :class:`Intersection`. A ball's centre is x unless it names another.
@@ -115,15 +118,17 @@ def optimize_input(
     if isinstance(variables, str):
         raise TypeError(f"variables must be a list of names, got the string {variables!r}")
     implicit = differentiable if isinstance(differentiable, Solver) else None
+    given = _check_given(given, len(x))
     if groups is not None:
         _check_groups(groups, variables, len(x))
     if not len(x):
         return _empty(x)
     variable = (
-        Variable(model, x)
+        Variable(model, x, given)
         if variables is None
-        else ParameterVariable(model, x, list(variables), groups)
+        else ParameterVariable(model, x, list(variables), groups, given)
     )
+    variable.given = tuple(t.detach() for t in given)  # no graph of theirs in every iteration
     start = variable.start
     flat = start.reshape(len(start), -1)
     with torch.no_grad():
@@ -139,6 +144,7 @@ def optimize_input(
             path = settle(problem, feasible, step, path, implicit)
         solution, flat = _verified(problem, path, v, verify or _default_verifier(v.dtype))
     if differentiable:
+        variable.given = given
         with torch.enable_grad(), undisturbed(model, training_mode, variable, frozen=False):
             live = feasible if constraint is None else constraint.bind(variable.origin)
             solution = _attached(problem, live, step, replace(path, v=flat), solution, implicit)
@@ -216,6 +222,21 @@ def check_input(x: Tensor, name: str = "x") -> None:
     if not bool(finite.all()):
         bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
         raise ValueError(f"{name} holds NaN or Inf (first in sample {bad}): clean the input")
+
+
+def _check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
+    if isinstance(given, Tensor) or not all(isinstance(t, Tensor) for t in given):
+        raise TypeError(
+            f"given must be a sequence of tensors, model(x, *given), got {type(given).__name__}"
+            + " of other things" * (not isinstance(given, Tensor))
+        )
+    for t in given:
+        if t.shape[:1] != (rows,):
+            raise ValueError(
+                f"each tensor of given must have a row per sample, ({rows}, ...), got "
+                f"{tuple(t.shape)}: expand what is the same for all"
+            )
+    return tuple(given)
 
 
 def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> None:

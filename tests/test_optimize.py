@@ -488,6 +488,97 @@ def test_values_agree_in_float32(constraint: Any) -> None:
         torch.testing.assert_close(run([i]), together[[i]], rtol=1e-3, atol=1e-3)
 
 
+class Conditional(nn.Module):
+    """``(h(z*), x)`` of a network whose input is ``shift + scale · x``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return torch.cat([self.net(shift + scale * x), x], dim=1)
+
+
+def conditions(rows: int) -> list[Tensor]:
+    return [rand(rows, 5, seed=21), rand(rows, 1, seed=22).exp()]
+
+
+@pytest.mark.parametrize(
+    "method", [Joint(max_iter=100, tol=1e-10), Nested(max_iter=300, step_size=0.05)]
+)
+def test_what_else_the_model_is_given_stands_still(method: Any) -> None:
+    model, x, more = Conditional(), torch.zeros(4, 5).double(), conditions(4)
+    kept = [t.clone() for t in more]
+    together = optimize_input(model, x, squared, given=more, method=method)
+    torch.testing.assert_close(more, kept, rtol=0, atol=0)
+    output = independent_output(model.net, more[0] + more[1] * together.x)
+    value = squared(output) + squared(together.x)
+    torch.testing.assert_close(together.value, value, rtol=1e-6, atol=1e-9)
+    assert (value < squared(independent_output(model.net, more[0]))).all()
+    for i in range(4):
+        row = [t[i : i + 1] for t in more]
+        alone = optimize_input(model, x[i : i + 1], squared, given=row, method=method)
+        torch.testing.assert_close(alone.x[0], together.x[i], rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_reach_what_the_model_is_given() -> None:
+    model, x, target = Conditional(), torch.zeros(2, 5).double(), rand(2, 5, seed=23)
+
+    def found(more: list[Tensor]) -> Tensor:
+        solution = optimize_input(
+            model, x, squared, given=more, differentiable=True,
+            method=Joint(max_iter=200, tol=1e-11),
+        )  # fmt: skip
+        return (solution.x * target).sum()
+
+    more = conditions(2)
+    gradients = torch.autograd.grad(found([t.requires_grad_() for t in more]), more)
+    for k, index in enumerate([(1, 0), (0, 0)]):
+        values = []
+        for step in (1e-4, -1e-4):
+            moved = conditions(2)
+            moved[k][index] += step
+            values.append(found(moved).item())
+        expected = (values[0] - values[1]) / 2e-4
+        assert gradients[k][index].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_parameters_of_a_model_that_is_given_more() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Context()
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            out: Tensor = self.inner(x + shift)
+            return out
+
+    model, x, shift = Shifted(), rand(4, 4, seed=1), rand(4, 4, seed=2)
+    groups, options = torch.tensor([0, 1, 1, 0]), {"method": Joint(max_iter=20)}
+    found = optimize_input(
+        model, x, squared, given=(shift,), variables=["inner.context"], groups=groups, **options
+    )
+    expected = optimize_input(
+        model.inner, x + shift, squared, variables=["context"], groups=groups, **options
+    )
+    torch.testing.assert_close(found.x["inner.context"], expected.x["context"])
+    torch.testing.assert_close(found.value, expected.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        (torch.zeros(2, 1), TypeError, "a sequence of tensors, .* got Tensor"),
+        ([1.0], TypeError, "got list of other things"),
+        ([torch.zeros(3, 1)], ValueError, r"a row per sample, \(2, ...\), got \(3, 1\)"),
+        ([torch.zeros(())], ValueError, "a row per sample"),
+    ],
+)
+def test_bad_given(more: Any, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        optimize_input(Conditional(), torch.zeros(2, 5).double(), squared, given=more)
+
+
 def test_groups_of_one_row_are_rows() -> None:
     """With every row a problem of its own, a context per row is an input per row."""
     model, x = Context(seed=1), rand(6, 4, seed=1)

@@ -92,6 +92,26 @@ def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
     return u
 
 
+def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What an encoder returned as mean and standard deviation, which is 1 if it names none."""
+    name = "encoder(y, physics)"
+    if not isinstance(guess, (tuple, list)):
+        mean = check_latents(guess, shape, name)
+        return mean, torch.ones_like(mean)
+    if len(guess) != 2:
+        raise ValueError(
+            f"{name} must return the latents' mean, or (mean, std), got {len(guess)} things"
+        )
+    mean = check_latents(guess[0], shape, f"the mean of {name}")
+    std = check_latents(guess[1], shape, f"the std of {name}")
+    if not bool((std > 0).all()) or not bool(torch.isfinite(std).all()):
+        raise ValueError(
+            f"the std of {name} must be positive and finite, got "
+            f"{float(std.min()):g} to {float(std.max()):g}: end it in a softplus or a sigmoid"
+        )
+    return mean, std
+
+
 def check_measurements(y: Any) -> None:
     """Raise unless ``y`` is a finite batch of measurements."""
     if not isinstance(y, (Tensor, TensorList)):

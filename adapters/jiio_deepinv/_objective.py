@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,28 @@ PROBES, RADIUS = 8, 0.5  # directions in which the generator's gain is measured,
 PROBES_EACH = 2  # of them where every sample has a place of its own
 
 
-class Latents(nn.Module):
-    """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, u, r)``.
+class Place(NamedTuple):
+    """Constants of each row, flat: ``u = mean + std · w``, and c, see :class:`Latents`."""
 
-    v is the flat latent u; after :meth:`open_range` it is ``(u, r/c, c)`` with ``x = G(u) + r``,
-    where c is a constant of each row that brings the curvature in r/c to 1. One flat tensor is what
-    the engine can evaluate row by row; :meth:`split` takes it apart.
+    mean: Tensor
+    std: Tensor
+    c: Tensor | None = None
+
+    def latents(self, w: Tensor) -> Tensor:
+        """The u that w stands for."""
+        return self.mean + self.std * w
+
+    def given(self, rows: int) -> tuple[Tensor, ...]:
+        """For so many rows, as the engine hands it on to the model."""
+        return tuple(t.expand(rows, -1) for t in self if t is not None)
+
+
+class Latents(nn.Module):
+    """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, w, r)``.
+
+    v is w, with the latent ``u = mean + std · w`` (:class:`Place`; without one, u is w). Where the
+    place has a c, v is ``(w, r/c)`` and ``x = G(u) + r``; c brings the curvature in r/c to 1. One
+    flat tensor is what the engine can evaluate row by row; :meth:`split` takes it apart.
     """
 
     def __init__(self, generator: nn.Module, latent_shape: Sequence[int]) -> None:
@@ -46,47 +62,47 @@ class Latents(nn.Module):
         return images
 
     @torch.no_grad()
-    def probe(self, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """G at flat latents ``(rows, latent)``, and what steps there do to it.
+    def probe(self, place: Place, count: int) -> tuple[Tensor, Tensor]:
+        """G at the means ``(rows, latent)`` of a place, and what steps from there do to it.
 
         Returns:
             Images ``(rows, *image_shape)``; and of ``count`` random directions, always the same,
-            the largest ``(G(u + δ) − G(u)) / ‖δ‖``, likewise. Its squared length is about the
-            curvature of ``‖G(u) − x‖² / 2``, which grows with the number of pixels.
+            the largest ``(G(m + s δ) − G(m)) / ‖δ‖``, likewise. Its squared length is about the
+            curvature of ``‖G(m + s w) − x‖² / 2`` in w, which grows with the number of pixels.
         """
         draw = torch.Generator().manual_seed(0)
         delta = RADIUS * nn.functional.normalize(torch.randn(count, self.size, generator=draw))
-        delta = torch.cat([torch.zeros_like(delta[:1]), delta]).to(at)
-        images = self.images((at + delta[:, None]).flatten(0, 1)).unflatten(0, (-1, len(at)))
+        delta = torch.cat([torch.zeros_like(delta[:1]), delta]).to(place.mean)
+        rows = len(place.mean)
+        images = self.images(place.latents(delta[:, None]).flatten(0, 1)).unflatten(0, (-1, rows))
         change = (images[1:] - images[:1]) / RADIUS
         largest = change.abs().square().flatten(2).sum(2).argmax(0)
-        return images[0], change[largest, torch.arange(len(at), device=at.device)]
+        return images[0], change[largest, torch.arange(rows, device=delta.device)]
 
-    def open_range(self, flat: Tensor, ratio: Tensor) -> Tensor:
-        """The v of these latents and r = 0; ``ratio``: curvature in r over s, ``(batch,)``."""
-        assert self.dtype is not None
-        pixels = torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
-        c = ratio.rsqrt().to(flat.dtype)
-        return torch.cat([flat, flat.new_zeros(len(flat), pixels), c[:, None]], dim=1)
+    @property
+    def pixels(self) -> int:
+        """Real numbers of an image."""
+        assert self.dtype is not None  # images() was called
+        return torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
 
-    def forward(self, v: Tensor) -> Tensor:
+    def forward(self, v: Tensor, *given: Tensor) -> Tensor:
         """``(rows, pixels + latent + added pixels)``."""
-        flat, rest = v[:, : self.size], v[:, self.size :]
-        image = _real(self.images(flat))
-        if not rest.shape[1]:
-            return torch.cat([image, flat], dim=1)
-        r = rest[:, :-1] * rest[:, -1:].detach()
-        return torch.cat([image + r, flat, r], dim=1)
+        w, r = v[:, : self.size], v[:, self.size :]
+        place = Place(*given) if given else None
+        image = _real(self.images(w if place is None else place.latents(w)))
+        if place is None or place.c is None:
+            return torch.cat([image, w], dim=1)
+        r = r * place.c
+        return torch.cat([image + r, w, r], dim=1)
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, flat u and flat r, which has no columns where the image is the generator's."""
-        assert self.dtype is not None
-        pixels = torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
-        image, u, r = output.split([pixels, self.size, output.shape[1] - pixels - self.size], dim=1)
-        if self.dtype.is_complex:
+        """Image, flat w and flat r, which has no columns where the image is the generator's."""
+        rest = output.shape[1] - self.pixels - self.size
+        image, w, r = output.split([self.pixels, self.size, rest], dim=1)
+        if self.dtype is not None and self.dtype.is_complex:
             pairs = image.contiguous().reshape(-1, *self.image_shape, 2)
-            return torch.view_as_complex(pairs).to(self.dtype), u, r
-        return image.reshape(-1, *self.image_shape).to(self.dtype), u, r
+            return torch.view_as_complex(pairs).to(self.dtype), w, r
+        return image.reshape(-1, *self.image_shape).to(self.dtype), w, r
 
 
 def _real(images: Tensor) -> Tensor:
@@ -95,14 +111,13 @@ def _real(images: Tensor) -> Tensor:
 
 
 class Objective:
-    """``(data(x, y) + w prior(x) + λ/2 ‖u − m‖² + ρ/2 ‖r‖²) / s`` per sample.
+    """``(data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / s`` per sample.
 
-    s is about the curvature in u, so that one step size serves all operators, noise levels and
+    s is about the curvature in w, so that one step size serves all operators, noise levels and
     generators; it moves no minimum. It is that of the data term along what the generator draws
     (:func:`curvature`) times the squared length of a step (:meth:`Latents.probe`), plus λ.
 
     Attributes:
-        centre: m, ``(batch, latent)``, where it is not zero.
         stiffness: curvature of the data term in x, ``(batch,)``.
         scale: s, ``(batch,)``.
         image: the image of the last call.
@@ -111,37 +126,45 @@ class Objective:
     def __init__(
         self, model: Latents, y: Any, physics: Physics, data: DataFidelity | None,
         prior: Prior | None, prior_weight: float, latent_penalty: float, range_penalty: float,
-        centre: Tensor | None,
     ) -> None:  # fmt: skip
         self.model = model
         self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty
-        self.range_penalty, self.centre = range_penalty, centre
+        self.range_penalty = range_penalty
         self.image: Tensor | None = None
 
-    def measure(self, image: Tensor, change: Tensor, direction: Tensor) -> None:
-        """Take s from what :meth:`Latents.probe` saw; raise where all does not fit."""
+    def measure(self, image: Tensor, change: Tensor, *, guessed: bool) -> None:
+        """Take s from what :meth:`Latents.probe` saw; raise where all does not fit.
+
+        From zero, latents move the image as a whole. From a guess they move it anywhere, and first
+        down the data term's slope, along which a compressed sensing matrix is stiffest.
+        """
+        direction = change if guessed else image
         made = self._measurements(image)
         if self.data is None:
             gain = entry_gain(self.physics, image, made, direction)
             self.data = likelihood_of(self.physics, gain)
-        self._check_slope(image, change)
+        steepest = self._check_slope(image, change)
         self.stiffness = curvature(self.fidelity, image, direction)
+        if guessed:
+            flat = (_mean_square(steepest) == 0).reshape(-1, *[1] * (change.ndim - 1))
+            steepest = torch.where(flat, change, steepest)
+            along = curvature(self.fidelity, image, steepest)
+            self.stiffness = torch.maximum(self.stiffness, along)
         length = change.abs().square().flatten(1).sum(1)
         length = torch.where(length > 0, length, torch.ones_like(length))
         self.scale = self.stiffness * length + self.latent_penalty
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(batch,)``."""
-        image, u, r = self.model.split(output)
+        image, w, r = self.model.split(output)
         self.image = image.detach()
         total = self.fidelity(image)
         if self.prior is not None:
             total = total + self.prior_weight * self._prior_value(image)
-        away = u if self.centre is None else u - self.centre
-        total = total + 0.5 * self.latent_penalty * away.square().sum(1)
+        total = total + 0.5 * self.latent_penalty * w.square().sum(1)
         total = total + 0.5 * self.range_penalty * r.square().sum(1)
-        return (total / self.scale).to(u.dtype)
+        return (total / self.scale).to(w.dtype)
 
     def _prior_value(self, image: Tensor) -> Tensor:
         assert self.prior is not None
@@ -186,8 +209,8 @@ class Objective:
             )
         return made
 
-    def _check_slope(self, image: Tensor, change: Tensor) -> None:
-        """Raise unless the data term has a gradient at images."""
+    def _check_slope(self, image: Tensor, change: Tensor) -> Tensor:
+        """The data term's gradient at images; raise where it has none."""
         try:
             found = slope(self.fidelity, image)
         except RuntimeError as error:
@@ -217,6 +240,7 @@ class Objective:
                 "the data term's gradient is zero at all images tried: the physics rounds, takes "
                 "signs or else has no useful derivative, so that nothing can be fitted to y"
             )
+        return found
 
 
 def _words(sizes: list[tuple[int, ...]]) -> str:

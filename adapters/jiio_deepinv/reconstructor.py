@@ -11,6 +11,7 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 
 from jiio_deepinv._checks import (
+    check_guess,
     check_keywords,
     check_latents,
     check_measurements,
@@ -24,7 +25,7 @@ from jiio_deepinv._checks import (
     usable,
     usable_physics,
 )
-from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective
+from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective, Place
 from jiio_deepinv.likelihoods import per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
@@ -50,7 +51,7 @@ STEP = 1.0
 
 
 class JIIOReconstructor(Reconstructor):
-    """``x̂ = G(u*)`` with ``u* = argmin_u  d(A(G(u)), y) + w g(G(u)) + λ/2 ‖u − m‖²``, jointly.
+    """``x̂ = G(u*)``, ``u* = argmin_u  d(A(G(u)), y) + b g(G(u)) + λ/2 ‖(u − m)/s‖²``, jointly.
 
     G is a generator with an equilibrium layer; its state, the adjoint and u advance in one
     iteration (:class:`jiio_plugins.Joint`), each sample by itself. With gradients on, x̂ is a
@@ -65,14 +66,15 @@ class JIIOReconstructor(Reconstructor):
         data_fidelity: d, a ``deepinv.optim.DataFidelity``; None: minus the log-likelihood of the
             physics' noise model (:func:`jiio_deepinv.likelihood_of`).
         prior: g, a ``deepinv.optim.Prior`` with a value (an explicit one), or None.
-        prior_weight: w.
+        prior_weight: b.
         latent_penalty: λ, against the data term as it is: with a likelihood, 1 is a standard normal
             prior on u.
         range_penalty: ρ; with it the image may leave the generator's range,
             ``x̂ = G(u*) + r*`` where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
         latent_shape: None: ``generator.latent_shape``.
-        encoder: a module that guesses the latents, ``m = encoder(y, physics)``; u starts there, and
-            the penalty is on what the measurements add. It is trained along. None: m is zero.
+        encoder: a module that guesses the latents: ``encoder(y, physics)`` returns m, or (m, s)
+            with how far off it may be, see :class:`jiio_deepinv.GaussianEncoder`; u starts at m
+            and moves in units of s. It is trained along. None: m is 0; no s: it is 1.
         init: where u starts instead, ``(B, *latent_shape)`` or ``init(y, physics)``; it gets no
             gradient. None: m.
         iters: steps on u.
@@ -138,25 +140,21 @@ class JIIOReconstructor(Reconstructor):
         self.method = check_method(method) if method is not None else default
         self.implicit = implicit
         self._solution: Solution | None = None
+        self._latents: Tensor | None = None
 
     @property
     def solution(self) -> Solution | None:
         """The last call as the engine saw it: f evaluations, VJPs, residuals, status per sample.
 
-        ``value`` is the minimised sum, ``x`` holds u (then r/c and c), flat. None before the first
-        call and after one that failed.
+        ``value`` is the minimised sum, ``x`` holds w = (u − m) / s, flat (then r, scaled). None
+        before the first call and after one that failed.
         """
         return self._solution
 
     @property
     def latents(self) -> Tensor | None:
         """The u of the last call, ``(B, *latent_shape)``: a start for one on like images."""
-        if self._solution is None:
-            return None
-        assert isinstance(self._solution.x, Tensor)
-        size = torch.Size(self.latent_shape).numel()
-        u: Tensor = self._solution.x[:, :size].unflatten(1, self.latent_shape)
-        return u
+        return self._latents
 
     def forward(
         self,
@@ -178,7 +176,7 @@ class JIIOReconstructor(Reconstructor):
             **kwargs: what deepinv's wrappers pass to every model; not used. A setting of the class
                 among them is an error.
         """
-        self._solution = None
+        self._solution = self._latents = None
         check_measurements(y)
         check_physics(physics)
         check_keywords(kwargs, JIIOReconstructor)
@@ -195,50 +193,54 @@ class JIIOReconstructor(Reconstructor):
     def _reconstruct(
         self, y: Any, physics: Physics, init: Init | None, metrics: Metrics | None
     ) -> Tensor:
-        start, centre = self._start(y, physics, init)
+        start, place = self._start(y, physics, init)
         exact: bool | Solver = True if self.implicit is None else self.implicit
         differentiable = torch.is_grad_enabled() and exact
         with full_precision(start.device.type), _evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model, y, physics, self.data_fidelity, self.prior, self.prior_weight,
-                self.latent_penalty, self.range_penalty or 0.0, centre,
+                self.latent_penalty, self.range_penalty or 0.0,
             )  # fmt: skip
-            v = start.flatten(1)
+            w = start.flatten(1)
             # at zero one row stands for the whole batch, and more steps can be tried
-            at = torch.zeros_like(v[:1]) if centre is None else centre.detach()
+            zero = Place(torch.zeros_like(w[:1]), torch.ones_like(w[:1]))
             with count_evaluations() as probing:
-                image, change = model.probe(at, PROBES if centre is None else PROBES_EACH)
-            whole = (len(v), *image.shape[1:])
+                image, change = model.probe(place or zero, PROBES_EACH if place else PROBES)
+            whole = (len(w), *image.shape[1:])
             image, change = image.expand(whole).contiguous(), change.expand(whole).contiguous()
-            # from zero latents move the image as a whole; from a guess, anywhere
-            objective.measure(image, change, image if centre is None else change)
+            objective.measure(image, change, guessed=place is not None)
             if self.range_penalty is not None:
-                v = model.open_range(
-                    v, (objective.stiffness + self.range_penalty) / objective.scale
-                )
+                ratio = (objective.stiffness + self.range_penalty) / objective.scale
+                place = (place or zero)._replace(c=ratio.detach().rsqrt().to(w.dtype)[:, None])
+                w = torch.cat([w, w.new_zeros(len(w), model.pixels)], dim=1)
+            given = () if place is None else place.given(len(w))
             solution = optimize_input(
                 model,
-                v,
+                w,
                 objective,
+                given=given,
                 method=self.method,
                 differentiable=differentiable,
                 verify=self._verifier(bool(differentiable)),
                 callback=None if metrics is None else metrics.watch(objective),
             )
             assert isinstance(solution.x, Tensor)
-            v = solution.x
-            image, _, _ = model.split(model(v) if v.requires_grad else solution.output.detach())
+            w = solution.x
+            live = any(t.requires_grad for t in (w, *given)) and torch.is_grad_enabled()
+            image, _, _ = model.split(model(w, *given) if live else solution.output.detach())
+            u = w[:, : model.size].detach()
+            self._latents = (u if place is None else place.latents(u).detach()).reshape(start.shape)
         assert solution.value is not None
         assert solution.stats.model_value is not None
         scale = objective.scale.to(solution.value.dtype)
         self._solution = replace(
             solution,
-            x=v.detach(),
+            x=w.detach(),
             value=solution.value * scale,
             stats=replace(
                 solution.stats,
-                f_evals=solution.stats.f_evals + probing.f_evals / len(v),
+                f_evals=solution.stats.f_evals + probing.f_evals / len(w),
                 model_value=solution.stats.model_value * scale,
             ),
         )
@@ -250,21 +252,24 @@ class JIIOReconstructor(Reconstructor):
             return None
         return Anderson(max_iter=100, tol=self.implicit.tol / 10)
 
-    def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Tensor | None]:
-        """Where u starts, ``(B, *latent_shape)``, and m, flat, with its graph; None for zero."""
+    def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Place | None]:
+        """Where w starts, ``(B, *latent_shape)``, and m and s with their graphs; None: 0 and 1."""
         wanted = (len(parts(y)[0]), *self.latent_shape)
         like = next(self.generator.parameters())
-        centre: Tensor | None = None
+        place: Place | None = None
         start = like.new_zeros(wanted).detach()
         if self.encoder is not None:
-            mean = check_latents(self.encoder(y, physics), wanted, "encoder(y, physics)").to(like)
-            start, centre = mean.detach().clone(), mean.flatten(1)
+            mean, std = check_guess(self.encoder(y, physics), wanted)
+            place = Place(mean.to(like).flatten(1), std.to(like).flatten(1))
         chosen = init if init is not None else self.init
         if chosen is not None:
             with torch.no_grad():
                 u = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
-            start = check_latents(u, wanted, "init").detach().clone().to(like)
-        return start, centre
+                start = check_latents(u, wanted, "init").detach().clone().to(like)
+                if place is not None:
+                    away = (start.flatten(1) - place.mean) / place.std
+                    start = away.detach().reshape(wanted)
+        return start, place
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Anderson
-from tests.deepinv.toys import Encoder, Generator
+from tests.deepinv.toys import Encoder, Generator, Spread
 from tests.helpers import rand
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def central(function: Callable[[], Tensor], tensor: Tensor, index: tuple[int, ..
         ("Gaussian", {"range_penalty": 100.0}),
         ("Poisson", {"prior": dinv.optim.Tikhonov()}),
         ("Gaussian", {"encoder": Encoder()}),
+        ("Gaussian", {"encoder": Spread()}),
+        ("Poisson", {"encoder": Spread(), "range_penalty": 100.0}),
     ],
 )
 def test_against_finite_differences(likelihood: str, extra: dict[str, object]) -> None:
@@ -79,6 +81,7 @@ def test_against_finite_differences(likelihood: str, extra: dict[str, object]) -
     encoder = problem.model.encoder
     for tensor, index in [
         *([] if encoder is None else [(encoder.linear.weight, (1, 6))]),
+        *([(encoder.log_std, (1,))] if isinstance(encoder, Spread) else []),
         (generator.head.weight, (5, 2)),
         (generator.equilibrium.cell.weight, (1, 3)),
         (problem.y, (1, 0, 2, 1)),

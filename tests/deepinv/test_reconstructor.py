@@ -12,11 +12,11 @@ from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting, Physics,
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from jiio_deepinv import JIIOReconstructor, likelihood_of
+from jiio_deepinv import GaussianEncoder, JIIOReconstructor, likelihood_of
 from jiio_plugins import Joint, Nested, Status
 from jiio_plugins.data import load_digits
-from jiio_plugins.models import load_pretrained
-from tests.deepinv.toys import Encoder, Generator, reconstructor
+from jiio_plugins.models import MDEQRefiner, load_pretrained
+from tests.deepinv.toys import Encoder, Generator, Spread, reconstructor
 from tests.helpers import rand
 
 SHAPE = (1, 4, 4)
@@ -76,6 +76,67 @@ def test_latents_stay_near_the_encoders_guess() -> None:
     assert "encoder.linear.weight" in far.state_dict()
 
 
+def test_latents_move_as_far_as_the_encoder_is_unsure() -> None:
+    _, y, physics = measured()
+    encoder, model = Spread(), reconstructor(encoder=Spread(), iters=300, tol=1e-9)
+    with torch.no_grad():
+        m, s = encoder(y, physics)
+        image = model(y, physics)
+        u = model.latents
+        torch.testing.assert_close(model.generator(u), image)
+        value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
+        away = (u - m) / s
+        torch.testing.assert_close(model.solution.x, away)
+        torch.testing.assert_close(model.solution.value, value + away.square().sum(1) / 2)
+        elsewhere = model(y, physics, init=m + 1)
+        torch.testing.assert_close(elsewhere, image, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(y, physics, init=u), image, rtol=1e-5, atol=1e-5)
+        model.encoder.log_std.sub_(12)
+        torch.testing.assert_close(model(y, physics), model.generator(m), rtol=1e-4, atol=1e-4)
+
+
+class Adjoint(nn.Module):
+    """The image ``Aᵀy / 2`` as a guess."""
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:
+        image: Tensor = physics.A_adjoint(y) / 2
+        return image
+
+
+def test_the_first_steps_are_not_too_long_for_a_sensing_matrix() -> None:
+    """It lengthens its own row space tenfold, and random directions hardly at all."""
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(0)
+    physics = dinv.physics.CompressedSensing(
+        m=16, img_size=(1, 8, 8), dtype=torch.float64, noise_model=GaussianNoise(0.05)
+    )
+    model = reconstructor(
+        generator=MDEQRefiner((1, 8, 8)).double(), encoder=Adjoint(), latent_penalty=100.0, iters=8
+    )
+    with torch.no_grad():
+        _, metrics = model(physics(x), physics, compute_metrics=True)
+    cost = torch.tensor(metrics["cost"])
+    assert (cost[:, 1] < 0.7 * cost[:, 0]).all()
+    assert (cost[:, 1:] <= cost[:, :-1] * 1.001).all()
+
+
+@pytest.mark.parametrize("mode", ["adjoint", "pinv"])
+def test_gaussian_encoder(mode: str) -> None:
+    x, y, physics = measured(dinv.physics.Inpainting((1, 4, 4), mask=0.5))
+    network = nn.Conv2d(2, 1, 3, padding=1).double()
+    encoder = GaussianEncoder(Adjoint(), network, mode=mode, largest=2.0)
+    mean, std = encoder(y, physics)
+    assert mean.shape == std.shape == x.shape
+    assert (std > 0).all()
+    assert (std < 2).all()
+    nn.init.zeros_(network.weight)
+    nn.init.zeros_(network.bias)
+    torch.testing.assert_close(encoder(y, physics)[1], torch.full_like(x, 0.0948517))
+    model = reconstructor(generator=MDEQRefiner((1, 4, 4), stride=1).double(), encoder=encoder)
+    model(y, physics).square().sum().backward()
+    assert network.weight.grad.abs().max() > 0
+
+
 def test_it_beats_the_measurements() -> None:
     generator = load_pretrained("digits-generator")
     images, _ = load_digits("test")
@@ -86,7 +147,7 @@ def test_it_beats_the_measurements() -> None:
     assert (psnr(found, images[:8]) > psnr(y, images[:8]) + 4).all()
 
 
-@pytest.mark.parametrize("encoder", [None, Encoder()])
+@pytest.mark.parametrize("encoder", [None, Encoder(), Spread()])
 def test_a_sample_does_not_depend_on_its_neighbours(encoder: nn.Module | None) -> None:
     physics = Denoising(GaussianNoise(torch.tensor([0.1, 0.2, 0.4])))
     _, y, _ = measured(physics, batch=3)
@@ -356,6 +417,41 @@ def test_latents_that_do_not_fit() -> None:
     wide = reconstructor(encoder=Encoder(latent=4))
     with pytest.raises(ValueError, match=r"encoder.* latents of shape \(2, 3\), got \(2, 4\)"):
         wide(y, physics)
+
+
+class Says(nn.Module):
+    """An encoder that returns what it was made with."""
+
+    def __init__(self, guess: Any) -> None:
+        super().__init__()
+        self.guess = guess
+
+    def forward(self, y: Tensor, physics: Physics) -> Any:
+        return self.guess
+
+
+@pytest.mark.parametrize(
+    ("guess", "match"),
+    [
+        ((torch.zeros(2, 3), torch.ones(2, 4)), r"the std of .* of shape \(2, 3\), got \(2, 4\)"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), "positive and finite, got 0 to 0: end it in"),
+        ((torch.zeros(2, 3), torch.full((2, 3), torch.nan)), "positive and finite"),
+        ((torch.zeros(2, 3),), r"the latents' mean, or \(mean, std\), got 1 things"),
+        ((None, torch.ones(2, 3)), "the mean of .* got NoneType"),
+    ],
+)
+def test_an_encoders_answer_that_does_not_fit(guess: Any, match: str) -> None:
+    _, y, physics = measured()
+    with pytest.raises(ValueError, match=match):
+        reconstructor(encoder=Says(guess))(y, physics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"), [({"mode": "A"}, '"adjoint" or "pinv"'), ({"largest": 0.0}, "largest")]
+)
+def test_bad_settings_of_an_encoder(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        GaussianEncoder(nn.Identity(), nn.Identity(), **settings)
 
 
 @pytest.mark.parametrize(

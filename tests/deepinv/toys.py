@@ -64,6 +64,18 @@ class Encoder(nn.Module):
         return guess
 
 
+class Spread(Encoder):
+    """A linear guess, and how far off it may be, different in each latent."""
+
+    def __init__(self, image_shape: Sequence[int] = (1, 4, 4), latent: int = 3) -> None:
+        super().__init__(image_shape, latent)
+        self.log_std = nn.Parameter(torch.linspace(-1, 1, latent, dtype=torch.float64))
+
+    def forward(self, y: Tensor, physics: Physics) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mean = super().forward(y, physics)
+        return mean, self.log_std.exp() * (1 + mean.square())
+
+
 def reconstructor(image_shape: Sequence[int] = (1, 4, 4), **kwargs: Any) -> JIIOReconstructor:
     """Of a float64 toy generator, unless ``generator=`` is given."""
     generator = kwargs.pop("generator", None)
