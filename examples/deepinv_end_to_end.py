@@ -102,8 +102,9 @@ def reconstructor(channels: int) -> tuple[JIIOReconstructor, nn.Module]:
     network = dinv.models.UNet(channels, channels, scales=3, channels_per_scale=[16, 32, 64])
     guess = dinv.models.ArtifactRemoval(network)
     spread = dinv.models.UNet(
-        2 * channels, channels, scales=3, channels_per_scale=[8, 16, 32], residual=False
-    )
+        2 * channels, channels, scales=3, channels_per_scale=[8, 16, 32],
+        residual=False, batch_norm=False,
+    )  # fmt: skip
     model = JIIOReconstructor(
         MDEQRefiner((channels, SIDE, SIDE), channels=(16,)),
         encoder=GaussianEncoder(guess, spread),
@@ -143,7 +144,7 @@ def main(args: Args) -> None:
     print(f"{len(some)} patches to learn from, {len(others)} others to test on")
     # a guess alone is cheap to learn; what the generator and the measurements add comes after
     train(guess, [dinv.loss.SupLoss()], loader, physics, args.guess_epochs)
-    train(model, [dinv.loss.SupLoss(), JacobianLoss(0.05)], loader, physics, args.epochs)
+    train(model, [dinv.loss.SupLoss(), JacobianLoss(0.3)], loader, physics, args.epochs)
     psnr = dinv.metric.PSNR()
     torch.manual_seed(args.seed)
     y = physics(others)

@@ -116,12 +116,14 @@ class Variable:
 
     Attributes:
         given: what else the model is called with, a row per row.
-        rows_see_v_alone: whether v is all that the output of a row depends on.
+        rows_see_v_alone: whether v and that are all that the output of a row depends on.
     """
+
+    rows_see_v_alone = True
 
     def __init__(self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = ()) -> None:
         self.model, self.shape = model, x.shape
-        self.given, self.rows_see_v_alone = tuple(given), not given
+        self.given = tuple(given)
         self.groups = Groups(len(x))
         self.origin = x  # with its graph, where it has one
         self.start = x.detach()
@@ -143,6 +145,8 @@ class Variable:
 class ParameterVariable(Variable):
     """Named parameters of the model; with several problems each row sees its problem's copy."""
 
+    rows_see_v_alone = False  # but their row of x too
+
     def __init__(
         self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None,
         given: Sequence[Tensor] = (),
@@ -155,7 +159,7 @@ class ParameterVariable(Variable):
                 f"there are {', '.join(parameters)}"
             )
         self.model, self.x, self.names = model, x, tuple(names)
-        self.given, self.rows_see_v_alone = tuple(given), False  # they see their row of x too
+        self.given = tuple(given)
         self.groups = Groups(
             len(x),
             torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
@@ -285,7 +289,7 @@ class Problem:
     def starts_at(self, v: Tensor) -> None:
         """Note whether all rows start at one and the same input, as latents at zero do."""
         alone = self.variable.rows_see_v_alone and self.splits
-        self.one_start = alone and bool((v == v[:1]).all())
+        self.one_start = alone and all(bool((t == t[:1]).all()) for t in (v, *self.variable.given))
 
     def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
         """``f(z, v)`` without a graph."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jiio_plugins.methods import Path
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
+LOOSEST = 0.5  # from which it is in any case
 _PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
 _TRIES = 12
 _AMPLIFY = 10.0  # of a doubt that comes from residuals, which are errors times about 1 − ρ
@@ -377,7 +378,7 @@ class _Gate(torch.autograd.Function):
 
 def warn_above(solver: Solver | None) -> float:
     """The residual from which a warning is due; one who asked for a loose solver expects its."""
-    return max(WARN_ABOVE, 10 * solver.tol) if solver is not None else WARN_ABOVE
+    return max(WARN_ABOVE, min(10 * solver.tol, LOOSEST)) if solver is not None else WARN_ABOVE
 
 
 def warn_if_loose(residuals: Residuals, solver: Solver | None = None) -> None:

@@ -79,7 +79,7 @@ def optimize_input(
             refined until they do, and a warning says when they do not. First derivatives only. A
             solver instead of True refines the result and solves the equation of the gradient: one
             with fewer iterations and a larger ``tol`` makes a cheaper, less exact gradient, and
-            warnings begin at ten times its ``tol``.
+            warnings begin at ten times its ``tol``, or at 0.5.
         verify: solver of the final check, started from the model's own solution; None: Anderson
             with relative tolerance 1e-5 (1e-9 in float64).
         training_mode: leave the model's train/eval flags as they are (default: eval mode while the
@@ -119,16 +119,16 @@ def optimize_input(
         raise TypeError(f"variables must be a list of names, got the string {variables!r}")
     implicit = differentiable if isinstance(differentiable, Solver) else None
     given = _check_given(given, len(x))
+    still = [t.detach() for t in given]  # no graph of theirs in every iteration
     if groups is not None:
         _check_groups(groups, variables, len(x))
     if not len(x):
         return _empty(x)
     variable = (
-        Variable(model, x, given)
+        Variable(model, x, still)
         if variables is None
-        else ParameterVariable(model, x, list(variables), groups, given)
+        else ParameterVariable(model, x, list(variables), groups, still)
     )
-    variable.given = tuple(t.detach() for t in given)  # no graph of theirs in every iteration
     start = variable.start
     flat = start.reshape(len(start), -1)
     with torch.no_grad():
@@ -225,10 +225,9 @@ def check_input(x: Tensor, name: str = "x") -> None:
 
 
 def _check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
-    if isinstance(given, Tensor) or not all(isinstance(t, Tensor) for t in given):
+    if not isinstance(given, (tuple, list)) or not all(isinstance(t, Tensor) for t in given):
         raise TypeError(
-            f"given must be a sequence of tensors, model(x, *given), got {type(given).__name__}"
-            + " of other things" * (not isinstance(given, Tensor))
+            f"given must be a tuple or list of tensors, model(x, *given), got {given!r}"
         )
     for t in given:
         if t.shape[:1] != (rows,):

@@ -568,8 +568,10 @@ def test_parameters_of_a_model_that_is_given_more() -> None:
 @pytest.mark.parametrize(
     ("more", "error", "match"),
     [
-        (torch.zeros(2, 1), TypeError, "a sequence of tensors, .* got Tensor"),
-        ([1.0], TypeError, "got list of other things"),
+        (torch.zeros(2, 1), TypeError, "a tuple or list of tensors, .* got tensor"),
+        ([1.0], TypeError, r"got \[1.0\]"),
+        (iter([torch.zeros(2, 1)]), TypeError, "a tuple or list of tensors"),
+        (None, TypeError, "got None"),
         ([torch.zeros(3, 1)], ValueError, r"a row per sample, \(2, ...\), got \(3, 1\)"),
         ([torch.zeros(())], ValueError, "a row per sample"),
     ],

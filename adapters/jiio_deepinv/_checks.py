@@ -95,19 +95,23 @@ def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
 def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """What an encoder returned as mean and standard deviation, which is 1 if it names none."""
     name = "encoder(y, physics)"
-    if not isinstance(guess, (tuple, list)):
-        mean = check_latents(guess, shape, name)
-        return mean, torch.ones_like(mean)
-    if len(guess) != 2:
+    pair = isinstance(guess, (tuple, list))
+    if pair and len(guess) != 2:
         raise ValueError(
             f"{name} must return the latents' mean, or (mean, std), got {len(guess)} things"
         )
-    mean = check_latents(guess[0], shape, f"the mean of {name}")
-    std = check_latents(guess[1], shape, f"the std of {name}")
-    if not bool((std > 0).all()) or not bool(torch.isfinite(std).all()):
+    mean = usable(check_latents(guess[0] if pair else guess, shape, f"{name}'s mean"))
+    finite = torch.isfinite(mean).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise ValueError(f"{name}'s mean holds NaN or Inf (first in sample {bad})")
+    if not pair:
+        return mean, torch.ones_like(mean)
+    std = usable(check_latents(guess[1], shape, f"{name}'s std"))
+    if std.is_complex() or not bool((std > 0).all()) or not bool(torch.isfinite(std).all()):
         raise ValueError(
-            f"the std of {name} must be positive and finite, got "
-            f"{float(std.min()):g} to {float(std.max()):g}: end it in a softplus or a sigmoid"
+            f"{name}'s std must be real, positive and finite: end it in a softplus or a sigmoid, "
+            "and add a little"
         )
     return mean, std
 

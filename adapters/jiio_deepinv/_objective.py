@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PROBES, RADIUS = 8, 0.5  # directions in which the generator's gain is measured, and how far
 PROBES_EACH = 2  # of them where every sample has a place of its own
+STIFFER = 10  # a sensing matrix of a quarter of the measurements is, at most
 
 
 class Place(NamedTuple):
@@ -67,14 +68,16 @@ class Latents(nn.Module):
 
         Returns:
             Images ``(rows, *image_shape)``; and of ``count`` random directions, always the same,
-            the largest ``(G(m + s δ) − G(m)) / ‖δ‖``, likewise. Its squared length is about the
-            curvature of ``‖G(m + s w) − x‖² / 2`` in w, which grows with the number of pixels.
+            the largest ``(G(mean + std δ) − G(mean)) / ‖δ‖``, likewise. Its squared length is about
+            the curvature of ``‖G(mean + std w) − x‖² / 2`` in w, which grows with the number of
+            pixels. δ is larger where std is, as a step down the objective is.
         """
         draw = torch.Generator().manual_seed(0)
-        delta = RADIUS * nn.functional.normalize(torch.randn(count, self.size, generator=draw))
-        delta = torch.cat([torch.zeros_like(delta[:1]), delta]).to(place.mean)
+        delta = torch.randn(count, 1, self.size, generator=draw).to(place.mean) * place.std
+        delta = RADIUS * nn.functional.normalize(delta, dim=2)
+        delta = torch.cat([torch.zeros_like(delta[:1]), delta])
         rows = len(place.mean)
-        images = self.images(place.latents(delta[:, None]).flatten(0, 1)).unflatten(0, (-1, rows))
+        images = self.images(place.latents(delta).flatten(0, 1)).unflatten(0, (-1, rows))
         change = (images[1:] - images[:1]) / RADIUS
         largest = change.abs().square().flatten(2).sum(2).argmax(0)
         return images[0], change[largest, torch.arange(rows, device=delta.device)]
@@ -137,7 +140,8 @@ class Objective:
         """Take s from what :meth:`Latents.probe` saw; raise where all does not fit.
 
         From zero, latents move the image as a whole. From a guess they move it anywhere, and first
-        down the data term's slope, along which a compressed sensing matrix is stiffest.
+        about down the data term's slope, along which a compressed sensing matrix is stiffest. (Not
+        more than so many times stiffer: Poisson noise has spikes at dark pixels.)
         """
         direction = change if guessed else image
         made = self._measurements(image)
@@ -150,7 +154,8 @@ class Objective:
             flat = (_mean_square(steepest) == 0).reshape(-1, *[1] * (change.ndim - 1))
             steepest = torch.where(flat, change, steepest)
             along = curvature(self.fidelity, image, steepest)
-            self.stiffness = torch.maximum(self.stiffness, along)
+            most = STIFFER * self.stiffness
+            self.stiffness = torch.minimum(torch.maximum(self.stiffness, along), most)
         length = change.abs().square().flatten(1).sum(1)
         length = torch.where(length > 0, length, torch.ones_like(length))
         self.scale = self.stiffness * length + self.latent_penalty

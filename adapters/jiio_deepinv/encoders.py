@@ -7,35 +7,41 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jiio_deepinv._checks import shapes
+
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
 
+LEAST = 1e-3  # of the largest std; a half precision's sigmoid ends at zero
+
 
 class GaussianEncoder(nn.Module):
-    """``u ~ N(m, diag s²)``, ``m = guess(y, physics)``, ``s = σ_max sigmoid(spread([m, r]) − 3)``.
+    """``u ~ N(m, diag s²)``, ``m = guess(y, physics)``, ``s = σ sigmoid(spread([m, r]) − 3)``.
 
     r is what of y the guess leaves over, ``Aᵀ(y − A(m))`` or ``A⁺(y − A(m))``. As ``encoder`` of a
     :class:`JIIOReconstructor` whose latents are images, it says where the measurements may still
     change a guess: at edges more than in an empty background. With ``latent_penalty=1`` and a
-    likelihood as data term the reconstruction is then the mode of u given y. A new one's s is about
-    ``0.05 σ_max`` everywhere; s is learned end to end, from the reconstruction's own loss.
+    likelihood as data term the reconstruction is the mode under the prior N(m, diag s²), which the
+    networks predict from y. s is learned end to end, from the reconstruction's own loss; a new
+    one's is around 0.05 σ. It does not fall below 0.001 σ.
 
     Args:
         guess: any deepinv network that is called with y and physics: an ``ArtifactRemoval``, an
             unfolded algorithm.
         spread: an image network of twice the channels to the channels of an image, such as
-            ``dinv.models.UNet(2, 1, residual=False)``.
+            ``dinv.models.UNet(2, 1, residual=False, batch_norm=False)``.
         mode: "adjoint" or "pinv": how r comes back from the measurements.
-        largest: σ_max, in units of the image.
+        largest: σ, in units of the image.
 
     Shape:
         y as the physics makes it → two of ``(B, C, H, W)``, real.
 
     Raises:
-        ValueError: another mode, a σ_max that is not positive.
+        ValueError: another mode, a σ that is not positive; when called, what does not fit.
 
-    Source: the learned prior of a linear Gaussian model; the whole is trained as a variational
-        encoder's mean and standard deviation are (Kingma and Welling, ICLR 2014, appendix C).
+    Not for: complex images (MRI in deepinv has two real channels), physics without an adjoint.
+
+    Source: mean and standard deviation from a network as in Kingma and Welling (ICLR 2014).
     """
 
     def __init__(
@@ -56,8 +62,23 @@ class GaussianEncoder(nn.Module):
 
     def forward(self, y: Any, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation."""
+        if not hasattr(physics, "A_adjoint"):
+            raise ValueError(
+                f"GaussianEncoder needs a physics with an adjoint, {type(physics).__name__} has "
+                "none: write an encoder that returns (mean, std)"
+            )
         mean = self.guess(y, physics)
-        left = y - physics.A(mean)
+        seen = physics.A(mean)
+        if shapes(seen) != shapes(y):
+            raise ValueError(
+                f"the guess does not fit y: A(guess) has shape {shapes(seen)}, y has {shapes(y)}"
+            )
+        left = y - seen
         back = physics.A_dagger(left) if self.mode == "pinv" else physics.A_adjoint(left)
-        std = torch.sigmoid(self.spread(torch.cat([mean, back], dim=1)) - 3)
-        return mean, self.largest * std
+        if mean.is_complex() or back.is_complex():
+            raise ValueError(
+                "GaussianEncoder is for real images: let the guess, and the physics' adjoint, have "
+                "real and imaginary parts as channels"
+            )
+        share = torch.sigmoid(self.spread(torch.cat([mean, back], dim=1)) - 3)
+        return mean, self.largest * (LEAST + (1 - LEAST) * share)

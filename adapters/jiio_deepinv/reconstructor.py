@@ -58,7 +58,7 @@ class JIIOReconstructor(Reconstructor):
     differentiable function of everything that requires grad (generator, y, physics, data fidelity,
     prior), by implicit differentiation of the joint fixed point: memory does not depend on
     ``iters``. Its residuals are in ``solution.stats.implicit``; there is a warning where they are
-    above 1e-3 or, if that is more, ten times ``implicit.tol``.
+    above 1e-3 or, if that is more, ten times ``implicit.tol`` (but always above 0.5).
 
     Args:
         generator: a module with a :class:`jiio_plugins.Equilibrium` that maps latents
@@ -78,14 +78,14 @@ class JIIOReconstructor(Reconstructor):
         init: where u starts instead, ``(B, *latent_shape)`` or ``init(y, physics)``; it gets no
             gradient. None: m.
         iters: steps on u.
-        step_size: in units of the inverse curvature in u, which is estimated per sample from the
-            physics, the likelihood and the generator's gain. A step too long is halved as often as
-            needed, per sample.
+        step_size: in units of the inverse curvature in (u − m)/s, which is estimated per sample
+            from the physics, the likelihood and the generator's gain. A step too long is halved as
+            often as needed, per sample.
         tol: relative residual of state, adjoint and u at which a sample is finished.
         method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
             ``iters``, ``step_size`` and ``tol``.
         implicit: solver that refines the solution and solves the equation of its gradient; None: as
-            exact as the dtype allows. ``Anderson(max_iter=15, memory=8, tol=1e-2)`` makes training
+            exact as the dtype allows. ``Anderson(max_iter=8, memory=8, tol=0.1)`` makes training
             several times cheaper.
 
     Shape:

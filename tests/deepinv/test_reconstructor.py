@@ -131,10 +131,42 @@ def test_gaussian_encoder(mode: str) -> None:
     assert (std < 2).all()
     nn.init.zeros_(network.weight)
     nn.init.zeros_(network.bias)
-    torch.testing.assert_close(encoder(y, physics)[1], torch.full_like(x, 0.0948517))
+    expected = 2 * (1e-3 + 0.999 * torch.sigmoid(torch.tensor(-3.0)).item())
+    torch.testing.assert_close(encoder(y, physics)[1], torch.full_like(x, expected))
     model = reconstructor(generator=MDEQRefiner((1, 4, 4), stride=1).double(), encoder=encoder)
     model(y, physics).square().sum().backward()
     assert network.weight.grad.abs().max() > 0
+
+
+def test_an_encoder_that_is_unsure_of_a_few_pixels() -> None:
+    """The exact mode of a Gaussian model, in eight steps, with std from 0.01 to 0.5."""
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
+    std = torch.where(rand(4, 1, 28, 28, seed=1) > 2, 0.5, 0.01).double()
+    mean = x + std * rand(4, 1, 28, 28, seed=2)
+    y = x + 0.05 * rand(4, 1, 28, 28, seed=3)
+    model = reconstructor(
+        generator=MDEQRefiner((1, 28, 28)).double(), encoder=Says((mean, std)), iters=8
+    )
+    with torch.no_grad():
+        found = model(y, Denoising(GaussianNoise(0.05)))
+    mode = (mean * 0.05**2 + y * std**2) / (0.05**2 + std**2)
+    torch.testing.assert_close(found, mode, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("guess", "physics", "match"),
+    [
+        (
+            torch.zeros(2, 3, 4, 4),
+            Inpainting((1, 4, 4), mask=0.5),
+            r"does not fit y: A\(guess\) .*\(2, 3, 4, 4\)",
+        ),
+        (torch.zeros(2, 1, 4, 4), Physics(), "needs a physics with an adjoint, Physics has none"),
+    ],
+)
+def test_a_guess_that_no_gaussian_encoder_takes(guess: Tensor, physics: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        GaussianEncoder(Says(guess), nn.Identity())(torch.zeros(2, 1, 4, 4), physics)
 
 
 def test_it_beats_the_measurements() -> None:
@@ -433,11 +465,13 @@ class Says(nn.Module):
 @pytest.mark.parametrize(
     ("guess", "match"),
     [
-        ((torch.zeros(2, 3), torch.ones(2, 4)), r"the std of .* of shape \(2, 3\), got \(2, 4\)"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3)), "positive and finite, got 0 to 0: end it in"),
+        ((torch.zeros(2, 3), torch.ones(2, 4)), r"std must be.* of shape \(2, 3\), got \(2, 4\)"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), "std must be real, positive and finite: end it"),
         ((torch.zeros(2, 3), torch.full((2, 3), torch.nan)), "positive and finite"),
         ((torch.zeros(2, 3),), r"the latents' mean, or \(mean, std\), got 1 things"),
-        ((None, torch.ones(2, 3)), "the mean of .* got NoneType"),
+        ((None, torch.ones(2, 3)), "mean must be.* got NoneType"),
+        (torch.tensor([[0.0] * 3, [torch.nan] * 3]), r"NaN or Inf \(first in sample 1\)"),
+        ((torch.full((2, 3), torch.inf), torch.ones(2, 3)), "mean holds NaN or Inf"),
     ],
 )
 def test_an_encoders_answer_that_does_not_fit(guess: Any, match: str) -> None:
