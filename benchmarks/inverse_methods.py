@@ -308,7 +308,10 @@ def deq_pgd(task: Task) -> Learner:
 
 
 def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
-    """JIIO around an encoder's guess: first the guess, then with the generator, then jointly."""
+    """JIIO around an encoder's guess: first the guess, then with the generator, then jointly.
+
+    How far off the guess may be is learned in the last stage, from a constant; λ is 1.
+    """
     generator = MDEQRefiner(
         SHAPE,
         solver=Anderson(max_iter=20, tol=1e-3),

@@ -11,8 +11,9 @@ tuned on.
   the spatial one, whichever is better on validation images.
 * Trained for it, on the same images by the same optimiser, ``minutes`` of CPU time each and about
   as many parameters: a U-Net, an unfolded proximal gradient, one with ``DEQ=``, and JIIO end to
-  end: the guess of a U-Net, or of an unfolded proximal gradient, as centre of the latents of a
-  :class:`jiio_plugins.models.MDEQRefiner`; what the guess is worth by itself is printed beside it.
+  end: the guess of a U-Net, or of an unfolded proximal gradient, as mean of the latents of a
+  :class:`jiio_plugins.models.MDEQRefiner`, and a small U-Net's standard deviation
+  (:class:`jiio_deepinv.GaussianEncoder`); what the guess is worth by itself is printed beside it.
 
 Weights and stopping are tuned on validation images. Then, on the generator, what JIIO and Adam take
 to the PSNR at which Adam ends (less 0.1 dB): iterations are swept, each run is judged by its
@@ -185,8 +186,6 @@ class Benchmark:
         for name, run in learner.parts.items():
             with torch.no_grad():
                 result.parts[name] = float(psnr(run(y, physics).clamp(0, 1), self.test).mean())
-        penalty = getattr(learner.model, "latent_penalty", None)
-        result.setting += "" if penalty is None else f", λ {penalty:g}"
         result.parameters = sum(p.numel() for p in learner.model.parameters())
         return result
 
