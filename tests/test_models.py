@@ -175,6 +175,18 @@ def test_a_new_refiner_is_the_identity_and_learns() -> None:
         MDEQRefiner((1, 16, 22), channels=(8, 8))
 
 
+@pytest.mark.parametrize("channels", [(16,), (8, 8)])
+@pytest.mark.parametrize("brightness", [0.2, 1.0])
+def test_a_new_refiner_contracts(channels: tuple[int, ...], brightness: float) -> None:
+    images = brightness * load_digits("test")[0][:16]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = MDEQRefiner((1, 8, 8), channels=channels)
+        with torch.no_grad(), count_evaluations() as counter:
+            model(images)
+        assert counter.f_evals / len(images) < 30, seed
+
+
 # Weights ----------------------------------------------------------------------------------------
 
 

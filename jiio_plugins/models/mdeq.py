@@ -144,8 +144,8 @@ class MDEQCell(nn.Module):
 
 
 @torch.no_grad()
-def make_contractive(cell: MDEQCell) -> None:
-    """Shrink the residual branch and the state.
+def make_contractive(cell: MDEQCell, state: float = 0.4) -> None:
+    """Shrink the residual branch, and the state to a root mean square of ``state``.
 
     A latent fit through a cell that does not contract learns nothing, and the freshly made one does
     not: its ``‖J‖²_F / n`` is 1.1, and 0.3 after this.
@@ -154,7 +154,7 @@ def make_contractive(cell: MDEQCell) -> None:
         conv, gain = cast("ResidualBlock", block).conv2, 0.3
         conv.parametrizations.weight.original0.mul_(gain)  # type: ignore[union-attr,operator]
     for post in cell.post:
-        cast("nn.GroupNorm", cast("nn.Sequential", post)[2]).weight.fill_(0.4)
+        cast("nn.GroupNorm", cast("nn.Sequential", post)[2]).weight.fill_(state)
 
 
 class MDEQClassifier(nn.Module):

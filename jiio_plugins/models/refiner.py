@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
@@ -21,7 +22,8 @@ class MDEQRefiner(nn.Module):
     """Generator ``u → u + h(z*)`` with ``z* = f(z*, inject(u))``: u is an image, z* corrects it.
 
     The last layer of h is zero at first, so a new one is the identity: put behind a trained encoder
-    it starts where that is, and what it learns is how images differ from guesses.
+    it starts where that is, and what it learns is how images differ from guesses. A new one's cell
+    contracts, on images between 0 and 1.
 
     Args:
         image_shape: ``(channels, height, width)``, of latents and images.
@@ -62,8 +64,12 @@ class MDEQRefiner(nn.Module):
             nn.PixelUnshuffle(stride), nn.Conv2d(colours * stride**2, finest, 3, padding=1)
         )
         self.inject = nn.ModuleList(nn.Conv2d(finest, c, 1) for c in channels)
+        with torch.no_grad():  # the small numbers of an image are to outweigh the state
+            for conv in self.inject:
+                for p in conv.parameters():
+                    p.mul_(10)
         cell = MDEQCell(channels, expansion, groups)
-        make_contractive(cell)
+        make_contractive(cell, state=0.2)
         self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
         last = nn.Conv2d(wide, colours, 3, padding=1)
         nn.init.zeros_(last.weight)
