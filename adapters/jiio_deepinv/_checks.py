@@ -108,7 +108,7 @@ def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if not pair:
         return mean, torch.ones_like(mean)
     std = usable(check_latents(guess[1], shape, f"{name}'s std"))
-    if std.is_complex() or not bool((std > 0).all()) or not bool(torch.isfinite(std).all()):
+    if std.is_complex() or not bool(((std > 0) & (std < torch.inf)).all()):
         raise ValueError(
             f"{name}'s std must be real, positive and finite: end it in a softplus or a sigmoid, "
             "and add a little"

@@ -114,15 +114,15 @@ def _real(images: Tensor) -> Tensor:
 
 
 class Objective:
-    """``(data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / s`` per sample.
+    """``(data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / κ`` per sample.
 
-    s is about the curvature in w, so that one step size serves all operators, noise levels and
+    κ is about the curvature in w, so that one step size serves all operators, noise levels and
     generators; it moves no minimum. It is that of the data term along what the generator draws
     (:func:`curvature`) times the squared length of a step (:meth:`Latents.probe`), plus λ.
 
     Attributes:
         stiffness: curvature of the data term in x, ``(batch,)``.
-        scale: s, ``(batch,)``.
+        scale: κ, ``(batch,)``.
         image: the image of the last call.
     """
 
@@ -137,11 +137,11 @@ class Objective:
         self.image: Tensor | None = None
 
     def measure(self, image: Tensor, change: Tensor, *, guessed: bool) -> None:
-        """Take s from what :meth:`Latents.probe` saw; raise where all does not fit.
+        """Take κ from what :meth:`Latents.probe` saw; raise where all does not fit.
 
         From zero, latents move the image as a whole. From a guess they move it anywhere, and first
-        about down the data term's slope, along which a compressed sensing matrix is stiffest. (Not
-        more than so many times stiffer: Poisson noise has spikes at dark pixels.)
+        about down the data term's slope, along which a compressed sensing matrix is stiffest. That
+        counts up to STIFFER times the other: Poisson noise has spikes at dark pixels.
         """
         direction = change if guessed else image
         made = self._measurements(image)
