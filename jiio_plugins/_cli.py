@@ -151,8 +151,10 @@ def main(args: list[str] | None = None) -> None:
         return
     command = tyro.cli(Command, args=words, prog="jiio", description=DESCRIPTION)
     try:
+        if isinstance(command, TrainGenerator):
+            command = command.read_again(words[1:])
         command.run()
-    except (OSError, ImportError, TypeError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"jiio: {error}") from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from jiio_plugins.generative.config import TrainConfig
+from jiio_plugins.generative.config import CONFIG, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,22 @@ class TrainGenerator(TrainConfig):
         from jiio_plugins.generative import train
 
         train(self)
+
+    def read_again(self, words: list[str]) -> TrainGenerator:
+        """With --resume: the words on top of the run's settings, not on top of the defaults."""
+        path = self.out / CONFIG
+        if not self.resume or not path.is_file():
+            return self
+        saved = Resumed.from_json(path.read_text())
+        return tyro.cli(Resumed, args=words, default=saved, prog="jiio train-generator")
+
+
+class Resumed(TrainGenerator):
+    """All of its settings are as the run has them, or were given."""
+
+    def given(self) -> dict[str, Any]:
+        """All settings."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass

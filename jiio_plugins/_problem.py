@@ -111,6 +111,11 @@ class Groups:
         return self.scatter(z), self.scatter(w)
 
 
+def _own(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """What a model is called with: it may change it in place."""
+    return tuple(t.clone() for t in inputs)
+
+
 class Variable:
     """The optimised variable, flat ``(problems, d)``: the model's input.
 
@@ -130,12 +135,12 @@ class Variable:
 
     def call(self, v: Tensor) -> Any:
         """The model's output at ``v``."""
-        return self.model(v.reshape(self.shape), *self.given)
+        return self.model(*_own(v.reshape(self.shape), *self.given))
 
     def call_rows(self, v: Tensor, rows: Tensor) -> Any:
         """The output for some rows only."""
         given = [t[rows] for t in self.given]
-        return self.model(v[rows].reshape(len(rows), *self.shape[1:]), *given)
+        return self.model(*_own(v[rows].reshape(len(rows), *self.shape[1:])), *given)
 
     def unflatten(self, v: Tensor) -> Any:
         """``v`` as the caller knows it."""
@@ -190,7 +195,7 @@ class ParameterVariable(Variable):
     def call(self, v: Tensor) -> Any:
         """The model's output with its parameters replaced."""
         spread = self.groups.spread(v) if self.groups.problems > 1 else v
-        return functional_call(self.model, self._replace(spread), (self.x, *self.given))
+        return functional_call(self.model, self._replace(spread), _own(self.x, *self.given))
 
     def call_rows(self, v: Tensor, rows: Tensor) -> Any:
         """The output for some rows only."""
@@ -207,11 +212,12 @@ class Problem:
     """What an optimisation method works on, and what it has cost so far.
 
     Attributes:
-        f_evals, vjps: cost per row, ``(rows,)``.
+        f_evals, vjps: cost per row, that of all layers together, ``(rows,)``.
         layout: the layers' states in one flat matrix, known after the first pass.
         splits: whether the model may be called on some of the rows; in train mode that would give
             them another dropout mask or other batch statistics.
         one_start: whether the state that a method starts with is the same for all rows.
+        amplification: that of the warm-up, see :class:`Solved`; 1 without one.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
     """
 
@@ -225,13 +231,19 @@ class Problem:
         self.z_start: Tensor | None = None
         self.jz_mu_start: Tensor | None = None
         self.one_start = False
+        self.amplification = torch.ones(rows, device=variable.start.device)
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 
     def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """Add to the cost per row."""
+        """Add to the cost per row, which is the sum of all layers'."""
         self.f_evals = self.f_evals + f_evals
         self.vjps = self.vjps + vjps
+
+    def pay_passes(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
+        """The same where every layer is evaluated as often."""
+        layers = 1 if self.layout is None else len(self.layout.layouts)
+        self.pay(layers * f_evals, layers * vjps)
 
     def loss(self, output: Any) -> Tensor:
         """The objective per row, checked."""
@@ -268,7 +280,8 @@ class Problem:
             raise ValueError(NO_LAYER)
         if self.layout is None:
             self.layout = StateLayout(session.layouts)
-        return Solved(output, torch.cat(session.z, dim=1), session.results)
+        moved = session.moved if isinstance(session, IterateSession) else []
+        return Solved(output, torch.cat(session.z, dim=1), session.results, moved)
 
     def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
         """A state to start with: ``z_start`` or the initial one, and some evaluations of f from it.
@@ -283,6 +296,7 @@ class Problem:
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, self.z_start, rows)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
+        self.amplification = found.amplification.expand(self.rows)
         z = torch.where(torch.isfinite(found.image), found.image, found.z)
         return z.expand(self.rows, -1).contiguous()
 
@@ -330,7 +344,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         (owner, key, buffer)
         for owner in model.modules()
         for key, buffer in owner._buffers.items()
-        if buffer is not None
+        if buffer is not None and not buffer.requires_grad  # one that does is a constant
     ]
     copies = {id(buffer): buffer.detach().clone() for _, _, buffer in places}
     for owner, key, buffer in places:
@@ -413,6 +427,7 @@ class Solved(NamedTuple):
     output: Any
     z: Tensor
     results: list[FlatSolution]
+    moved: list[Tensor]
 
     @property
     def evals(self) -> Tensor:
@@ -433,6 +448,17 @@ class Solved(NamedTuple):
     def nonfinite(self) -> Tensor:
         """Rows in which some layer met NaN or Inf."""
         return torch.stack([r.status == Status.NONFINITE for r in self.results]).any(0)
+
+    @property
+    def amplification(self) -> Tensor:
+        """How far a state moved for each unit of residual, the most of any layer, per row.
+
+        ``‖z − z0‖ / (‖f(z0) − z0‖ + ‖f(z) − z‖)`` is at most the norm of ``(I − J_z)⁻¹``.
+        """
+        tiny = torch.finfo(self.z.dtype).tiny
+        pairs = zip(self.moved, self.results, strict=True)
+        ratios = [moved / (r.first_size + r.size).clamp(min=tiny) for moved, r in pairs]
+        return torch.stack(ratios).amax(0)
 
     @property
     def image(self) -> Tensor:

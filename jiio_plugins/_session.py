@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins._counting import count, count_rows
-from jiio_plugins._state import Layout, as_tensors, flatten, relative
+from jiio_plugins._state import Layout, as_tensors, flatten, relative, row_norm
 from jiio_plugins.adjoints import implicit_gate, solve_counted
 from jiio_plugins.equilibrium import running
 from jiio_plugins.regularization import jacobian_penalty
@@ -108,16 +108,22 @@ class SolveSession:
 
 
 class IterateSession(SolveSession):
-    """The same by one solver, without a graph and uncounted; ``results`` says how it ended."""
+    """The same by one solver, without a graph and uncounted; ``results`` says how it ended.
+
+    Attributes:
+        moved: of each layer, ``‖z − z0‖``.
+    """
 
     def __init__(self, solver: Solver, start: Sequence[Tensor] | None = None) -> None:
         super().__init__(solver, start=start)
+        self.moved: list[Tensor] = []
 
     def solve(self, layer: Rules, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
         assert self.solver is not None
         result = iterate(f, flat, self.solver)
         self.results.append(result)
+        self.moved.append(row_norm(result.z - flat))
         return result.z
 
 

@@ -115,5 +115,20 @@ def is_count(value: object, least: int) -> bool:
     return int(value) >= least
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd takes of one made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def check_counts(settings: object, **least: int) -> None:
+    """Raise unless these attributes are integers, none below its least."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
+
 def _show(shapes: list[tuple[int, ...]]) -> str:
     return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))

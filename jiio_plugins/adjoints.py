@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from jiio_plugins._counting import count, count_rows, counting_into, open_counters
-from jiio_plugins.solvers import FlatSolution, Solver, iterate
+from jiio_plugins._state import check_counts
+from jiio_plugins.solvers import FlatSolution, Solver, check_positive, iterate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     Reenter = Callable[[], AbstractContextManager[Any]]
 
 
+_IN_PLACE = (
+    "the cell {} changes its state in place, which the solver still needs: use operations that "
+    "return a new tensor (z = z + u, not z += u; a first nn.ReLU() without inplace=True)"
+)
 _COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
@@ -49,9 +54,13 @@ class CellMap:
         """The cell on a structured state, its output's shape checked."""
         rows = len(state[0] if self.layout.is_tuple else state)
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
+        tensors = state if self.layout.is_tuple else (state,)
+        versions = _versions(tensors)
         try:
             out = self.cell(state, *self.injection)
         except RuntimeError as error:
+            if "inplace" in str(error).replace("-", ""):  # torch writes it both ways
+                raise RuntimeError(_IN_PLACE.format(name)) from error
             shapes = ", ".join(str((rows, *shape)) for shape in self.layout.shapes)
             error.add_note(
                 f"(in the cell {name}, called with a state of shape {shapes}. If that is not its "
@@ -59,6 +68,8 @@ class CellMap:
                 "initial_state(*injection) or the layer is called with z0=)"
             )
             raise
+        if _versions(tensors) != versions:
+            raise RuntimeError(_IN_PLACE.format(name))
         self.layout.check(out, rows, f"the output of the cell {name}")
         return out
 
@@ -83,6 +94,11 @@ class CellMap:
                     f"has shape {tuple(u.shape)}. What all rows share is (1, ...), or a parameter "
                     "or buffer of the cell"
                 )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each has been changed in place, as far as torch counts that."""
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _has_rows(u: Any) -> bool:
@@ -270,10 +286,8 @@ class Phantom(Adjoint):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.damping <= 1:
-            raise ValueError(
-                f"Phantom needs steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}"
-            )
+        check_counts(self, steps=1)
+        check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
         """Solve without a graph, then ``steps`` evaluations with it."""
@@ -310,10 +324,8 @@ class Unrolled(Adjoint):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.damping <= 1:
-            raise ValueError(
-                f"Unrolled needs steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}"
-            )
+        check_counts(self, steps=1)
+        check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
         """Plain iterations, all in the graph."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins._counting import count
+from jiio_plugins._state import is_count, ordinary
 from jiio_plugins.constraints import (
     Box,
     Constraint,
@@ -106,12 +107,13 @@ def attack(
     and 7.
     """
     norm = as_norm(norm)
-    if random_starts < 0:
-        raise ValueError(f"random_starts must not be negative, got {random_starts}")
-    check_input(x)
+    if not is_count(random_starts, 0):
+        raise ValueError(f"random_starts must be an integer, not negative, got {random_starts!r}")
+    x = check_input(x)
+    attack_objective(loss, labels, targeted)  # its errors first
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
-    attack_objective(loss, labels, targeted)  # its errors first
+    labels = ordinary(labels)
     ball = BALLS[norm](eps, x.detach(), mask=mask)
     sets: list[Constraint] = [ball]
     if lower is not None or upper is not None:
@@ -203,12 +205,14 @@ def attack_objective(
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.ndim != 1:
         raise TypeError(
             f"labels must be integers of shape (batch,), got {labels.dtype} {tuple(labels.shape)}"
         )
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    labels = labels.long()
+    labels = ordinary(labels.long())
 
     def objective(logits: Tensor) -> Tensor:
         _check_logits(logits, len(labels))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 Number = float | Tensor
 
@@ -41,18 +41,16 @@ class FeasibleSet:
 
     def restrict(self, rows: Tensor) -> FeasibleSet:
         """The set for some of the problems."""
+        return self._each(lambda t: t[rows])
 
-        def some(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[rows]
+    def detach(self) -> FeasibleSet:
+        """The set without the graph of what it was made of."""
+        return self._each(Tensor.detach)
 
-        return replace(
-            self,
-            center=self.center[rows],
-            lower=some(self.lower),
-            upper=some(self.upper),
-            radius=some(self.radius),
-            mask=some(self.mask),
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> FeasibleSet:
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items()}
+        return replace(self, **changed)
 
     def clip(self, v: Tensor) -> Tensor:
         """Projection on the box and the mask."""
@@ -115,30 +113,32 @@ class FeasibleSet:
         return torch.where(free, self.center + torch.where(curved, on_ball, d), at_bound)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A random point: uniform in the ball (or box), then projected on the whole set."""
+        """A random point: uniform in the ball (or box), then projected on the whole set.
 
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, dtype=c.dtype, device=c.device)
-
+        A row's depends on the generator and on which row it is, not on how many there are.
+        """
         c = self.center
+        uniform = _uniform_rows(c, generator)
+        entries, length = uniform[:, 1:], uniform[:, :1]
         if self.radius is None or self.norm == math.inf:
             low, high = self.lower, self.upper
             if low is None or high is None or not bool(torch.isfinite(high - low).all()):
                 raise ValueError("a random start needs a ball or a bounded box")
-            return self.clip(low + (high - low) * uniform(*c.shape))
+            return self.clip(low + (high - low) * entries.to(c))
         tiny = torch.finfo(c.dtype).tiny
         if self.norm == 2:
-            d = torch.randn(c.shape, generator=generator, dtype=c.dtype, device=c.device)
+            d = torch.special.ndtri(entries)
         else:  # exponentials divided by their sum are uniform on the simplex
-            d = -uniform(*c.shape).clamp(min=tiny).log() * (uniform(*c.shape) - 0.5).sign()
+            signed = 2 * entries - 1
+            d = -signed.sign() * torch.log1p(-signed.abs())
+        d = d.to(c)
         free = torch.full_like(c[:, :1], c.shape[1])
         if self.mask is not None:  # the ball of the entries that may change
             d = torch.where(self.mask, d, 0)
             free = self.mask.sum(1, keepdim=True).clamp(min=1).to(c.dtype)
         size = torch.linalg.vector_norm(d, ord=self.norm, dim=1, keepdim=True)
         d = d / size.clamp(min=tiny)
-        length = uniform(len(c), 1) ** (1 / free)
-        return self.project(c + self.radius * length * d)
+        return self.project(c + self.radius * length.to(c) ** (1 / free) * d)
 
     def _room(self, d: Tensor) -> Tensor:
         """How far each entry may go from c in the direction of ``d`` before it meets the box."""
@@ -173,6 +173,19 @@ class FeasibleSet:
             s = -torch.where(g.abs() >= level, g.sign(), 0)
             return s / s.abs().sum(1, keepdim=True).clamp(min=1)
         return -g
+
+
+def _uniform_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers in (0, 1), one more in each row than ``like`` ``(rows, d)`` has."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    device = like.device if generator is None else generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    of_row = torch.Generator(like.device)
+    drawn = like.new_empty(len(like), like.shape[1] + 1, dtype=dtype)
+    for k, row in enumerate(drawn):
+        row.uniform_(generator=of_row.manual_seed(seed + k))
+    margin = torch.finfo(dtype).eps / 2
+    return drawn.clamp(margin, 1 - margin)
 
 
 def _shrink_l2(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
@@ -311,6 +324,14 @@ class Box(Constraint):
         return FeasibleSet(start.flatten(1).clone(), lower, upper)
 
 
+def _check_curved(balls: int) -> None:
+    if balls > 1:
+        raise ValueError(
+            "Intersection projects exactly on at most one L1Ball or L2Ball with boxes and "
+            f"LinfBalls, got {balls} curved balls"
+        )
+
+
 class Intersection(Constraint):
     """Points in all of the given sets: any boxes, any L∞ balls, and at most one L1 or L2 ball.
 
@@ -323,18 +344,14 @@ class Intersection(Constraint):
             flat.extend([item] if isinstance(item, Constraint) else item)
         if not flat or not all(isinstance(item, Constraint) for item in flat):
             raise TypeError(f"Intersection takes constraint sets, got {sets!r}")
-        curved = [s for s in flat if isinstance(s, (L1Ball, L2Ball))]
-        if len(curved) > 1:
-            raise ValueError(
-                "Intersection projects exactly on at most one L1Ball or L2Ball with boxes and "
-                f"LinfBalls, got {len(curved)} curved balls"
-            )
         self.sets = tuple(flat)
+        _check_curved(sum(isinstance(s, (L1Ball, L2Ball)) for s in flat))
 
     def bind(self, start: Tensor) -> FeasibleSet:
         """See :class:`Constraint`."""
         bound = [s.bind(start) for s in self.sets]
         balls = [b for b in bound if b.norm is not None]
+        _check_curved(sum(b.norm in (1, 2) for b in balls))  # an intersection may hold others
         balls.sort(key=lambda b: b.norm == math.inf)  # an L1 or L2 ball leads
         lead = balls[0] if balls else bound[0]
         lowers = [b.lower for b in bound if b.lower is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,10 @@ def _read_idx(folder: Path, name: str, header: int) -> NDArray[np.uint8]:
             raw = (base / name).read_bytes()
             break
         if (base / f"{name}.gz").is_file():
-            raw = gzip.decompress((base / f"{name}.gz").read_bytes())
+            try:
+                raw = gzip.decompress((base / f"{name}.gz").read_bytes())
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"{base / name}.gz is damaged or truncated: {error}") from error
             break
     else:
         raise FileNotFoundError(_FASHION_HELP.format(folder=folder, name=name))

@@ -6,6 +6,7 @@ import atexit
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import distributed
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
         **options: further arguments of ``Fabric``, such as ``precision``.
 
     Raises:
+        ValueError: a GPU is asked for and there is none.
         ModuleNotFoundError: lightning-fabric is missing: ``pip install jiio-plugins[distributed]``.
     """
     try:
@@ -28,6 +30,8 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
         raise ModuleNotFoundError(
             "several processes need lightning-fabric: pip install 'jiio-plugins[distributed]'"
         ) from error
+    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.mps.is_available()):
+        raise ValueError("the accelerator is to be a gpu, but torch finds none here")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     fabric = Fabric(

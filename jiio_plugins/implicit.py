@@ -167,10 +167,16 @@ def plain_step(
 
     Normalised steps have none. For a solution on the ball that is ``ε / ‖gradient‖``, for one
     inside it the inverse curvature, taken from the way here: ``‖v − v0‖² / 2 (φ(v0) − φ(v))``.
+
+    Raises:
+        ValueError: a step of 0 without a ball.
     """
     if feasible.radius is None:
+        if not bool((step > 0).all()):  # every v would stand still
+            raise ValueError("a differentiable solution needs a final_step_size above 0")
         return step
     value, gradient, _ = _estimate(problem, path.z, path.mu, path.v)
+    problem.pay_passes(1, 1)
     tiny = torch.finfo(value.dtype).tiny
     size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     way = (path.v - start).square().sum(1, keepdim=True)
@@ -199,10 +205,11 @@ def settle(
         solver = Anderson(max_iter=300, memory=10, tol=tol)
     found = iterate(joint, blocks.pack(path.z, path.mu, path.v), solver)
     z, mu, v = blocks.unpack(found.z)
+    v = feasible.project(v)  # an accelerated iterate may lie outside of the set
     before, _, doubt = _estimate(problem, path.z, path.mu, path.v)
     after, _, _ = _estimate(problem, z, mu, v)
     evals = problem.groups.spread(found.evals) + 2
-    problem.pay(f_evals=evals, vjps=evals)
+    problem.pay_passes(evals, evals)
     better = after <= before + 1e-3 * before.abs() + _AMPLIFY * doubt
     better &= torch.isfinite(after)
     rows = problem.groups.spread(better)[:, None]
@@ -247,7 +254,7 @@ def attach(
     residuals = Residuals(residual)
     if not _leads_elsewhere(images, leaves):
         return v.detach(), residuals
-    equation = _Adjoint(blocks, images, leaves, problem.rows)
+    equation = _Adjoint(blocks, images, leaves, problem)
     attached: Tensor = _Gate.apply(
         *images, v.detach(), equation, solver or adjoint_solver(v.dtype), residuals
     )
@@ -283,8 +290,11 @@ class _Adjoint:
     for the step s α, whose solution is the same: s is cut where α is too long to converge.
     """
 
-    def __init__(self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], rows: int) -> None:
-        self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, rows
+    def __init__(
+        self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], problem: Problem
+    ) -> None:
+        self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, problem.rows
+        self.layers = 0 if problem.layout is None else len(problem.layout.layouts)
         self.live = [image.requires_grad for image in images]
 
     def __call__(self, flat: Tensor) -> Tensor:
@@ -358,12 +368,12 @@ class _Gate(torch.autograd.Function):
         (z, mu, v), found = ctx.equation.solve(g, ctx.solver)
         ctx.residuals.adjoint, ctx.residuals.adjoint_evals = found.residual, found.evals
         with counting_into(ctx.counters):
-            # one pass through F's graph differentiates f and its VJP: two products a row, where
-            # there is an f and no layer is held
+            # one pass through F's graph differentiates f and its VJP: two products a row and
+            # layer, where there is an f and no layer is held
             rows = count_rows(ctx.equation.rows, g.device)
             if ctx.equation.blocks.n:
                 per_row = ctx.equation.blocks.groups.spread(found.evals)
-                count(vjps=2 * (per_row + 1) * rows)
+                count(vjps=2 * ctx.equation.layers * (per_row + 1) * rows)
         worst = float(found.residual.max())
         if not worst <= warn_above(ctx.solver):
             warnings.warn(

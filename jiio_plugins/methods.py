@@ -11,13 +11,12 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import nowhere, relative, row_norm, surely_finite
+from jiio_plugins._state import check_counts, nowhere, relative, row_norm, surely_finite
 from jiio_plugins.mixing import MIXINGS, Descent
 from jiio_plugins.solvers import FlatMap, HostFlag
 
@@ -82,7 +81,8 @@ class Method(abc.ABC):
     Without a ball it is the plain gradient step ``v⁺ = Π(v − α g)`` with α constant.
 
     Args:
-        max_iter: steps on v.
+        max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
+            evaluated: the last of them is not taken.
         step_size: α_0, in units of ε (one value, or one per problem); without a ball α, in units
             of v² / objective. None: 2.0 with a ball, 0.1 without.
         final_step_size: α at the last step, same units. None: with a ball 0.8 / max_iter of
@@ -98,19 +98,12 @@ class Method(abc.ABC):
     warmup: int = 5
 
     def __post_init__(self) -> None:
-        self._at_least(max_iter=1, warmup=0)
+        check_counts(self, max_iter=1, warmup=0)
         for name in ("step_size", "final_step_size"):
             value = getattr(self, name)
-            if value is not None and not bool((torch.as_tensor(value) >= 0).all()):
-                raise ValueError(f"{name} must not be negative, got {value}")
-
-    def _at_least(self, **counts: int) -> None:
-        for name, least in counts.items():
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            steps = torch.as_tensor(0.0 if value is None else value)
+            if not bool(((steps >= 0) & (steps < math.inf)).all()):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
 
     @abc.abstractmethod
     def run(
@@ -158,7 +151,7 @@ class Method(abc.ABC):
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
     """``(1 or problems, 1)``; a number does not make the host wait for the device."""
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype).reshape(-1, 1)
+        return value.detach().to(like.device, like.dtype).reshape(-1, 1)
     return like.new_full((1, 1), value)
 
 
@@ -309,7 +302,7 @@ class Joint(Method):
             raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {self.mixing!r}")
         if not self.tol >= 0:
             raise ValueError(f"tol must not be negative, got {self.tol}")
-        self._at_least(state_steps=1, adjoint_warmup=0, acceleration=0)
+        check_counts(self, state_steps=1, adjoint_warmup=0, acceleration=0)
 
     def run(
         self,
@@ -336,7 +329,7 @@ class Joint(Method):
             before = None
             if k > 0 and mix is None and self.state_steps > 1 and z.shape[1]:
                 before = _StateSteps(self.state_steps - 1, omega)
-                problem.pay(f_evals=before.steps * active)
+                problem.pay_passes(f_evals=before.steps * active)
             lin = problem.linearize(v, z, advance=before)
             z = z if before is None else lin.z
             loss = problem.loss(lin.output)
@@ -345,10 +338,10 @@ class Joint(Method):
             if mix is None and k < self.adjoint_warmup:
                 w = _finite(lin.jz_mu(mu), w)
                 mu = w + b
-                problem.pay(vjps=active)
+                problem.pay_passes(vjps=active)
             jz_mu, jv_mu = lin.vjp(mu)
             gradient = (direct + jv_mu).reshape(v.shape)
-            problem.pay(f_evals=active, vjps=active)
+            problem.pay_passes(f_evals=active, vjps=active)
             r = lin.f - z
             track.see(v, loss, lin.output, b, r, active)
             if callback is not None:

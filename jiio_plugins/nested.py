@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Nested(Method):
     """The nested loop: solve for z, solve for μ, step on v, and again.
 
-    Costs are counted at their least: the evaluation of f that carries the graph is the solve's
-    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too.
+    Costs are counted as low as they are: the evaluation of f that carries the graph is the solve's
+    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too. On a CPU, where a solve
+    goes on with the rows that still run, making their graph anew is an evaluation of f for each.
 
     Args:
         solver: for z; ``max_iter`` caps the evaluations of f a step, the one with the graph
@@ -71,7 +72,7 @@ class Nested(Method):
             b, direct = lin.gradient(loss)
             equation = _AdjointEquation(problem, lin, v, z_start, b)
             outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
-            problem.pay(f_evals=active * (1 + equation.f_evals), vjps=outcome.evals * active)
+            problem.pay_passes(active * (1 + equation.f_evals), outcome.evals * active)
             r = lin.f - z_start
             track.see(v, loss, lin.output, b, r, active)
             gradient = (direct + equation.jv_mu).reshape(v.shape)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,9 @@ from jiio_plugins._problem import (
     buffers_kept,
     same_randomness,
 )
+from jiio_plugins._state import ordinary
 from jiio_plugins.constraints import Constraint, FeasibleSet
+from jiio_plugins.equilibrium import EquilibriumLayer
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
 from jiio_plugins.methods import Callback, Joint, Method, Path, Stop
 from jiio_plugins.solution import Solution, Stats, Status
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ; else the start is judged.
-_AMPLIFY = 10.0
+_AMPLIFY = 10.0  # or more, where the cell turns out to be slow
+_SLOWER = 3.0  # what is left over after a warm-up than what it dealt with
 _CLEAR = 0.5
 
 
@@ -83,7 +88,7 @@ def optimize_input(
         verify: solver of the final check, started from the model's own solution; None: Anderson
             with relative tolerance 1e-5 (1e-9 in float64).
         training_mode: leave the model's train/eval flags as they are (default: eval mode while the
-            loop runs). Buffers are restored and dropout keeps one mask for the whole call.
+            loop runs). Dropout keeps one mask for the whole call.
         stop: ``stop(output) -> (batch,)`` booleans; a problem for which it holds four evaluations
             in a row is finished early.
         callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
@@ -109,19 +114,15 @@ def optimize_input(
         )
     method, constraint = check_method(method), check_constraint(constraint)
     model = unwrap(model)
-    check_input(x)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "optimize_input needs gradients, which torch.inference_mode() forbids: call it outside "
-            "(torch.no_grad() is no hindrance)"
-        )
+    check_gradients_possible("optimize_input")
+    x = check_input(x)
     if isinstance(variables, str):
         raise TypeError(f"variables must be a list of names, got the string {variables!r}")
     implicit = differentiable if isinstance(differentiable, Solver) else None
     given = _check_given(given, len(x))
     still = [t.detach() for t in given]  # no graph of theirs in every iteration
     if groups is not None:
-        _check_groups(groups, variables, len(x))
+        groups = _check_groups(groups, variables, len(x))
     if not len(x):
         return _empty(x)
     variable = (
@@ -130,9 +131,9 @@ def optimize_input(
         else ParameterVariable(model, x, list(variables), groups, still)
     )
     start = variable.start
-    flat = start.reshape(len(start), -1)
+    flat = start.reshape(len(start), -1).clone()  # a search may end in its start
     with torch.no_grad():
-        feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start)
+        feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start).detach()
     v = feasible.project(flat)
     problem = Problem(variable, objective, len(x), splits=not training_mode)
     problem.starts_at(v)
@@ -165,7 +166,8 @@ def _attached(
     """The solution with x as a differentiable function of all that it was computed from."""
     v, residuals = attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)
     warn_if_loose(residuals, solver)
-    stats = replace(solution.stats, implicit=residuals)
+    problem.pay_passes(1, 1)
+    stats = replace(solution.stats, implicit=residuals, f_evals=problem.f_evals, vjps=problem.vjps)
     return replace(solution, x=problem.variable.unflatten(v), stats=stats)
 
 
@@ -205,8 +207,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_input(x: Tensor, name: str = "x") -> None:
-    """Raise unless ``x`` is a finite, batch-first, floating-point tensor."""
+def check_gradients_possible(name: str) -> None:
+    """Raise in inference mode."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} needs gradients, which torch.inference_mode() forbids: call it outside "
+            "(torch.no_grad() is no hindrance)"
+        )
+
+
+def check_input(x: Tensor, name: str = "x") -> Tensor:
+    """``x``, raise unless it is finite, batch first and floating point."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
@@ -222,6 +233,7 @@ def check_input(x: Tensor, name: str = "x") -> None:
     if not bool(finite.all()):
         bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
         raise ValueError(f"{name} holds NaN or Inf (first in sample {bad}): clean the input")
+    return ordinary(x)
 
 
 def _check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
@@ -235,10 +247,10 @@ def _check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
                 f"each tensor of given must have a row per sample, ({rows}, ...), got "
                 f"{tuple(t.shape)}: expand what is the same for all"
             )
-    return tuple(given)
+    return tuple(ordinary(t) for t in given)
 
 
-def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> None:
+def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> Tensor:
     if variables is None:
         raise ValueError("groups= says which rows share a variable: it needs variables=")
     if not isinstance(groups, Tensor):
@@ -252,6 +264,7 @@ def _check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) ->
     seen = groups.unique()
     if not torch.equal(seen, torch.arange(len(seen), device=groups.device, dtype=seen.dtype)):
         raise ValueError(f"groups must be numbered 0 … P−1 without gaps, got {seen.tolist()}")
+    return groups.long()
 
 
 def _empty(x: Tensor) -> Solution:
@@ -265,7 +278,29 @@ def _empty(x: Tensor) -> Solution:
 def undisturbed(
     model: nn.Module, training_mode: bool, variable: Variable, *, frozen: bool = True
 ) -> Iterator[None]:
-    """Run with eval mode and constant parameters; put everything back, also after an exception."""
+    """Run with eval mode and constant parameters; put everything back, also after an exception.
+
+    Threads that share a model take turns: its flags and buffers are one for all.
+    """
+    with _turn(model), _changed_back(model, training_mode, variable, frozen):
+        yield
+
+
+_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def _turn(model: nn.Module) -> threading.RLock:
+    """The lock of a model: of its first equilibrium layer, which wrappers of it share."""
+    layers = (module for module in model.modules() if isinstance(module, EquilibriumLayer))
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(next(layers, model), threading.RLock())
+
+
+@contextmanager
+def _changed_back(
+    model: nn.Module, training_mode: bool, variable: Variable, frozen: bool
+) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     constants = [p for p in model.parameters() if p.requires_grad] if frozen else []
     call, call_rows = variable.call, variable.call_rows
@@ -276,7 +311,7 @@ def undisturbed(
             warnings.warn(
                 "training_mode=True with BatchNorm in train mode: its batch statistics couple the "
                 "samples, so results depend on what else is in the batch",
-                stacklevel=4,
+                stacklevel=6,
             )
         # setting instance attributes shadows the methods for this call only
         variable.call = same_randomness(call)  # type: ignore[method-assign]
@@ -286,7 +321,7 @@ def undisturbed(
     for p in constants:
         p.requires_grad_(False)
     try:
-        with buffers_kept(model) if training_mode else nullcontext():
+        with buffers_kept(model):
             yield
     finally:
         for p in constants:
@@ -313,7 +348,9 @@ def _verified(
     last = final.value if path.bounded else path.loss_last
     promising = path.loss_best < last - 0.02 * last.abs()
     final.take_better(judge, path.v_best, promising)
-    doubt = _CLEAR * path.loss_first.abs() + _AMPLIFY * path.doubt_first
+    slow = torch.maximum(_condition(verification, verifier), _SLOWER * problem.amplification)
+    amplified = slow.clamp(min=_AMPLIFY)
+    doubt = _CLEAR * path.loss_first.abs() + groups.worst(amplified) * path.doubt_first
     unsafe = ~(final.value < path.loss_first - doubt)
     unsafe &= (final.v != v_start).any(1)
     final.take_better(judge, v_start, unsafe)
@@ -348,6 +385,16 @@ def _verified(
         output=final.output,
     )
     return solution, final.v
+
+
+def _condition(evals: Tensor, verifier: Solver) -> Tensor:
+    """About the condition κ of ``I − J_z``, from how many evaluations a solve took, ``(rows,)``.
+
+    Anderson's method converges at the rate ``(√κ − 1) / (√κ + 1)``.
+    """
+    tol = min(max(verifier.tol, 1e-12), 0.5)
+    rate = tol ** (1 / evals.clamp(min=1))
+    return ((1 + rate) / (1 - rate)).square()
 
 
 class _Verdict:

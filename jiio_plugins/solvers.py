@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from jiio_plugins._state import Layout, row_norm
+from jiio_plugins._state import Layout, check_counts, row_norm
 from jiio_plugins.solution import Solution, Stats, Status
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class Solver(abc.ABC):
     abs_tol: float = 1e-12
 
     def __post_init__(self) -> None:
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
+        check_counts(self, max_iter=1)
         if not (self.tol >= 0 and self.abs_tol >= 0):
             raise ValueError(
                 f"tol and abs_tol must not be negative, got {self.tol} and {self.abs_tol}"
@@ -97,7 +96,8 @@ def check_solver(solver: Any, name: str) -> None:
         )
 
 
-def _check_positive(name: str, value: float, upper: float = float("inf")) -> None:
+def check_positive(name: str, value: float, upper: float = float("inf")) -> None:
+    """ValueError unless it is above 0, and not above ``upper``."""
     if not 0 < value <= upper:
         limit = "" if upper == float("inf") else f" and at most {upper:g}"
         raise ValueError(f"{name} must be above 0{limit}, got {value}")
@@ -115,7 +115,7 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("damping", self.damping, 2.0)
+        check_positive("damping", self.damping, 2.0)
 
     @property
     def safeguarded(self) -> bool:
@@ -163,9 +163,8 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("damping", self.damping, 1.0)
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        check_positive("damping", self.damping, 1.0)
+        check_counts(self, memory=1)
         if self.ridge is not None and self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}")
 
@@ -251,8 +250,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        check_counts(self, memory=1)
 
     @property
     def growth(self) -> float:
@@ -333,17 +331,23 @@ class HostFlag:
 
 @dataclass
 class FlatSolution:
-    """Outcome of :func:`iterate`: best state per row, its image, residual, cost, status."""
+    """Outcome of :func:`iterate`: best state per row, its image, residual, cost, status.
+
+    Attributes:
+        size, first_size: ‖f(z) − z‖ of that state and of the first one.
+    """
 
     z: Tensor
     fz: Tensor
     residual: Tensor
     evals: Tensor
     status: Tensor
+    size: Tensor
+    first_size: Tensor
 
     def write(self, rows: Tensor, other: FlatSolution) -> None:
         """Put ``other``'s rows at ``rows``."""
-        for name in ("z", "fz", "residual", "evals", "status"):
+        for name in FlatSolution.__annotations__:
             getattr(self, name)[rows] = getattr(other, name)
 
 
@@ -357,9 +361,8 @@ class _Running:
         self.r_best = z.new_full((rows,), torch.inf)
         self.r_first = z.new_full((rows,), torch.inf)
         self.scale = z.new_ones(rows)
-        self.evals = z.new_zeros(rows)
-        self.fails = z.new_zeros(rows)
-        self.idle = z.new_zeros(rows)
+        # half precision cannot count far
+        self.evals, self.fails, self.idle = torch.zeros(3, rows, device=z.device).unbind()
         self.floor = 100 * torch.finfo(z.dtype).eps
         self.active = torch.ones(rows, dtype=torch.bool, device=z.device)
         self.converged = ~self.active
@@ -402,7 +405,7 @@ class _Running:
 
     def advance(self, z_next: Tensor, reject: Tensor) -> None:
         """Move on; rejected rows go back to the best iterate and try ever shorter plain steps."""
-        step = (0.5**self.fails).clamp(max=1.0)[:, None]
+        step = (0.5**self.fails).clamp(max=1.0)[:, None].to(self.z.dtype)
         plain = self.z_best + step * (self.f_best - self.z_best)
         z_next = torch.where(reject[:, None], plain, z_next)
         self.z = torch.where(self.active[:, None], z_next, self.z)
@@ -420,8 +423,9 @@ class _Running:
         status.masked_fill_(self.converged, Status.CONVERGED)
         tiny = torch.finfo(self.scale.dtype).tiny
         return FlatSolution(
-            self.z_best, self.f_best, self.r_best / self.scale.clamp(min=tiny), self.evals, status
-        )
+            self.z_best, self.f_best, self.r_best / self.scale.clamp(min=tiny), self.evals, status,
+            self.r_best, self.r_first,
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -20,7 +20,14 @@ from jiio_plugins._session import EnvelopeSession, StateLayout
 from jiio_plugins._state import is_count
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import running
-from jiio_plugins.optimize import check_constraint, check_input, check_method, undisturbed, unwrap
+from jiio_plugins.optimize import (
+    check_constraint,
+    check_gradients_possible,
+    check_input,
+    check_method,
+    undisturbed,
+    unwrap,
+)
 from jiio_plugins.solvers import Anderson, Solver
 
 if TYPE_CHECKING:
@@ -123,14 +130,15 @@ def joint_solution(
     """
     method, constraint = check_method(method), check_constraint(constraint)
     model = unwrap(model)
-    check_input(x)
+    check_gradients_possible("joint_solution")
+    x = check_input(x)
     if not len(x):
         raise ValueError("x holds no samples: a training step needs at least one")
     first = _start(x, start)
     variable = Variable(model, x)
     flat = x.detach().reshape(len(x), -1)
-    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach())
-    v = feasible.project(first.reshape(len(x), -1))
+    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach()).detach()
+    v = feasible.project(first.reshape(len(x), -1).clone())  # a search may end in its start
     problem = Problem(variable, objective, len(x), splits=not training_mode)
     problem.starts_at(v)
     if state is None and isinstance(start, JointSolution):
@@ -162,7 +170,7 @@ def _start(x: Tensor, start: Tensor | JointSolution | None) -> Tensor:
     tensor = start.x if isinstance(start, JointSolution) else start
     if not isinstance(tensor, Tensor):
         raise TypeError(f"start must be a tensor or a JointSolution, got {type(tensor).__name__}")
-    check_input(tensor, "start")
+    tensor = check_input(tensor, "start")
     if tensor.shape != x.shape:
         raise ValueError(
             f"start must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}"

@@ -428,7 +428,10 @@ def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
         ({"eps": torch.ones(3, 5)}, ValueError, r"shape \(3,\), got shape \(3, 5\)"),
         ({"mask": torch.ones(4)}, ValueError, r"mask has shape \(4,\)"),
         ({"loss": "hinge"}, ValueError, "cross-entropy, dlr, margin, got 'hinge'"),
-        ({"random_starts": -1}, ValueError, "random_starts must not be negative, got -1"),
+        ({"random_starts": -1}, ValueError, "random_starts must be an integer, not negative"),
+        ({"random_starts": 1.5}, ValueError, "random_starts must be an integer, .* got 1.5"),
+        ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of class indices, got list"),
+        ({"labels": torch.tensor(0)}, TypeError, r"shape \(batch,\), got torch.int64 \(\)"),
         ({"retry": 40}, TypeError, "retry must be Joint"),
         ({"lower": 0.5, "upper": 1.0}, ValueError, r"within the box \[0.5, 1.0\], got values from"),
         ({"lower": 1.0, "upper": 0.0}, ValueError, "box"),
@@ -456,6 +459,17 @@ def test_a_model_without_logits() -> None:
 
     with pytest.raises(ValueError, match=r"logits of shape \(2, classes\), got \(2,\)"):
         attack(Scalar(), rand(2, 5, seed=1), torch.tensor([0, 1]), norm=2, eps=0.1)
+
+
+def test_labels_from_inference_mode_and_eps_that_requires_grad() -> None:
+    model, x, y = small()
+    expected = attack(model, x[:3], y[:3], norm=2, eps=0.1)
+    with torch.inference_mode():
+        labels, images = y[:3].clone(), x[:3].clone()
+    eps = torch.tensor(0.1, dtype=x.dtype, requires_grad=True)
+    got = attack(model, images, labels, norm=2, eps=eps)
+    assert torch.equal(got.x, expected.x)
+    assert not got.x.requires_grad
 
 
 def test_edge_batches() -> None:

@@ -307,6 +307,19 @@ def test_samples_use_the_whole_radius_under_a_mask(norm: float) -> None:
     assert float(points[:, 3:].abs().max()) == 0
 
 
+@pytest.mark.parametrize("norm", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_samples_do_not_depend_on_how_many_there_are(norm: float, dtype: torch.dtype) -> None:
+    x = torch.zeros(6, 50, dtype=dtype)
+    some, all_ = (torch.Generator().manual_seed(0) for _ in range(2))
+    for _ in range(2):  # the second start too
+        few = BALLS[norm](1.0).bind(x[:1]).sample(some)
+        many = BALLS[norm](1.0).bind(x).sample(all_)
+        assert few.dtype == dtype
+        assert torch.equal(few, many[:1])
+        assert len(many.unique(dim=0)) == 6
+
+
 def test_samples_of_a_box() -> None:
     x = torch.zeros(2000, 2)
     points = Box(-1.0, 3.0).bind(x).sample(torch.Generator().manual_seed(0))
@@ -387,8 +400,10 @@ def test_several_boxes_and_cubes_meet() -> None:
     below, above = torch.full((1, 2), -9.0), torch.full((1, 2), 9.0)
     torch.testing.assert_close(feasible.project(below), torch.tensor([[0.4, 0.2]]))
     torch.testing.assert_close(feasible.project(above), torch.tensor([[0.7, 0.7]]))
-    nested = Intersection([Box(0.0, 1.0), LinfBall(0.3)], L2Ball(5.0)).bind(x)
-    torch.testing.assert_close(nested.project(below), torch.full((1, 2), 0.2))
+    listed = Intersection([Box(0.0, 1.0), LinfBall(0.3)], L2Ball(5.0)).bind(x)
+    nested = Intersection(Intersection(Box(0.0, 1.0), L2Ball(5.0)), LinfBall(0.3)).bind(x)
+    for feasible in (listed, nested):
+        torch.testing.assert_close(feasible.project(below), torch.full((1, 2), 0.2))
 
 
 def test_masks_of_any_type() -> None:
@@ -428,6 +443,7 @@ ZEROS = torch.zeros(2, 3)
             "a ball with a mask must have the centre of the other ball",
         ),
         (Intersection(LinfBall(0.1), Box(0.5, 1.0)), "no point in common"),
+        (Intersection(Intersection(L2Ball(5.0)), L1Ball(0.1)), "at most one L1Ball or L2Ball"),
         (Intersection(Box(0.0, 1.0), Box(2.0, 3.0)), "no point in common"),
     ],
 )

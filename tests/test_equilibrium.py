@@ -32,6 +32,7 @@ from tests.helpers import (
     TIGHT,
     Affine,
     Context,
+    Elementwise,
     Net,
     PairCell,
     PairNet,
@@ -593,13 +594,30 @@ def test_wrong_arguments_of_the_layer() -> None:
         Equilibrium(cell)(torch.zeros(2, 4, dtype=torch.long))
 
 
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize(
+    "f", [lambda z, u: 0.3 * z.relu_() + u, lambda z, u: torch.tanh(0.3 * z.add_(u))]
+)
+def test_a_cell_that_changes_its_state_in_place(f: Any, pair: bool) -> None:
+    u, z = rand(2, 4, seed=1), rand(2, 4, seed=2)
+    z0 = (z, z.clone()) if pair else z
+    cell = Elementwise(lambda z, u: (0.3 * z[0] + u, f(z[1], u)) if pair else f(z, u))
+    for adjoint in (Implicit(), Unrolled(steps=3)):
+        for grad in (False, True):
+            layer = Equilibrium(cell, adjoint=adjoint)
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="state in place"):
+                layer(u.clone().requires_grad_(grad), z0=z0)
+    fine = Equilibrium(Elementwise(lambda z, u: f(0.3 * z, u)))  # a tensor of its own
+    assert bool(torch.isfinite(fine(u)).all())
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Phantom(steps=0), "steps >= 1"),
-        (lambda: Phantom(damping=0.0), "0 < damping <= 1"),
-        (lambda: Unrolled(steps=0), "steps >= 1"),
-        (lambda: Unrolled(damping=1.5), "0 < damping <= 1"),
+        (lambda: Phantom(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Phantom(damping=0.0), "damping must be above 0 and at most 1"),
+        (lambda: Unrolled(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Unrolled(damping=1.5), "damping must be above 0 and at most 1"),
     ],
 )
 def test_wrong_arguments_of_the_gradients(make: Any, match: str) -> None:

@@ -135,6 +135,35 @@ def test_costs_and_residuals_are_reported() -> None:
     assert float(residuals.adjoint.max()) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:.*relative residual")
+@pytest.mark.parametrize("differentiable", [True, Anderson(max_iter=8, tol=0.05)])
+@pytest.mark.parametrize("constraint", [Box(0.0, 1.0), L2Ball(0.0), L2Ball(0.3)])
+def test_a_differentiable_solution_is_in_the_set(differentiable: Any, constraint: Any) -> None:
+    x, mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(5) < 3
+    for seed in range(4):
+        model, target = Net(seed=seed).float(), 3 * rand(6, 3, seed=seed, dtype=torch.float32)
+        sets = [constraint]
+        if isinstance(constraint, L2Ball):
+            sets.append(L2Ball(constraint.radius, mask=mask))
+        for chosen in sets:
+            found = optimize_input(
+                model, x, lambda y, goal=target: objective(y, goal), constraint=chosen,
+                method=Joint(max_iter=5), differentiable=differentiable,
+            )  # fmt: skip
+            reached = found.x.detach()
+            if isinstance(chosen, Box):
+                assert 0 <= float(reached.min()) <= float(reached.max()) <= 1
+            else:
+                moved = reached - x
+                assert float(moved.norm(dim=1).max()) <= constraint.radius * (1 + 1e-6)
+                assert chosen is constraint or not bool(moved[:, ~mask].any())
+
+
+def test_steps_of_zero_have_no_derivative() -> None:
+    with pytest.raises(ValueError, match="needs a final_step_size above 0"):
+        solve(Net(), rand(2, 5, seed=1), rand(2, 3, seed=2), 0.5, "free", method=Joint(step_size=0))
+
+
 def test_a_loose_solution_warns() -> None:
     """Four free directions in six dimensions: the optimum is not unique."""
     model, x = Context(), rand(4, 4, seed=1)

@@ -711,6 +711,33 @@ def test_costs_are_those_that_happened() -> None:
             assert counter.vjps == float(solution.stats.vjps.sum())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        Joint(max_iter=12),
+        Joint(max_iter=12, state_steps=1),
+        Nested(max_iter=4),
+        Nested(max_iter=4, warm_start=True),
+    ],
+)
+@pytest.mark.parametrize("constraint", [None, L2Ball(1.0)])
+def test_costs_of_several_layers_are_the_sum_of_theirs(method: Any, constraint: Any) -> None:
+    model, x = Series(solver=Anderson(tol=1e-6)), rand(1, 5, seed=1)
+    spies = [Spy(layer.cell) for layer in (model.first, model.second)]
+    model.first.cell, model.second.cell = spies
+    with count_evaluations() as counter:
+        solution = optimize_input(model, x, squared, method=method, constraint=constraint)
+    happened = sum(spy.total for spy in spies)
+    stats = solution.stats
+    assert float((stats.f_evals + stats.verification_f_evals).sum()) == happened
+    assert counter.f_evals == float(stats.f_evals.sum())
+    assert float(stats.vjps.sum()) % 2 == 0  # a product passes both layers
+    for spy in spies:
+        spy.rows.clear()
+    joint = joint_solution(model, x, squared, method=method, constraint=constraint)
+    assert float(joint.f_evals.sum()) == sum(spy.total for spy in spies)
+
+
 def test_vjps_are_those_that_happened() -> None:
     products = 0
 
@@ -971,6 +998,9 @@ def test_the_result_shares_no_memory_with_the_input() -> None:
     for rows in (3, 0):
         solution = optimize_input(model, x[:rows], squared, constraint=L2Ball(0.0))
         solution.x.add_(1.0)
+    for method in (Joint(max_iter=1), Nested(max_iter=1)):  # the former ends where it begins
+        optimize_input(model, x, squared, method=method).x.add_(1.0)
+    joint_solution(model, x, squared, method=Joint(max_iter=1)).x.add_(1.0)
     torch.testing.assert_close(x, rand(3, 5, seed=1))
     model, rows = Context(), rand(3, 4, seed=1)
     solution = optimize_input(model, rows, squared, variables=["context"], constraint=L2Ball(0.0))
@@ -998,6 +1028,79 @@ def test_two_threads_do_not_meet() -> None:
         together = list(pool.map(run, xs))
     for x, got in zip(xs, together, strict=True):
         assert torch.equal(got, run(x))
+
+
+def test_threads_take_turns_at_the_flags_of_a_model() -> None:
+    model, xs = Busy(), [rand(4, 5, seed=s) for s in range(4)]
+    before = snapshot(model, *xs)
+
+    def run(x: Tensor) -> Tensor:
+        # a wrapper of its own, as an attack object makes one, around a model that all share
+        return optimize_input(nn.Sequential(model), x, squared, constraint=L2Ball(0.5)).x
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, xs))
+    assert snapshot(model, *xs) == before
+    assert all(torch.equal(got, run(x)) for x, got in zip(xs, together, strict=True))
+    assert model.modes == {False}
+
+
+class Meddling(nn.Module):
+    """Counts its calls in a buffer, also in eval mode, and changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.net = Net()
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        self.calls += 1
+        for t in (x, *given):
+            t.sub_(0.5).mul_(2)
+        return self.net(x)
+
+
+class Shifted(nn.Module):
+    """The same without changing anything."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(2 * (x - 0.5))
+
+
+@every_method
+def test_a_model_that_changes_what_it_is_given(method: Any) -> None:
+    model, x, condition = Meddling(), rand(4, 5, seed=1), rand(4, 2, seed=2)
+    before = snapshot(model, x, condition)
+    got = optimize_input(model, x, squared, method=method, given=[condition])
+    assert snapshot(model, x, condition) == before
+    expected = optimize_input(Shifted(model.net), x, squared, method=method)
+    torch.testing.assert_close(got.x, expected.x)
+
+
+def test_what_was_made_in_inference_mode_is_taken() -> None:
+    model = Net()
+    with torch.inference_mode():
+        x, condition = rand(4, 5, seed=1), rand(4, 5, seed=2)
+    ordinary = optimize_input(model, rand(4, 5, seed=1), squared)
+    assert torch.equal(optimize_input(model, x, squared).x, ordinary.x)
+    optimize_input(model, x, squared, constraint=L2Ball(0.1, center=condition * 0 + x))
+    assert bool(torch.isfinite(joint_solution(model, x, squared).x).all())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="joint_solution needs grad"):
+        joint_solution(model, x, squared)
+
+
+def test_settings_that_require_grad_leave_no_graph() -> None:
+    model, x = Net(), rand(4, 5, seed=1)
+    radius, step = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.5, 1.0))
+    for solve in (optimize_input, joint_solution):
+        for constraint in (L2Ball(radius), LinfBall(radius)):
+            method = Joint(max_iter=5, step_size=step)
+            solution = solve(model, x, squared, constraint=constraint, method=method)
+            assert not solution.x.requires_grad
 
 
 def test_inside_no_grad() -> None:
@@ -1227,8 +1330,8 @@ def test_one_state_step_may_be_damped_but_is_not_over_relaxed() -> None:
     [
         (lambda: Joint(max_iter=0), "max_iter must be at least 1, got 0"),
         (lambda: Nested(warmup=-1), "warmup must be at least 0, got -1"),
-        (lambda: Joint(step_size=-1.0), "step_size must not be negative, got -1"),
-        (lambda: Joint(final_step_size=math.nan), "final_step_size must not be negative"),
+        (lambda: Joint(step_size=-1.0), "step_size must be finite and not negative, got -1"),
+        (lambda: Joint(final_step_size=math.nan), "final_step_size must be finite and not neg"),
         (lambda: Joint(relaxation=2.0), r"relaxation must be in \(0, 2\), got 2"),
         (lambda: Joint(relaxation=0.0), r"relaxation must be in \(0, 2\), got 0"),
         (lambda: Joint(state_steps=0), "state_steps must be at least 1"),
@@ -1545,3 +1648,37 @@ def test_a_starting_point_outside_the_set_is_brought_in() -> None:
     center = torch.zeros(4, 5).double()
     solution = optimize_input(model, x, squared, constraint=L2Ball(0.5, center))
     assert float(solution.x.norm(dim=1).max()) <= 0.5 * (1 + 1e-6)
+
+
+# Cells that are slow to settle ------------------------------------------------------------------
+
+
+class Sluggish(nn.Module):
+    """``z -> z + d (c(z, u) − z)``: the fixed point of c, approached at the rates ``1 − d``."""
+
+    def __init__(self, d: Tensor, cell: nn.Module | None = None) -> None:
+        super().__init__()
+        self.register_buffer("d", d)
+        self.cell = cell
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return z + self.d * ((u if self.cell is None else self.cell(z, u)) - z)
+
+
+@pytest.mark.parametrize("constraint", [None, L2Ball(0.3), LinfBall(0.1)])
+@pytest.mark.parametrize("tanh", [False, True])
+def test_no_sample_of_a_slow_cell_is_worse_than_its_start(tanh: bool, constraint: Any) -> None:
+    """Its residual says little of how far off the start's running loss is."""
+    n, solver = 64, Anderson(max_iter=500, tol=1e-5)
+    d = torch.full((n,), 0.02) if tanh else torch.logspace(-2, -1, n)
+    model = Equilibrium(Sluggish(d.double(), TanhCell(n, 0.8, 2) if tanh else None), solver=solver)
+    x = rand(8, n, seed=1)
+    with torch.no_grad():
+        target = model(x) + 0.01 * rand(8, n, seed=2)
+
+    def objective(z: Tensor) -> Tensor:
+        return (z - target).square().sum(1)
+
+    start = optimize_input(model, x, objective, constraint=L2Ball(0.0)).value
+    found = optimize_input(model, x, objective, constraint=constraint)
+    assert bool((found.value <= start * (1 + 1e-5)).all())

@@ -331,6 +331,21 @@ def test_evaluations_are_counted_truly_for_one_row(kind: type[Solver]) -> None:
     assert spy.total == solution.stats.f_evals.item() == solution.stats.iterations.item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_on(dtype: torch.dtype) -> None:
+    calls = 0
+
+    def rotate(z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.stack([-z[:, 1], z[:, 0]], dim=1) + 1
+
+    solver = Picard(max_iter=2500, tol=0.0, damping=0.5)
+    found = solve_fixed_point(rotate, torch.ones(2, 2, dtype=dtype), solver)
+    assert found.stats.f_evals.tolist() == [calls] * 2
+    assert found.z.dtype == dtype
+
+
 def test_history_is_allocated_once() -> None:
     """No tensor of the history's size is made anew while the loop runs."""
     u = rand(2, 50, seed=1)
@@ -444,10 +459,12 @@ def test_anderson_remembers_no_more_than_it_is_told() -> None:
         (Anderson, {"memory": 0}, "memory must be at least 1, got 0"),
         (Broyden, {"memory": 0}, "memory must be at least 1, got 0"),
         (Anderson, {"ridge": -1.0}, "ridge must not be negative, got -1"),
+        (Anderson, {"max_iter": 10.5}, "max_iter must be an integer, got 10.5"),
+        (Broyden, {"memory": 2.5}, "memory must be an integer, got 2.5"),
     ],
 )
 def test_bad_arguments(kind: type[Solver], arguments: dict[str, float], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         kind(**arguments)
 
 

@@ -105,6 +105,11 @@ def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if not bool(finite.all()):
         bad = int((~finite).nonzero()[0])
         raise ValueError(f"{name}'s mean holds NaN or Inf (first in sample {bad})")
+    if mean.is_complex():
+        raise ValueError(
+            f"{name}'s mean must be real, as latents are: return real and imaginary parts as "
+            "channels (torch.view_as_real)"
+        )
     if not pair:
         return mean, torch.ones_like(mean)
     std = usable(check_latents(guess[1], shape, f"{name}'s std"))

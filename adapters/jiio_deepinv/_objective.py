@@ -123,6 +123,7 @@ class Objective:
     Attributes:
         stiffness: curvature of the data term in x, ``(batch,)``.
         scale: κ, ``(batch,)``.
+        reach: root mean square of the image, or of what a step on u does to it, ``(batch,)``.
         image: the image of the last call.
     """
 
@@ -143,22 +144,30 @@ class Objective:
         about down the data term's slope, along which a compressed sensing matrix is stiffest. That
         counts up to STIFFER times the other: Poisson noise has spikes at dark pixels.
         """
-        direction = change if guessed else image
+        self.reach = torch.maximum(_mean_square(image), _mean_square(RADIUS * change)).sqrt()
+        empty = (_mean_square(image) == 0).reshape(-1, *[1] * (image.ndim - 1))
+        direction = change if guessed else torch.where(empty, change, image)
         made = self._measurements(image)
         if self.data is None:
-            gain = entry_gain(self.physics, image, made, direction)
+            gain = entry_gain(self.physics, image, made, self._small(direction))
             self.data = likelihood_of(self.physics, gain)
         steepest = self._check_slope(image, change)
-        self.stiffness = curvature(self.fidelity, image, direction)
+        self.stiffness = curvature(self.fidelity, image, self._small(direction))
         if guessed:
             flat = (_mean_square(steepest) == 0).reshape(-1, *[1] * (change.ndim - 1))
             steepest = torch.where(flat, change, steepest)
-            along = curvature(self.fidelity, image, steepest)
+            along = curvature(self.fidelity, image, self._small(steepest))
             most = STIFFER * self.stiffness
             self.stiffness = torch.minimum(torch.maximum(self.stiffness, along), most)
         length = change.abs().square().flatten(1).sum(1)
         length = torch.where(length > 0, length, torch.ones_like(length))
         self.scale = self.stiffness * length + self.latent_penalty
+
+    def _small(self, direction: Tensor) -> Tensor:
+        """A step in a direction, small against the image and what latents do to it."""
+        size = _mean_square(direction).sqrt().clamp(min=torch.finfo(self.reach.dtype).tiny)
+        h = (1e-2 * self.reach / size).to(direction.dtype)
+        return direction * h.reshape(-1, *[1] * (direction.ndim - 1))
 
     def __call__(self, output: Tensor) -> Tensor:
         """``(batch,)``."""
@@ -252,14 +261,13 @@ def _words(sizes: list[tuple[int, ...]]) -> str:
     return str(sizes[0]) if len(sizes) == 1 else str(sizes)
 
 
-def entry_gain(physics: Physics, image: Tensor, made: Any, direction: Tensor) -> Any:
+def entry_gain(physics: Physics, image: Tensor, made: Any, step: Tensor) -> Any:
     """How large an entry of A(x) becomes where one of x is 1, at most 1; see ``likelihood_of``.
 
-    The ratio of the root mean squares of ``A(image + h d) − A(image)``, where that is not zero (a
-    mask leaves the others as they are), and of ``h d``, ``(batch,)``; for stacked physics a list of
-    them. Not above 1: where a physics lengthens images, y is as exact as its noise model says.
+    The ratio of the root mean squares of ``A(image + step) − A(image)``, where that is not zero (a
+    mask leaves the others as they are), and of the step, ``(batch,)``; for stacked physics a list
+    of them. Not above 1: where a physics lengthens images, y is as exact as its noise model says.
     """
-    step = _reach(image, direction)
     with torch.no_grad():
         moved = physics.A(image + step)
     size = _mean_square(step)
@@ -277,12 +285,6 @@ def _mean_square(t: Tensor) -> Tensor:
     return t.abs().square().flatten(1).mean(1)
 
 
-def _reach(image: Tensor, direction: Tensor) -> Tensor:
-    """A step in a direction, small against the image: ``(batch, ...)``."""
-    h = (1e-2 * (_mean_square(image) / _mean_square(direction)).sqrt()).to(direction.dtype)
-    return direction * h.reshape(-1, *[1] * (direction.ndim - 1))
-
-
 def slope(function: Any, image: Tensor) -> Tensor:
     """The gradient of a function of images, ``(batch,)``, at these."""
     with torch.enable_grad():
@@ -291,15 +293,14 @@ def slope(function: Any, image: Tensor) -> Tensor:
     return gradient.detach()
 
 
-def curvature(function: Any, image: Tensor, direction: Tensor) -> Tensor:
-    """``|dᵀ H d| / dᵀd`` of a function of images along directions d, ``(batch,)``.
+def curvature(function: Any, image: Tensor, step: Tensor) -> Tensor:
+    """``|dᵀ H d| / dᵀd`` of a function of images along small steps d, ``(batch,)``.
 
-    The directions stand for those in which latents move the image: a compressed sensing matrix
+    The steps stand for those in which latents move the image: a compressed sensing matrix
     lengthens its own row space tenfold, and what a generator draws hardly at all. H is the second
-    derivative, taken as a difference of two gradients at ``image ± h d``: it costs no evaluation
+    derivative, taken as a difference of two gradients at ``image ± d``: it costs no evaluation
     of f.
     """
-    step = _reach(image, direction)
     change = slope(function, image + step) - slope(function, image - step)
     inner = (change.conj() * step).real if image.is_complex() else change * step
     ratio = inner.flatten(1).mean(1).abs() / (2 * _mean_square(step))

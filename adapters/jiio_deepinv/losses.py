@@ -8,7 +8,7 @@ import torch
 from deepinv.loss import Loss
 from torch import Tensor, nn
 
-from jiio_deepinv.reconstructor import JIIOReconstructor
+from jiio_deepinv.reconstructor import JIIOReconstructor, evaluated
 from jiio_plugins._session import PenaltySession, SolveSession
 from jiio_plugins.equilibrium import running
 
@@ -16,11 +16,12 @@ from jiio_plugins.equilibrium import running
 def contraction(generator: nn.Module, u: Tensor) -> Tensor:
     """``‖J_z‖²_F / n`` of the generator's cells where its states settle at latents u, a scalar."""
     solve = SolveSession()
-    with torch.no_grad(), running(solve):
-        generator(u)
-    penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
-    with torch.enable_grad(), running(penalty):
-        generator(u)
+    with evaluated(generator):
+        with torch.no_grad(), running(solve):
+            generator(u)
+        penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
+        with torch.enable_grad(), running(penalty):
+            generator(u)
     return penalty.value
 
 

@@ -196,7 +196,7 @@ class JIIOReconstructor(Reconstructor):
         start, place = self._start(y, physics, init)
         exact: bool | Solver = True if self.implicit is None else self.implicit
         differentiable = torch.is_grad_enabled() and exact
-        with full_precision(start.device.type), _evaluated(self.generator):
+        with full_precision(start.device.type), evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model, y, physics, self.data_fidelity, self.prior, self.prior_weight,
@@ -237,11 +237,11 @@ class JIIOReconstructor(Reconstructor):
         self._solution = replace(
             solution,
             x=w.detach(),
-            value=solution.value * scale,
+            value=solution.value * scale.detach(),
             stats=replace(
                 solution.stats,
                 f_evals=solution.stats.f_evals + probing.f_evals / len(w),
-                model_value=solution.stats.model_value * scale,
+                model_value=solution.stats.model_value * scale.detach(),
             ),
         )
         return image
@@ -255,7 +255,7 @@ class JIIOReconstructor(Reconstructor):
     def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Place | None]:
         """Where w starts, ``(B, *latent_shape)``, and m and s with their graphs; None: 0 and 1."""
         wanted = (len(parts(y)[0]), *self.latent_shape)
-        like = next(self.generator.parameters())
+        like = next(self.generator.parameters(), parts(y)[0].real)
         place: Place | None = None
         start = like.new_zeros(wanted).detach()
         if self.encoder is not None:
@@ -273,7 +273,7 @@ class JIIOReconstructor(Reconstructor):
 
 
 @contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
+def evaluated(module: nn.Module) -> Iterator[None]:
     """In eval mode, as the fit is, so that the last pass shows the image that was fitted."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -27,6 +27,7 @@ from jiio_learn2learn._task import Slots, TaskVariable, frozen, kept
 from jiio_plugins._counting import count, count_evaluations, counting_into
 from jiio_plugins._problem import buffers_kept, same_randomness
 from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
+from jiio_plugins._state import is_count
 from jiio_plugins.adjoints import Implicit
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium import current_session, running
@@ -138,9 +139,11 @@ class JIIOLearner(BaseLearner):
     ) -> None:
         super().__init__(model)
         self.names = check_names(model, adapt)
-        for name, value, least in (("lr", lr, 0.0), ("reg", reg, 0.0), ("iters", iters, 1)):
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be finite and at least {least}, got {value}")
+        if not is_count(iters, 1):
+            raise ValueError(f"iters must be an integer and at least 1, got {iters!r}")
+        for name, value in (("lr", lr), ("reg", reg)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
         self.lr, self.reg, self.iters = lr, reg, iters
         self.first_order = first_order
         self.allow_nograd = allow_nograd
@@ -242,6 +245,11 @@ class JIIOLearner(BaseLearner):
         states = [z.detach() for z in forward.session.z]
         variable = TaskVariable(slots.some(names), objective, anchor, self.reg, states, self.module)
         first_order = self.first_order if first_order is None else first_order
+        if not self.lr and not first_order:
+            raise ValueError(
+                "lr must be above 0: the gradient is that of the support loss's optimum, which "
+                "lr=0 never comes near. To learn without adaptation give first_order=True"
+            )
         if has_dropout(self.module):  # one mask for all iterations, or there is no optimum
             variable.call = same_randomness(variable.call)  # type: ignore[method-assign]
         with buffers_kept(self.module):

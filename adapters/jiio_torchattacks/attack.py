@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from jiio_plugins._state import is_count
 from jiio_plugins.attacks import attack
 from jiio_plugins.methods import Joint, Method
 
@@ -210,10 +211,12 @@ class JIIO(Attack):
             raise TypeError(f"eps must be a number, the same for all images, got {eps!r}")
         if not 0 <= float(eps) < math.inf:
             raise ValueError(f"eps must be a finite number, not negative, got {eps}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.random_starts < 0:
-            raise ValueError(f"random_starts must not be negative, got {self.random_starts}")
+        if self.steps is not None and not is_count(self.steps, 1):
+            raise ValueError(f"steps must be at least 1, got {self.steps!r}")
+        if not is_count(self.random_starts, 0):
+            raise ValueError(
+                f"random_starts must be an integer, not negative, got {self.random_starts!r}"
+            )
         for name in ("method", "retry"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Method):

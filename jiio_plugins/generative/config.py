@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jiio_plugins.models.decoder import MDEQDecoder
+
+CONFIG = "config.json"  # its file, in the folder of a run
 
 Latents = Literal["zero", "table", "encoder"]
 
@@ -59,6 +62,12 @@ class Architecture:
             expansion=full.expansion,
             groups=full.groups,
         )
+
+
+def check_penalty(latent_penalty: float) -> None:
+    """ValueError unless it is a number, not negative."""
+    if not 0 <= latent_penalty < math.inf:
+        raise ValueError(f"latent_penalty must be finite and not negative, got {latent_penalty}")
 
 
 @dataclass(frozen=True)
@@ -126,18 +135,19 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_penalty(self.latent_penalty)
 
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults; data and out have none."""
+        """What a resumed run is to have: what differs from the defaults; data and out have none."""
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def to_json(self) -> str:
-        """As text, without what may differ on resuming."""
-        return json.dumps(asdict(self), indent=1, default=str)
+        """As text."""
+        return json.dumps({**asdict(self), "resume": False}, indent=1, default=str)
 
     @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
+    def from_json(cls, text: str) -> Self:
         """Inverse of :meth:`to_json`."""
         values: dict[str, Any] = json.loads(text)
         known = {f.name for f in fields(cls)}

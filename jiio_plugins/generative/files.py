@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from jiio_plugins import checkpoint
-from jiio_plugins.generative.config import Architecture
+from jiio_plugins.generative.config import CONFIG, Architecture, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.models.decoder import MDEQDecoder
 
-CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+CHECKPOINT = "checkpoint.pt"
 GENERATOR, LATENTS = "generator.safetensors", "latents.safetensors"
 FORMAT = "jiio-plugins generator checkpoint 1"
 
@@ -77,9 +77,21 @@ def load_state(module: nn.Module, state: dict[str, Tensor], where: Path) -> None
         ) from error
 
 
-def save_generator(path: Path, decoder: MDEQDecoder, model: Architecture) -> None:
-    """Write the weights together with what is needed to build the decoder again."""
-    about = {"architecture": json.dumps({**asdict(model), "image_shape": decoder.image_shape})}
+def save_config(path: Path, config: TrainConfig) -> None:
+    """Write a run's settings."""
+    with _whole(path) as file:
+        file.write((config.to_json() + "\n").encode())
+
+
+def save_generator(
+    path: Path, decoder: MDEQDecoder, model: Architecture, **about_it: object
+) -> None:
+    """Write the weights together with what is needed to build the decoder again.
+
+    ``about_it`` are plain values that :func:`about` reads.
+    """
+    about = {name: str(value) for name, value in about_it.items()}
+    about["architecture"] = json.dumps({**asdict(model), "image_shape": decoder.image_shape})
     tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
     with _whole(path) as file:
         file.write(save(tensors, metadata=about))
@@ -100,14 +112,13 @@ def load_generator(path: str | Path) -> MDEQDecoder:
             "writes one with each checkpoint"
         )
     try:
-        with safe_open(file, framework="pt") as opened:
-            about = (opened.metadata() or {}).get("architecture")
+        architecture = about(file).get("architecture")
         weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated: {error}") from error
-    if about is None:
+    if architecture is None:
         raise ValueError(f"{file} does not say what it is: jiio train-generator did not write it")
-    sizes = json.loads(about)
+    sizes = json.loads(architecture)
     shape = sizes.pop("image_shape")
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     decoder = Architecture(**sizes).build((shape[0], shape[1], shape[2]))
@@ -115,10 +126,17 @@ def load_generator(path: str | Path) -> MDEQDecoder:
     return decoder.eval()
 
 
-def save_latents(path: Path, latents: Tensor) -> None:
-    """Write latents ``(n, *latent_shape)``."""
+def about(path: Path) -> dict[str, str]:
+    """What a file of tensors says of itself."""
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def save_latents(path: Path, latents: Tensor, **about_it: object) -> None:
+    """Write latents ``(n, *latent_shape)``, and plain values that :func:`about` reads."""
+    about = {name: str(value) for name, value in about_it.items()}
     with _whole(path) as file:
-        file.write(save({"latents": latents.detach().cpu().contiguous()}))
+        file.write(save({"latents": latents.detach().cpu().contiguous()}, metadata=about))
 
 
 def load_latents(path: Path) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jiio_plugins.generative.config import CONFIG, check_penalty
 from jiio_plugins.generative.files import LATENTS, load_generator, save_latents
 from jiio_plugins.generative.images import SUFFIXES, read_files, to_unit
 from jiio_plugins.generative.latents import Fit, fit
@@ -37,8 +38,13 @@ def fit_files(
 
     Raises:
         FileNotFoundError: a path that is not there, or no generator.
-        ValueError: nothing readable, or images of another size.
+        ValueError: nothing readable, or images of another size; ``out`` is a run's folder.
     """
+    if (out / CONFIG).exists():
+        raise ValueError(
+            f"{out} is the folder of a run, whose latents would be replaced: give another --out"
+        )
+    check_penalty(latent_penalty)
     decoder = load_generator(run)
     channels, height, width = decoder.image_shape
     files: list[Path] = []

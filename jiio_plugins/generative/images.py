@@ -43,7 +43,13 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def load_images(data: str, folder: Path = Path("data"), resize: int | None = None) -> Images:
+def load_images(
+    data: str,
+    folder: Path = Path("data"),
+    resize: int | None = None,
+    *,
+    without: Path | None = None,
+) -> Images:
     """Load by name or from a folder.
 
     Args:
@@ -52,6 +58,7 @@ def load_images(data: str, folder: Path = Path("data"), resize: int | None = Non
             permutation of the sorted names.
         folder: of Fashion-MNIST.
         resize: for a folder: crop each image to its central square and scale it to so many pixels.
+        without: a folder inside it that is left out: a run writes pictures of its own.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -68,9 +75,11 @@ def load_images(data: str, folder: Path = Path("data"), resize: int | None = Non
     root = Path(data)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"--data must be digits, fashion-mnist or a folder of images; there is no {root}"
+            f"the data must be digits, fashion-mnist or a folder of images; there is no {root}"
         )
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if without is not None:
+        files = [p for p in files if without.resolve() not in p.resolve().parents]
     images, skipped = read_files(files, resize)
     if len(images) < 2:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from jiio_plugins.generative.config import check_penalty
 from jiio_plugins.generative.images import to_unit
 from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.generative.step import SquaredError, WithLatent, with_step_size
@@ -65,19 +66,27 @@ def fit(
             :class:`jiio_plugins.Nested`; without a step size it takes that of
             :func:`jiio_plugins.generative.step.default_step_size`.
         latent_penalty: λ.
-        batch_size: images fitted together; no result depends on it.
+        batch_size: images fitted together; no result depends on it, but for rounding.
         progress: show a bar.
 
     Returns:
         A :class:`Fit`; images and PSNR come from an independent solve.
 
     Raises:
-        ValueError: images of another shape than the generator's, or outside [0, 1].
+        ValueError: images of another shape than the generator's, or outside [0, 1]; a start of
+            another shape; a negative λ.
     """
     if not len(images):
         raise ValueError("no images to fit")
     _check_images(decoder, images)
+    check_penalty(latent_penalty)
+    images = images.detach()
     start = decoder.zeros(len(images)) if start is None else start
+    if start.shape != (len(images), *decoder.latent_shape):
+        raise ValueError(
+            f"start must hold a latent per image, {(len(images), *decoder.latent_shape)}, got "
+            f"{tuple(start.shape)}"
+        )
     model = WithLatent(decoder)
     method = with_step_size(method or Joint(max_iter=60), decoder)
     parts = []

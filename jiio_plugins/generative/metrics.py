@@ -50,7 +50,7 @@ class Distances(NamedTuple):
     Attributes:
         frechet: ``‖m₁ − m₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)``.
         kernel: squared maximum mean discrepancy with the kernel ``(xᵀy / d + 1)³``, mean over 100
-            subsets of 1,000 images, or of half of the smaller set.
+            subsets of 1,000 images, or of half of the smaller set, but of two at least.
         kernel_std: its standard deviation over the subsets.
     """
 
@@ -85,7 +85,7 @@ def distances(real: Tensor, made: Tensor, features: nn.Module, *, seed: int = 0)
     passes = _Identity(a.shape[1])
     frechet = FrechetInceptionDistance(feature=passes).to(a.device)
     with _quiet(seed):
-        size = min(1000, (min(len(a), len(b)) + 1) // 2)
+        size = min(1000, max(2, (min(len(a), len(b)) + 1) // 2))
         kernel = KernelInceptionDistance(feature=passes, subsets=100, subset_size=size).to(a.device)
         for metric in (frechet, kernel):
             metric.update(a, real=True)
@@ -125,7 +125,7 @@ def _quiet(seed: int) -> Iterator[None]:
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch's own touches the GPUs too
         yield
 
 

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins._factory import build_network
+from jiio_plugins.checkpoint import fingerprint
 from jiio_plugins.generative import metrics
-from jiio_plugins.generative.config import TrainConfig
-from jiio_plugins.generative.files import CONFIG, LATENTS, load_generator, load_latents
+from jiio_plugins.generative.config import CONFIG, TrainConfig
+from jiio_plugins.generative.files import (
+    GENERATOR,
+    LATENTS,
+    about,
+    load_generator,
+    load_latents,
+)
 from jiio_plugins.generative.images import Images, load_images, to_unit
 from jiio_plugins.generative.latents import LatentPrior, Prior, decode, fit, fit_latents, fit_prior
 from jiio_plugins.generative.pictures import write_sheet
@@ -29,12 +36,17 @@ _COMPARED = 2000  # held-out images, of which neighbours are looked for
 
 @dataclass(frozen=True)
 class Source:
-    """A generator, latents to draw from, and the images it was trained on (None: not asked for)."""
+    """A generator, latents to draw from, and the images it was trained on (None: not asked for).
+
+    Attributes:
+        latent_penalty: λ that its latents were fitted with.
+    """
 
     decoder: MDEQDecoder
     latents: Tensor
     data: str
     images: Images | None
+    latent_penalty: float = 0.01
 
 
 def open_source(run: str, folder: Path | None, with_images: bool, latents: int = 4096) -> Source:
@@ -58,6 +70,13 @@ def open_source(run: str, folder: Path | None, with_images: bool, latents: int =
     path = Path(run)
     decoder = load_generator(path)
     fitted = load_latents(path / LATENTS)
+    of_run = about(path / LATENTS)
+    step, trained = of_run.get("step"), about(path / GENERATOR).get("step")
+    if step != trained:
+        raise ValueError(
+            f"the latents in {path} are of step {step}, its generator is of step {trained}: finish "
+            "the run with --resume"
+        )
     if not with_images:
         return Source(decoder, fitted, "", None)
     if not (path / CONFIG).is_file():
@@ -68,12 +87,17 @@ def open_source(run: str, folder: Path | None, with_images: bool, latents: int =
     config = TrainConfig.from_json((path / CONFIG).read_text())
     named = config.data in ("digits", "fashion-mnist")
     data = config.data if named or folder is None else str(folder)
-    images = load_images(data, folder or config.folder, config.resize)
+    images = load_images(data, folder or config.folder, config.resize, without=path)
     if images.shape != decoder.image_shape:
         raise ValueError(
             f"{data} holds images {images.shape}, the generator makes {decoder.image_shape}"
         )
-    return Source(decoder, fitted, config.data, images)
+    if of_run.get("images", fingerprint(images.train)) != fingerprint(images.train):
+        raise ValueError(
+            f"the images in {data} are not those that {path} was trained on: what is held out "
+            "now was not then. --no-metrics makes samples alone"
+        )
+    return Source(decoder, fitted, config.data, images, config.latent_penalty)
 
 
 def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | None]:
@@ -131,6 +155,9 @@ def sample_run(
     Returns:
         What the JSON holds; empty without ``measure``.
     """
+    for what, value in (("count", count), ("columns", columns), ("measured", measured)):
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
     source = open_source(run, folder, measure, latents)
     out = out or (Path(run) if Path(run).is_dir() else Path("out") / run)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,11 +170,11 @@ def sample_run(
     if not measure or source.images is None:
         return {}
     name, network = find_features(features, source.data)
-    report = {
+    report: dict[str, Any] = {
         "generator": run,
         "data": source.data,
         "prior": describe(density),
-        "held-out fits": fit_figures(source.decoder, source.images, fits),
+        "held-out fits": fit_figures(source, fits),
         "samples": len(samples),
     }
     if network is not None:
@@ -168,12 +195,14 @@ def describe(density: LatentPrior) -> dict[str, Any]:
     return {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
 
 
-def fit_figures(decoder: MDEQDecoder, images: Images, count: int) -> dict[str, float]:
+def fit_figures(source: Source, count: int) -> dict[str, float]:
     """PSNR and SSIM of latent fits of held-out images."""
-    y = to_unit(images.held_out[:count])
-    fitted = fit(decoder, y, progress=True)
+    assert source.images is not None
+    y = to_unit(source.images.held_out[:count])
+    fitted = fit(source.decoder, y, latent_penalty=source.latent_penalty, progress=True)
     return {
         "images": len(y),
+        "latent penalty": source.latent_penalty,
         "PSNR": float(fitted.psnr.mean()),
         "SSIM": float(metrics.ssim(fitted.images, y).mean()),
         "f evaluations": float(fitted.f_evals.mean()),

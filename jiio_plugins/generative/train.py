@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from jiio_plugins.checkpoint import fingerprint
 from jiio_plugins.distributed import launch
 from jiio_plugins.generative import files
-from jiio_plugins.generative.config import TrainConfig
+from jiio_plugins.generative.config import CONFIG, TrainConfig
 from jiio_plugins.generative.images import Images, load_images, to_unit
 from jiio_plugins.generative.latents import fit, fit_latents
 from jiio_plugins.generative.pictures import write_pictures
@@ -68,25 +69,26 @@ def train(
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
         FileNotFoundError, ValueError: bad data or checkpoint; the message says what to do.
-        FloatingPointError: the loss became NaN or Inf; the last checkpoint is whole.
+        FloatingPointError: loss or weights became NaN or Inf; the last checkpoint is from before.
         OSError: a checkpoint could not be written; the one before is kept.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
     fabric = launch(config.accelerator, precision=config.precision)
     config = _settle(config, fabric)
-    images = load_images(config.data, config.folder, config.resize)
+    images = load_images(config.data, config.folder, config.resize, without=config.out)
     _report(images, config, fabric)
     run = _Run(config, images, fabric, method)
     if config.resume:
         run.load()
+    run.record()
     run.loop(on_step)
     return run.finish()
 
 
 def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
     """Make the folder, or take the settings of the run that is there."""
-    path = config.out / files.CONFIG
+    path = config.out / CONFIG
     if config.resume:
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
@@ -129,11 +131,12 @@ class _Run:
     ) -> None:
         self.config, self.images, self.fabric = config, images, fabric
         self.model = config.model.for_images(images.shape)
-        torch.manual_seed(config.seed)
-        decoder = self.model.build(images.shape)
         encoder = None
-        if config.latents == "encoder":
-            encoder = Encoder(decoder.image_shape, decoder.latent_shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)  # torch's own touches the GPUs too
+            decoder = self.model.build(images.shape)
+            if config.latents == "encoder":
+                encoder = Encoder(decoder.image_shape, decoder.latent_shape)
         step = TrainingStep(decoder, encoder, config, method)
         self.optimizer: Any = torch.optim.AdamW(
             step.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -156,9 +159,15 @@ class _Run:
         self.done = 0
         self.psnr = math.nan
         self.writer: Any = None
-        if fabric.is_global_zero:
-            config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / files.CONFIG).write_text(config.to_json() + "\n")
+        self.data = fingerprint(images.train)
+
+    def record(self) -> None:
+        """Write the settings, where they are new."""
+        path = self.config.out / CONFIG
+        known = TrainConfig.from_json(path.read_text()) if path.is_file() else None
+        if self.fabric.is_global_zero and known != replace(self.config, resume=False):
+            self.config.out.mkdir(parents=True, exist_ok=True)
+            files.save_config(path, self.config)
 
     def loop(self, on_step: Callable[[int, StepResult], None] | None) -> None:
         """Train until the last step."""
@@ -223,10 +232,7 @@ class _Run:
     def _log(self, result: StepResult, rate: float, bar: Any) -> None:
         loss = float(result.loss.detach())
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.done}: lower lr, or raise jacobian_weight. The "
-                "last checkpoint is whole"
-            )
+            raise self._diverged(f"the loss is {loss}")
         if not self.fabric.is_global_zero:
             return
         values = {
@@ -242,6 +248,13 @@ class _Run:
         )
         for name, value in values.items():
             self.tensorboard.add_scalar(f"train/{name}", value, self.done)
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        there = (self.config.out / files.CHECKPOINT).is_file()
+        kept = "The last checkpoint is from before" if there else "There is no checkpoint yet"
+        return FloatingPointError(
+            f"{what} at step {self.done}: lower lr, or raise jacobian_weight. {kept}"
+        )
 
     @property
     def tensorboard(self) -> Any:
@@ -275,18 +288,24 @@ class _Run:
 
     def save(self) -> None:
         """Write checkpoint and generator; the table is gathered from all processes."""
+        tensors = [*self.inner.state_dict().values(), *self.ema.state_dict().values()]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            raise self._diverged("the weights hold NaN or Inf")
         table = self._gathered()
         if self.fabric.is_global_zero:
             state = {
                 "step": self.done,
                 "config": json.dumps(asdict(self.config), default=str),
+                "images": self.data,
                 "training": self.inner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict(),
                 "table": table,
             }
             files.save_checkpoint(self.config.out / files.CHECKPOINT, state)
-            files.save_generator(self.config.out / files.GENERATOR, self.averaged, self.model)
+            files.save_generator(
+                self.config.out / files.GENERATOR, self.averaged, self.model, step=self.done
+            )
         self.fabric.barrier()
 
     def _gathered(self) -> Tensor:
@@ -301,16 +320,20 @@ class _Run:
         return shards.transpose(0, 1).reshape(-1, *self.table.shape[1:])[: len(self.images.train)]
 
     def load(self) -> None:
-        """Go on from the checkpoint."""
+        """Go on from the checkpoint; without one from the beginning, if it never had one."""
         path = self.config.out / files.CHECKPOINT
+        if not path.is_file() and not (self.config.out / files.GENERATOR).exists():
+            self.fabric.print(f"{self.config.out} has no checkpoint yet: from the first step")
+            return
         state = files.load_checkpoint(path)
         files.load_state(self.inner, state["training"], path)
         files.load_state(self.ema, state["ema"], path)
         table = state["table"]
-        if table.shape != (len(self.images.train), *self.table.shape[1:]):
+        same = state.get("images", self.data) == self.data  # older ones do not say
+        if not same or table.shape != (len(self.images.train), *self.table.shape[1:]):
             raise ValueError(
-                f"{path} holds latents {tuple(table.shape)} for {len(self.images.train)} training "
-                f"images with latents {tuple(self.table.shape[1:])}: the data has changed"
+                f"{path} is of {len(table)} training images, and these {len(self.images.train)} "
+                "are not the same ones: the data has changed"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.table = table[self.mine].clone()
@@ -326,7 +349,7 @@ class _Run:
             latents = fit_latents(
                 self.averaged, some, latent_penalty=config.latent_penalty, desc="final latents"
             )
-            files.save_latents(out / files.LATENTS, latents)
+            files.save_latents(out / files.LATENTS, latents, step=self.done, images=self.data)
             self.tensorboard.close()
             self.fabric.print(
                 f"{self.done} steps, held-out fits {self.psnr:.2f} dB, written to {out}"

@@ -76,6 +76,9 @@ class MDEQCell(nn.Module):
         expansion: widening inside a residual block (the paper: 5).
         groups: groups of every GroupNorm.
         activation: class of the non-linearity.
+
+    Raises:
+        ValueError: an expansion or groups below 1, or groups that do not divide the channels.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class MDEQCell(nn.Module):
         activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
+        if expansion < 1 or groups < 1:
+            raise ValueError(f"expansion and groups must be at least 1, got {expansion}, {groups}")
         self.channels, self.activation = tuple(channels), activation
         self.blocks = nn.ModuleList(
             ResidualBlock(c, expansion, groups, activation) for c in channels

@@ -88,5 +88,10 @@ class MDEQRefiner(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Images of the latents' shape."""
+        if tuple(u.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"latents must have shape (rows, {', '.join(map(str, self.latent_shape))}), got "
+                f"{tuple(u.shape)}"
+            )
         corrected: Tensor = u + self.head(self.equilibrium(*self.injection(u))[0])
         return corrected

@@ -13,11 +13,11 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from jiio_deepinv import GaussianEncoder, JIIOReconstructor, likelihood_of
-from jiio_plugins import Joint, Nested, Status
+from jiio_plugins import Equilibrium, Joint, Nested, Status
 from jiio_plugins.data import load_digits
 from jiio_plugins.models import MDEQRefiner, load_pretrained
 from tests.deepinv.toys import Encoder, Generator, Spread, reconstructor
-from tests.helpers import rand
+from tests.helpers import Elementwise, rand
 
 SHAPE = (1, 4, 4)
 
@@ -151,6 +151,45 @@ def test_an_encoder_that_is_unsure_of_a_few_pixels() -> None:
         found = model(y, Denoising(GaussianNoise(0.05)))
     mode = (mean * 0.05**2 + y * std**2) / (0.05**2 + std**2)
     torch.testing.assert_close(found, mode, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_a_first_image_that_is_zero(guessed: bool) -> None:
+    """A step that is small against the image says nothing there; a new refiner draws it at zero."""
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    mean = torch.zeros_like(x)
+    mean[1:] = 0.5 * guessed
+    settings = {"encoder": Says((mean, torch.full_like(x, 0.5)))} if guessed else {}
+    model = reconstructor(generator=MDEQRefiner((1, 8, 8)).double(), iters=10, **settings)
+    with torch.no_grad():
+        found = model(x, Denoising(GaussianNoise(0.05)))
+    prior = 0.5**2 if guessed else 1.0
+    mode = (mean * 0.05**2 + x * prior) / (0.05**2 + prior)
+    torch.testing.assert_close(found, mode, rtol=0, atol=1e-4)
+
+
+class Bare(nn.Module):
+    """A generator without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_shape = (1, 4, 4)
+        self.equilibrium = Equilibrium(Elementwise(lambda z, u: 0.3 * z + 0.7 * u))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.equilibrium(u)
+
+
+def test_a_generator_without_parameters_and_a_weight_that_is_learned() -> None:
+    _, y, physics = measured(Denoising(GaussianNoise(0.05)))
+    weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    model = reconstructor(generator=Bare(), latent_penalty=weight)
+    found = model(y, physics)
+    torch.testing.assert_close(found, y / (1 + 2 * 0.05**2), rtol=0, atol=1e-4)
+    found.sum().backward()
+    assert weight.grad < 0
+    assert not model.solution.value.requires_grad
+    copy.deepcopy(model)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +511,7 @@ class Says(nn.Module):
         ((None, torch.ones(2, 3)), "mean must be.* got NoneType"),
         (torch.tensor([[0.0] * 3, [torch.nan] * 3]), r"NaN or Inf \(first in sample 1\)"),
         ((torch.full((2, 3), torch.inf), torch.ones(2, 3)), "mean holds NaN or Inf"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "mean must be real, as latents are"),
     ],
 )
 def test_an_encoders_answer_that_does_not_fit(guess: Any, match: str) -> None:

@@ -8,6 +8,7 @@ import deepinv as dinv
 import matplotlib as mpl
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from jiio_deepinv import JacobianLoss, JIIOReconstructor
@@ -197,3 +198,10 @@ def test_a_loose_gradient_is_cheaper_and_learns() -> None:
     assert sum(values[-3:]) < 0.7 * sum(values[:3])
     with pytest.raises(TypeError, match="JacobianLoss is for a JIIOReconstructor, got UNet"):
         penalty(x_net=None, x=None, y=None, physics=physics, model=network)
+    # the generator is in eval mode here too: its running statistics stay where they are
+    norm = nn.BatchNorm2d(4)
+    model.generator.head.insert(0, norm).train()
+    x_net = model(physics(images), physics)
+    penalty(x_net=x_net, x=images, y=None, physics=physics, model=model)
+    assert norm.training
+    assert norm.num_batches_tracked == 0

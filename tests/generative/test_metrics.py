@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,8 @@ from jiio_plugins.generative import (
     fit_prior,
     metrics,
 )
-from jiio_plugins.generative.files import CONFIG, GENERATOR, LATENTS, save_generator, save_latents
+from jiio_plugins.generative.config import CONFIG
+from jiio_plugins.generative.files import GENERATOR, LATENTS, save_generator, save_latents
 from jiio_plugins.models import ConvFeatures, load_pretrained
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def test_distances_change_nothing_of_the_callers() -> None:
     assert network.training
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
     assert metrics.distances(x[:50], x[50:100], network) == first
+    assert all(math.isfinite(value) for value in metrics.distances(x[:2], x[2:4], network))
     with pytest.raises(ValueError, match="two images at least on each side, got 50 and 1"):
         metrics.distances(x[:50], x[:1], network)
     with pytest.raises(ValueError, match=r"must return \(rows, d\), got \(4, 1, 8, 8\)"):

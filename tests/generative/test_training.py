@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jiio_plugins import Anderson, Joint, checkpoint
+from jiio_plugins._cli import main
 from jiio_plugins.data import load_digits
 from jiio_plugins.generative import Architecture, TrainConfig, fit, load_generator, train
+from jiio_plugins.generative.config import CONFIG
 from jiio_plugins.generative.files import (
     CHECKPOINT,
     GENERATOR,
@@ -27,7 +29,9 @@ from jiio_plugins.generative.files import (
     save_checkpoint,
     save_generator,
 )
+from jiio_plugins.generative.fit_files import fit_files
 from jiio_plugins.generative.pictures import write_sheet
+from jiio_plugins.generative.sample_run import sample_run
 from jiio_plugins.generative.step import (
     SquaredError,
     TrainingStep,
@@ -213,6 +217,104 @@ def test_runs_that_cannot_start(tmp_path: Path) -> None:
     (out / CHECKPOINT).write_bytes((wider.out / CHECKPOINT).read_bytes())
     with pytest.raises(ValueError, match="belongs to another model: size mismatch"):
         train(config(out, resume=True))
+    (out / CHECKPOINT).unlink()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):  # there was one
+        train(config(out, steps=9, resume=True))
+    assert TrainConfig.from_json((out / CONFIG).read_text()).steps == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(out), on_step=kill)
+    assert not (out / CHECKPOINT).exists()
+    train(config(out, resume=True))
+    whole = config(tmp_path / "whole")
+    train(whole)
+    assert_same(states(out)["training"], states(whole.out)["training"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_diverged_run_keeps_what_it_has(tmp_path: Path, first: bool) -> None:
+    out = tmp_path / "run"
+    if not first:
+        train(config(out, steps=2))
+        kept = (out / GENERATOR).read_bytes()
+
+    def diverge(step: int, _: Any) -> None:
+        modules = [m for m in gc.get_objects() if type(m) is TrainingStep]
+        if step == (2 if first else 4):  # its own loss was finite, and a checkpoint is due
+            with torch.no_grad():
+                for module in modules:
+                    next(module.parameters()).fill_(torch.nan)
+
+    said = "There is no checkpoint yet" if first else "The last checkpoint is from before"
+    with pytest.raises(FloatingPointError, match=f"NaN or Inf at step .*{said}"):
+        train(config(out, steps=4, resume=not first), on_step=diverge)
+    if first:
+        assert not (out / CHECKPOINT).exists()
+    else:
+        assert states(out)["step"] == 2
+        assert (out / GENERATOR).read_bytes() == kept
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    train(config(tmp_path / "run", steps=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_typed_on_resuming_counts_also_where_it_is_a_default(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, epochs=2, seed=3))
+    words = ["train-generator", "--data=digits", f"--out={out}", "--resume", "--accelerator=cpu"]
+    with pytest.raises(SystemExit, match=r"seed was 3 and cannot be 0 in a resumed run"):
+        main([*words, "--seed", "0"])
+    main([*words, "--steps", "None", "--epochs", "1"])
+    saved = TrainConfig.from_json((out / CONFIG).read_text())
+    assert (saved.steps, saved.epochs, saved.seed, saved.model) == (None, 1, 3, SMALL)
+    assert states(out)["step"] == 81
+
+
+def test_pictures_of_a_run_are_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, image in enumerate(load_digits("train")[0][:20]):
+        write_sheet(folder / f"{k:02d}.png", image[None], 1)
+    train(config(folder / "run", data=str(folder), steps=2, batch_size=4))
+    assert list((folder / "run").glob("*.png"))
+    train(config(folder / "run", data=str(folder), steps=3, batch_size=4, resume=True))
+    sample_run(str(folder / "run"), count=4, measured=4, fits=2)
+    (folder / "00.png").unlink()
+    with pytest.raises(ValueError, match="the data has changed"):
+        train(config(folder / "run", data=str(folder), steps=4, batch_size=4, resume=True))
+    with pytest.raises(ValueError, match=r"are not those that .* was trained on"):
+        sample_run(str(folder / "run"), count=4, measured=4, fits=2)
+
+
+def test_sampling_wants_latents_of_the_generator_that_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, latent_penalty=1.0))
+    report = sample_run(str(out), tmp_path / "drawn", count=4, measured=4, fits=8)
+    model, (images, _) = load_generator(out), load_digits("test")
+    fitted = fit(model, images[:8], latent_penalty=1.0)
+    assert report["held-out fits"]["PSNR"] == pytest.approx(float(fitted.psnr.mean()), abs=0.01)
+
+    def kill(step: int, _: Any) -> None:
+        if step == 5:  # after a checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(out, steps=6, resume=True), on_step=kill)
+    with pytest.raises(ValueError, match=r"latents in .* step 2, its generator is of step 4"):
+        sample_run(str(out), count=4, measure=False)
+    with pytest.raises(ValueError, match="is the folder of a run, whose latents would be"):
+        fit_files(out, [out / "samples.png"], out)
 
 
 def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
@@ -262,10 +364,13 @@ def test_a_run_goes_on_after_the_disk_was_full(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
         with pytest.raises(OSError, match=r"could not write checkpoint.pt; the one before is kept"):
+            train(config(out, steps=2, resume=True))
+        with pytest.raises(OSError, match=r"could not write config.json; the one before is kept"):
             train(config(out, steps=4, resume=True))
         with pytest.raises(OSError, match=r"could not write g.safetensors: .*Free some space"):
             save_generator(out / "g.safetensors", SMALL.build((1, 8, 8)), SMALL)
     assert states(out)["step"] == 2
+    assert TrainConfig.from_json((out / CONFIG).read_text()) == config(out, steps=2)
     assert_same(load_file(out / GENERATOR), weights)
     train(config(out, steps=4, resume=True))
     whole = config(tmp_path / "whole", steps=4)
@@ -338,7 +443,9 @@ from jiio_plugins._cli_generative import TrainGenerator
 from jiio_plugins.generative import train
 
 # what is registered first runs last: by then the process group must have been closed
-atexit.register(lambda: print("left open:", torch.distributed.is_initialized()))
+def report():  # in one piece, as two processes write to one pipe
+    os.write(1, f"left open: {torch.distributed.is_initialized()}\\n".encode())
+atexit.register(report)
 config = tyro.cli(TrainGenerator, args=sys.argv[2:])
 torch.save(train(config).decoder.state_dict(), config.out / f"rank{os.environ['RANK']}.pt")
 """

@@ -491,9 +491,19 @@ def test_bad_settings() -> None:
         JIIOLearner(Toy(), 1.0, adapt="context")
     with pytest.raises(ValueError, match="has no parameter called 'context'"):
         JIIOLearner(linear(3, 3, seed=1), 1.0)
-    for name, value in (("lr", -1.0), ("lr", float("nan")), ("reg", -0.1), ("iters", 0)):
+    for name, value in (("lr", -1.0), ("lr", float("nan")), ("reg", -0.1)):
         with pytest.raises(ValueError, match=f"{name} must be finite and at least"):
             JIIOLearner(Toy(), **{"lr": 1.0, name: value})
+    for iters in (0, 2.5, True):
+        with pytest.raises(ValueError, match="iters must be an integer and at least 1, got"):
+            JIIOLearner(Toy(), 1.0, iters=iters)
+
+
+def test_no_adaptation_has_no_implicit_gradient() -> None:
+    clone, x = JIIOLearner(Toy(), 0.0).clone(), task(30)[0]
+    with pytest.raises(ValueError, match=r"lr must be above 0: .* first_order=True"):
+        clone.adapt(clone(x).square().mean())
+    clone.adapt(clone(x).square().mean(), first_order=True)
 
 
 def test_a_module_without_an_equilibrium_layer() -> None:

@@ -628,7 +628,8 @@ BAD_SETTINGS = [
     ({"norm": 2}, ValueError, "norm must be one of"),
     ({"loss": "hinge"}, ValueError, "loss must be one of ce, .*got 'hinge'"),
     ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-    ({"random_starts": -1}, ValueError, "random_starts must not be negative, got -1"),
+    ({"random_starts": -1}, ValueError, "random_starts must be an integer, not negative, got -1"),
+    ({"random_starts": 1.5}, ValueError, "random_starts must be an integer"),
     ({"method": "joint"}, TypeError, r"method must be Joint\(...\).*'joint'"),
 ]
 
