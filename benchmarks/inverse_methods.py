@@ -321,7 +321,7 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
     spread = dinv.models.UNet(2, 1, scales=3, channels_per_scale=[8, 16, 32], residual=False)
     model = JIIOReconstructor(
         generator,
-        encoder=GaussianEncoder(encoder, spread, mode=task.back),
+        encoder=GaussianEncoder(encoder, spread, mode=task.back, largest=0.25),
         latent_penalty=1.0,
         method=Joint(max_iter=8, step_size=1.0, tol=1e-3),
         implicit=Anderson(max_iter=8, memory=8, tol=0.1),

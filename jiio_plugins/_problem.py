@@ -217,7 +217,6 @@ class Problem:
         splits: whether the model may be called on some of the rows; in train mode that would give
             them another dropout mask or other batch statistics.
         one_start: whether the state that a method starts with is the same for all rows.
-        amplification: that of the warm-up, see :class:`Solved`; 1 without one.
         z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
     """
 
@@ -231,7 +230,6 @@ class Problem:
         self.z_start: Tensor | None = None
         self.jz_mu_start: Tensor | None = None
         self.one_start = False
-        self.amplification = torch.ones(rows, device=variable.start.device)
         self.f_evals = torch.zeros(rows, device=variable.start.device)
         self.vjps = torch.zeros_like(self.f_evals)
 
@@ -296,7 +294,6 @@ class Problem:
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, self.z_start, rows)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
-        self.amplification = found.amplification.expand(self.rows)
         z = torch.where(torch.isfinite(found.image), found.image, found.z)
         return z.expand(self.rows, -1).contiguous()
 
@@ -305,12 +302,12 @@ class Problem:
         alone = self.variable.rows_see_v_alone and self.splits
         self.one_start = alone and all(bool((t == t[:1]).all()) for t in (v, *self.variable.given))
 
-    def evaluate(self, v: Tensor, z: Tensor) -> Tensor:
-        """``f(z, v)`` without a graph."""
+    def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``f(z, v)`` without a graph, for all rows or some (``z`` then holds those)."""
         assert self.layout is not None
         session = RecordSession(self.layout.split(z), image=True)
         with torch.no_grad(), running(session):
-            self.variable.call(v)
+            _ = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
         return session.flat.to(z.dtype)
 
     def linearize(
@@ -340,20 +337,23 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
     A graph made in the block may have saved them, so they are exchanged, not written over.
     """
-    places = [
-        (owner, key, buffer)
-        for owner in model.modules()
-        for key, buffer in owner._buffers.items()
-        if buffer is not None and not buffer.requires_grad  # one that does is a constant
-    ]
-    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in places}
+    owners = list(model.modules())
+    places = [(owner, key, b) for owner in owners for key, b in owner._buffers.items()]
+    copies: dict[int, Tensor] = {}
     for owner, key, buffer in places:
-        owner._buffers[key] = copies[id(buffer)]
+        if buffer is not None and not buffer.requires_grad:  # one that does is a constant
+            copies.setdefault(id(buffer), buffer.detach().clone())
+            owner._buffers[key] = copies[id(buffer)]
     try:
         yield
     finally:
         for owner, key, buffer in places:
-            owner._buffers[key] = buffer
+            if owner._buffers.get(key) is not buffer:  # None may have been filled
+                owner._buffers[key] = buffer
+        known = {(id(owner), key) for owner, key, _ in places}
+        for owner in owners:
+            for key in [key for key in owner._buffers if (id(owner), key) not in known]:
+                del owner._buffers[key]
 
 
 def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -453,12 +453,13 @@ class Solved(NamedTuple):
     def amplification(self) -> Tensor:
         """How far a state moved for each unit of residual, the most of any layer, per row.
 
-        ``‖z − z0‖ / (‖f(z0) − z0‖ + ‖f(z) − z‖)`` is at most the norm of ``(I − J_z)⁻¹``.
+        ``‖z − z0‖ / (‖f(z0) − z0‖ + ‖f(z) − z‖)`` is at most the norm of ``(I − J_z)⁻¹``. 0 where a
+        layer was solved already.
         """
         tiny = torch.finfo(self.z.dtype).tiny
-        pairs = zip(self.moved, self.results, strict=True)
-        ratios = [moved / (r.first_size + r.size).clamp(min=tiny) for moved, r in pairs]
-        return torch.stack(ratios).amax(0)
+        sizes = [(r.first_size + r.size).clamp(min=tiny) for r in self.results]
+        ratios = torch.stack(self.moved) / torch.stack(sizes)
+        return torch.where((ratios > 0).all(0), ratios.amax(0), 0.0)
 
     @property
     def image(self) -> Tensor:

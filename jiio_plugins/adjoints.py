@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 
 _IN_PLACE = (
-    "the cell {} changes its state in place, which the solver still needs: use operations that "
-    "return a new tensor (z = z + u, not z += u; a first nn.ReLU() without inplace=True)"
+    "the cell {} changes its state in place, or what was injected, which the solver still needs: "
+    "use operations that return a new tensor (z = z + u, not z += u; a first nn.ReLU() without "
+    "inplace=True)"
 )
 _COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -54,13 +55,15 @@ class CellMap:
         """The cell on a structured state, its output's shape checked."""
         rows = len(state[0] if self.layout.is_tuple else state)
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
-        tensors = state if self.layout.is_tuple else (state,)
-        versions = _versions(tensors)
+        if torch.is_inference_mode_enabled():  # where torch does not count changes
+            state = tree_map(Tensor.clone, state)
+        versions = _versions((state, self.injection))
         try:
             out = self.cell(state, *self.injection)
         except RuntimeError as error:
             if "inplace" in str(error).replace("-", ""):  # torch writes it both ways
-                raise RuntimeError(_IN_PLACE.format(name)) from error
+                error.add_note(f"(perhaps {_IN_PLACE.format(name)})")
+                raise
             shapes = ", ".join(str((rows, *shape)) for shape in self.layout.shapes)
             error.add_note(
                 f"(in the cell {name}, called with a state of shape {shapes}. If that is not its "
@@ -68,7 +71,7 @@ class CellMap:
                 "initial_state(*injection) or the layer is called with z0=)"
             )
             raise
-        if _versions(tensors) != versions:
+        if _versions((state, self.injection)) != versions:
             raise RuntimeError(_IN_PLACE.format(name))
         self.layout.check(out, rows, f"the output of the cell {name}")
         return out
@@ -96,8 +99,9 @@ class CellMap:
                 )
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each has been changed in place, as far as torch counts that."""
+def _versions(tree: Any) -> list[int]:
+    """How often each tensor has been changed in place, as far as torch counts that."""
+    tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
     return [t._version for t in tensors if not t.is_inference()]
 
 

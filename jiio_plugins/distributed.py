@@ -30,7 +30,9 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
         raise ModuleNotFoundError(
             "several processes need lightning-fabric: pip install 'jiio-plugins[distributed]'"
         ) from error
-    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.mps.is_available()):
+    if accelerator == "gpu" and not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    ):
         raise ValueError("the accelerator is to be a gpu, but torch finds none here")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))

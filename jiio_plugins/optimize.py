@@ -22,7 +22,7 @@ from jiio_plugins._problem import (
     buffers_kept,
     same_randomness,
 )
-from jiio_plugins._state import ordinary
+from jiio_plugins._state import ordinary, row_norm
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium import EquilibriumLayer
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ; else the start is judged.
-_AMPLIFY = 10.0  # or more, where the cell turns out to be slow
-_SLOWER = 3.0  # what is left over after a warm-up than what it dealt with
+_AMPLIFY = 10.0  # or this many times what the verification shows, where that is more
+_SLOWER = 3.0
 _CLEAR = 0.5
 
 
@@ -96,13 +96,15 @@ def optimize_input(
     Returns:
         A :class:`Solution`. ``value`` and ``output`` come from an independent solve at the returned
         x, never from the state the loop ended in; ``stats.model_value`` is what ``model(x)`` itself
-        says. No problem is worse than its start by ``value``. ``x`` is in the constraint set.
+        says. No problem is worse than its start by ``value``: where the running loss there leaves
+        a doubt, the start is judged too. ``x`` is in the constraint set.
 
     Raises:
         TypeError, ValueError: bad input; the message says what was given and what is accepted.
 
-    Not for: models in which rows influence each other (batch statistics), and objectives that need
-    the output of all rows at once.
+    Not for: models in which rows influence each other (batch statistics), objectives that need the
+    output of all rows at once, and cells that hardly contract (``1 − ρ`` below about 1e-3), where a
+    small residual does not mean that z has settled.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
     """
@@ -282,7 +284,7 @@ def undisturbed(
 
     Threads that share a model take turns: its flags and buffers are one for all.
     """
-    with _turn(model), _changed_back(model, training_mode, variable, frozen):
+    with turn_of(model), _changed_back(model, training_mode, variable, frozen):
         yield
 
 
@@ -290,7 +292,7 @@ _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _TURNS_LOCK = threading.Lock()
 
 
-def _turn(model: nn.Module) -> threading.RLock:
+def turn_of(model: nn.Module) -> threading.RLock:
     """The lock of a model: of its first equilibrium layer, which wrappers of it share."""
     layers = (module for module in model.modules() if isinstance(module, EquilibriumLayer))
     with _TURNS_LOCK:
@@ -343,14 +345,14 @@ def _verified(
     final = judge.everything(v)
     seconds = time.perf_counter() - begin
     verification = judge.f_evals.clone()
+    amplified = _SLOWER * _amplification(problem, path, judge.amplification, final.z)
 
     # a better candidate is looked for only where the running losses make one plausible
     last = final.value if path.bounded else path.loss_last
     promising = path.loss_best < last - 0.02 * last.abs()
     final.take_better(judge, path.v_best, promising)
-    slow = torch.maximum(_condition(verification, verifier), _SLOWER * problem.amplification)
-    amplified = slow.clamp(min=_AMPLIFY)
-    doubt = _CLEAR * path.loss_first.abs() + groups.worst(amplified) * path.doubt_first
+    amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
+    doubt = _CLEAR * path.loss_first.abs() + amplified * path.doubt_first
     unsafe = ~(final.value < path.loss_first - doubt)
     unsafe &= (final.v != v_start).any(1)
     final.take_better(judge, v_start, unsafe)
@@ -387,14 +389,27 @@ def _verified(
     return solution, final.v
 
 
-def _condition(evals: Tensor, verifier: Solver) -> Tensor:
-    """About the condition κ of ``I − J_z``, from how many evaluations a solve took, ``(rows,)``.
+def _amplification(problem: Problem, path: Path, found: Tensor, solved: Tensor) -> Tensor:
+    """About ``1 / (1 − ρ)``: how far a residual leaves z from where it settles, ``(rows,)``.
 
-    Anderson's method converges at the rate ``(√κ − 1) / (√κ + 1)``.
+    The verification went on from the model's own solution to ``solved``, and ``found`` that; where
+    the model's was as tight (0), an evaluation of f at the end of the path tells.
     """
-    tol = min(max(verifier.tol, 1e-12), 0.5)
-    rate = tol ** (1 / evals.clamp(min=1))
-    return ((1 + rate) / (1 - rate)).square()
+    rows = (found == 0).nonzero().squeeze(1)
+    if not len(rows) or not path.z.shape[1]:
+        return found
+    assert problem.layout is not None
+    z = path.z[rows]
+    if problem.splits:
+        image = problem.evaluate(path.v, z, rows)
+    else:  # in train mode fewer rows would draw another mask
+        image = problem.evaluate(path.v, path.z)[rows]
+    problem.pay_passes(torch.zeros_like(problem.f_evals).index_fill(0, rows, 1.0))
+    tiny = torch.finfo(z.dtype).tiny
+    parts = (problem.layout.split(t) for t in (solved[rows] - z, image - z))
+    pairs = zip(*parts, strict=True)
+    ratios = [row_norm(error) / row_norm(residual).clamp(min=tiny) for error, residual in pairs]
+    return found.index_copy(0, rows, torch.stack(ratios).amax(0).to(found.dtype))
 
 
 class _Verdict:
@@ -453,6 +468,7 @@ class _Judge:
             own = self.problem.solve(v)
         tight = self.problem.solve(v, self.verifier, own.z)
         self.f_evals = counter.f_evals_by_row + tight.evals
+        self.amplification = tight.amplification
         return self._verdict(
             v, own.output, tight.output, tight.z, tight.residual, tight.converged, tight.nonfinite
         )

@@ -144,6 +144,8 @@ def joint_solution(
     if state is None and isinstance(start, JointSolution):
         state = start.flat
     if state is not None:
+        if len(state.z) != len(x):
+            raise ValueError(f"state must be of the rows of x, {len(x)}, got {len(state.z)}")
         problem.layout, problem.z_start, problem.jz_mu_start = state.layout, state.z, state.jz_mu
     with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
         path = method.run(problem, feasible, v, stop, callback)

@@ -607,8 +607,15 @@ def test_a_cell_that_changes_its_state_in_place(f: Any, pair: bool) -> None:
             layer = Equilibrium(cell, adjoint=adjoint)
             with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="state in place"):
                 layer(u.clone().requires_grad_(grad), z0=z0)
+    with torch.inference_mode():
+        assert bool(torch.isfinite(Equilibrium(cell)(u, z0=z0)[0]).all())
     fine = Equilibrium(Elementwise(lambda z, u: f(0.3 * z, u)))  # a tensor of its own
     assert bool(torch.isfinite(fine(u)).all())
+    meddles = Equilibrium(Elementwise(lambda z, u: torch.tanh(0.3 * z + u.mul_(0.9))))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="or what was injected"):
+        meddles(u)
+    with pytest.raises(RuntimeError, match="or what was injected"):
+        optimize_input(meddles, u, lambda z: z.square().sum(1))
 
 
 @pytest.mark.parametrize(

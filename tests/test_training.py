@@ -286,6 +286,8 @@ def test_bad_input() -> None:
         solve(model, x, start=x[:2])
     with pytest.raises(TypeError, match="start must be"):
         solve(model, x, start="here")
+    with pytest.raises(ValueError, match="state must be of the rows of x, 2, got 4"):
+        solve(model, x[:2], state=found.flat)
     with pytest.raises(ValueError, match="reduction must be"):
         envelope_loss(model, found, objective, reduction="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="refine must be"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,17 +14,18 @@ if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
 
 LEAST = 1e-3  # of the largest std; a half precision's sigmoid ends at zero
+FIRST = 1 / (1 + math.exp(3))  # std of a new one, or half of the largest
 
 
 class GaussianEncoder(nn.Module):
-    """``u ~ N(m, diag s²)``, ``m = guess(y, physics)``, ``s = σ sigmoid(spread([m, r]) − 3)``.
+    """``u ~ N(m, diag s²)``, ``m = guess(y, physics)``, ``s = σ sigmoid(spread([m, r]) + c)``.
 
     r is what of y the guess leaves over, ``Aᵀ(y − A(m))`` or ``A⁺(y − A(m))``. As ``encoder`` of a
     :class:`JIIOReconstructor` whose latents are images, it says where the measurements may still
     change a guess: at edges more than in an empty background. With ``latent_penalty=1`` and a
     likelihood as data term the reconstruction is the mode under the prior N(m, diag s²), which the
-    networks predict from y. s is learned end to end, from the reconstruction's own loss; a new
-    one's is around 0.05 σ. It does not fall below 0.001 σ.
+    networks predict from y. s is learned end to end, from the reconstruction's own loss; c lets a
+    new one's be around 0.05, or half of σ if that is less. It does not fall below 0.001 σ.
 
     Args:
         guess: any deepinv network that is called with y and physics: an ``ArtifactRemoval``, an
@@ -31,7 +33,9 @@ class GaussianEncoder(nn.Module):
         spread: an image network of twice the channels to the channels of an image, such as
             ``dinv.models.UNet(2, 1, residual=False, batch_norm=False)``.
         mode: "adjoint" or "pinv": how r comes back from the measurements.
-        largest: σ, in units of the image.
+        largest: σ, in units of the image. The iterations take longer the larger s is against the
+            noise; where they end early, and with them a loose gradient, s can come to stay large.
+            A few times the error of the guess is enough.
 
     Shape:
         y as the physics makes it → two of ``(B, C, H, W)``, real.
@@ -59,6 +63,8 @@ class GaussianEncoder(nn.Module):
             raise ValueError(f"largest must be a positive number, got {largest}")
         self.guess, self.spread = guess, spread
         self.mode, self.largest = mode, largest
+        first = min(FIRST / largest, 0.5)
+        self._offset = math.log(first / (1 - first))
 
     def forward(self, y: Any, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation."""
@@ -80,5 +86,5 @@ class GaussianEncoder(nn.Module):
                 "GaussianEncoder is for real images: let the guess, and the physics' adjoint, have "
                 "real and imaginary parts as channels"
             )
-        share = torch.sigmoid(self.spread(torch.cat([mean, back], dim=1)) - 3)
+        share = torch.sigmoid(self.spread(torch.cat([mean, back], dim=1)) + self._offset)
         return mean, self.largest * (LEAST + (1 - LEAST) * share)

@@ -31,7 +31,7 @@ from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
 from jiio_plugins._state import full_precision
 from jiio_plugins.methods import Joint
-from jiio_plugins.optimize import check_method, optimize_input
+from jiio_plugins.optimize import check_method, optimize_input, turn_of
 from jiio_plugins.solvers import Anderson, check_solver
 
 if TYPE_CHECKING:
@@ -274,11 +274,15 @@ class JIIOReconstructor(Reconstructor):
 
 @contextmanager
 def evaluated(module: nn.Module) -> Iterator[None]:
-    """In eval mode, as the fit is, so that the last pass shows the image that was fitted."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
+    """In eval mode, as the fit is, so that the last pass shows the image that was fitted.
+
+    Threads that share the module take turns.
+    """
+    with turn_of(module):
+        flags = [(part, part.training) for part in module.modules()]
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in flags:
+                part.training = training

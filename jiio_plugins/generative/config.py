@@ -149,12 +149,15 @@ class TrainConfig:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of :meth:`to_json`."""
-        values: dict[str, Any] = json.loads(text)
+        try:
+            values: dict[str, Any] = json.loads(text)
+            model = values.pop("model")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"a run's {CONFIG} is damaged: {error!r}") from error
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings in the run's config: {', '.join(unknown)}")
-        model = values.pop("model")
         for name in ("latent", "channels"):
             model[name] = tuple(model[name])
         values["out"], values["folder"] = Path(values["out"]), Path(values["folder"])

@@ -78,7 +78,7 @@ def load_images(
             f"the data must be digits, fashion-mnist or a folder of images; there is no {root}"
         )
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if without is not None:
+    if without is not None and root.resolve() in without.resolve().parents:
         files = [p for p in files if without.resolve() not in p.resolve().parents]
     images, skipped = read_files(files, resize)
     if len(images) < 2:
