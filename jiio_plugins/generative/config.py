@@ -151,13 +151,16 @@ class TrainConfig:
         """Inverse of :meth:`to_json`."""
         try:
             values: dict[str, Any] = json.loads(text)
-            model = values.pop("model")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"a run's {CONFIG} is damaged: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"a run's {CONFIG} is damaged: {error}") from error
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings in the run's config: {', '.join(unknown)}")
+        missing = sorted({"model", "out", "folder", "data"} - set(values))
+        if missing:
+            raise ValueError(f"a run's {CONFIG} has no {', '.join(missing)}: it is damaged")
+        model = values.pop("model")
         for name in ("latent", "channels"):
             model[name] = tuple(model[name])
         values["out"], values["folder"] = Path(values["out"]), Path(values["folder"])

@@ -154,6 +154,12 @@ def test_config_is_the_record_of_the_run(tmp_path: Path) -> None:
     assert TrainConfig.from_json(settings.to_json()) == settings
     with pytest.raises(ValueError, match="unknown settings in the run's config: colour"):
         TrainConfig.from_json('{"colour": 1}')
+    with pytest.raises(
+        ValueError, match=r"config\.json has no data, folder, model, out: it is dam"
+    ):
+        TrainConfig.from_json("{}")
+    with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting value"):
+        TrainConfig.from_json('{"data": ')
 
 
 # Checkpoints ------------------------------------------------------------------------------------
