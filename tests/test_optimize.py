@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1031,17 +1032,34 @@ def test_two_threads_do_not_meet() -> None:
 
 
 def test_threads_take_turns_at_the_flags_of_a_model() -> None:
-    model, xs = Busy(), [rand(4, 5, seed=s) for s in range(4)]
-    before = snapshot(model, *xs)
+    """The second comes while the first is at work, and would see its flags."""
+    model, x = Busy(), rand(4, 5, seed=1)
+    before = snapshot(model, x)
+    at_work, joined, done = (threading.Event() for _ in range(3))
 
-    def run(x: Tensor) -> Tensor:
+    def first(y: Tensor) -> Tensor:
+        if not at_work.is_set():
+            at_work.set()
+            joined.wait(0.5)  # in vain where they take turns
+        return squared(y)
+
+    def second(y: Tensor) -> Tensor:
+        joined.set()
+        done.wait(5)
+        return squared(y)
+
+    def run(objective: Any) -> Tensor:
         # a wrapper of its own, as an attack object makes one, around a model that all share
-        return optimize_input(nn.Sequential(model), x, squared, constraint=L2Ball(0.5)).x
+        return optimize_input(nn.Sequential(model), x, objective, constraint=L2Ball(0.5)).x
 
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(run, xs))
-    assert snapshot(model, *xs) == before
-    assert all(torch.equal(got, run(x)) for x, got in zip(xs, together, strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, first)
+        at_work.wait(5)
+        other = pool.submit(run, second)
+        one.result()
+        done.set()
+        assert torch.equal(one.result(), other.result())
+    assert snapshot(model, x) == before
     assert model.modes == {False}
 
 

@@ -340,9 +340,9 @@ def test_half_precision_counts_on(dtype: torch.dtype) -> None:
         calls += 1
         return torch.stack([-z[:, 1], z[:, 0]], dim=1) + 1
 
-    solver = Picard(max_iter=2500, tol=0.0, damping=0.5)
+    solver = Picard(max_iter=2500, tol=0.0)  # goes round and round
     found = solve_fixed_point(rotate, torch.ones(2, 2, dtype=dtype), solver)
-    assert found.stats.f_evals.tolist() == [calls] * 2
+    assert found.stats.f_evals.tolist() == [calls] * 2 == [2500] * 2
     assert found.z.dtype == dtype
 
 
