@@ -13,8 +13,8 @@ from jiio_plugins.constraints import FeasibleSet
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jiio_plugins._problem import Problem
-    from jiio_plugins.methods import Path
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.methods.base import Path
 
 
 class AdamDirections(FeasibleSet):

@@ -59,20 +59,21 @@ from jiio_plugins import (
     envelope_loss,
     joint_solution,
 )
-from jiio_plugins.adversarial import (
+from jiio_plugins.adversarial.batches import TensorBatches
+from jiio_plugins.adversarial.fit import fit_adversarially
+from jiio_plugins.adversarial.step import (
     CARRIED_METHOD,
     CARRIED_REFINE,
     TRAINING_METHOD,
     AdversarialTraining,
 )
-from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.data.classification import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import (
     RobustnessReport,
     default_suite,
     paired_difference,
     robust_accuracy,
 )
-from jiio_plugins.fitting import TensorBatches, fit_adversarially
 from jiio_plugins.models import load_pretrained
 
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"

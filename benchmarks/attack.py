@@ -3,7 +3,7 @@
     python benchmarks/attack.py --data DIR [--images 256] [--out out/benchmark-attack]
 
 For an L2 ball (ε = 1) and an L∞ ball (ε = 0.03), both within the pixel box, it runs what
-``jiio bench`` runs (:mod:`jiio_plugins._bench` says what, and how it is judged), and
+``jiio bench`` runs (:mod:`jiio_plugins.cli.bench` says what, and how it is judged), and
 
 * ART's PGD-20 and torchattacks' PGD-20 through the DEQ, with the solver the model carries;
 * JIIO's loop against a bare loop of as many model forwards and VJPs (engine overhead).
@@ -24,17 +24,9 @@ import torch
 import tyro
 from torch import nn
 
-from jiio_plugins import (
-    Box,
-    Equilibrium,
-    Intersection,
-    Joint,
-    L2Ball,
-    LinfBall,
-    attack_objective,
-)
-from jiio_plugins._bench import Attack, Bench, Row, compare, machine, plot, show
-from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins import Box, Equilibrium, Intersection, Joint, L2Ball, LinfBall, attack_objective
+from jiio_plugins.cli.bench import Attack, Bench, Row, compare, machine, plot, show
+from jiio_plugins.data.classification import load_fashion_mnist
 from jiio_plugins.models import load_pretrained
 
 if TYPE_CHECKING:
@@ -86,7 +78,8 @@ def torchattacks_pgd(bench: Bench) -> Attack:
 
 def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
     """Seconds of Joint's iterations against as many bare model forwards and VJPs."""
-    from jiio_plugins._problem import Problem, Variable
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.joint.variables import Variable
 
     model: Any = bench.model
     layer: Equilibrium = model.equilibrium

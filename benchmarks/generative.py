@@ -36,17 +36,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jiio_plugins import Anderson, Implicit, Joint, Unrolled, count_evaluations
-from jiio_plugins._problem import Problem, Variable
 from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.data.classification import load_fashion_mnist
 from jiio_plugins.generative import load_generator
 from jiio_plugins.generative.step import default_step_size
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from jiio_plugins.methods import Method
+    from jiio_plugins.methods.base import Method
 
 RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 

@@ -39,7 +39,7 @@ from records import keep_settings
 from torch import Tensor, nn
 
 from jiio_plugins import Anderson, Nested
-from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.data.classification import load_fashion_mnist
 from jiio_plugins.generative import (
     TrainConfig,
     decode,
@@ -55,7 +55,7 @@ from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:
     from jiio_plugins.generative.step import StepResult
-    from jiio_plugins.methods import Method
+    from jiio_plugins.methods.base import Method
 
 METHODS = (
     "JIIO",

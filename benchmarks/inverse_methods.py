@@ -17,9 +17,9 @@ from tqdm import tqdm
 from jiio_deepinv import GaussianEncoder, JIIOReconstructor
 from jiio_deepinv.losses import contraction
 from jiio_plugins import Anderson, Implicit, Joint
-from jiio_plugins.checkpoint import Trained, set_random_states
 from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.models import MDEQRefiner
+from jiio_plugins.utils.checkpoint import Trained, set_random_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -40,18 +40,19 @@ from tqdm import tqdm
 
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Anderson, Joint, Nested, Unrolled
-from jiio_plugins._problem import HeldProblem, ParameterVariable, Problem
 from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.glyphs import load_glyphs
+from jiio_plugins.data.glyphs import load_glyphs
+from jiio_plugins.data.tasks import ClassImages, Tasks, sample_tasks
+from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.implicit import attach
+from jiio_plugins.joint.problem import HeldProblem, Problem
+from jiio_plugins.joint.variables import ParameterVariable
 from jiio_plugins.models import MDEQFewShot
-from jiio_plugins.regularization import jacobian_penalty
-from jiio_plugins.tasks import ClassImages, Tasks, sample_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jiio_plugins.methods import Progress
+    from jiio_plugins.methods.base import Progress
 
 ADAPT = ("context", "head.weight", "head.bias")  # what JIIO and nested descent adapt
 HEAD = ("weight", "bias")  # what JIIO adapts of a head alone, and ANIL
@@ -525,7 +526,7 @@ def part_overhead(args: Args, results: dict[str, Any]) -> None:
     state = tuple(t.detach() for t in seen["z"])
 
     def bare() -> None:
-        from jiio_plugins.equilibrium import running
+        from jiio_plugins.equilibrium.layer import running
 
         class Once:
             def visit(self, layer: nn.Module, f: Any, z0: Any) -> Any:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from jiio_learn2learn import JIIOLearner
 from jiio_learn2learn.data import sinusoid_taskset
+from jiio_plugins.data.tasks import Sinusoids
 from jiio_plugins.models import SinusoidDEQ
-from jiio_plugins.tasks import Sinusoids
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -23,11 +23,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from jiio_learn2learn import JIIOLearner
-from jiio_plugins.distributed import launch
-from jiio_plugins.glyphs import load_glyphs
+from jiio_plugins.data.glyphs import load_glyphs
+from jiio_plugins.data.omniglot import load_omniglot
+from jiio_plugins.data.tasks import ClassImages, sample_tasks
 from jiio_plugins.models import MDEQFewShot
-from jiio_plugins.omniglot import load_omniglot
-from jiio_plugins.tasks import ClassImages, sample_tasks
+from jiio_plugins.utils.distributed import launch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.generative import (
     TrainConfig,
     decode,

@@ -1,17 +1,17 @@
 """Joint inference and input optimisation (JIIO) for deep equilibrium models."""
 
-from jiio_plugins._counting import Counter, count_evaluations
-from jiio_plugins.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
 from jiio_plugins.attacks import attack, attack_objective, is_adversarial
 from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
-from jiio_plugins.equilibrium import Equilibrium
-from jiio_plugins.methods import Joint
-from jiio_plugins.nested import Nested
+from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
+from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from jiio_plugins.equilibrium.counting import Counter, count_evaluations
+from jiio_plugins.equilibrium.layer import Equilibrium
+from jiio_plugins.equilibrium.regularization import jacobian_penalty
+from jiio_plugins.equilibrium.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
+from jiio_plugins.methods.joint import Joint
+from jiio_plugins.methods.nested import Nested
 from jiio_plugins.optimize import optimize_input
-from jiio_plugins.regularization import jacobian_penalty
 from jiio_plugins.solution import Solution, Stats, Status
-from jiio_plugins.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
-from jiio_plugins.training import JointSolution, envelope_loss, joint_solution
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """``python -m jiio_plugins``: the same as ``jiio``, for torchrun."""
 
-from jiio_plugins._cli import main
+from jiio_plugins.cli.main import main
 
 main()

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from jiio_plugins._counting import count
-from jiio_plugins._state import is_count, ordinary
 from jiio_plugins.constraints import (
     Box,
     Constraint,
@@ -24,14 +22,18 @@ from jiio_plugins.constraints import (
     L2Ball,
     LinfBall,
 )
-from jiio_plugins.optimize import check_input, check_method, optimize_input
+from jiio_plugins.equilibrium.counting import count
+from jiio_plugins.joint.inputs import check_input
+from jiio_plugins.methods.joint import check_method
+from jiio_plugins.optimize import optimize_input
 from jiio_plugins.solution import Solution, Stats
+from jiio_plugins.utils.checks import is_count, ordinary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jiio_plugins.methods import Callback, Method
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.methods.base import Callback, Method
 
 Loss = Literal["cross-entropy", "dlr", "margin"]
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")

@@ -372,3 +372,13 @@ class Intersection(Constraint):
                 "the centre of the ball lies outside the box: clip x (or center) into the box first"
             )
         return result
+
+
+def check_constraint(constraint: Constraint | None) -> Constraint | None:
+    """The constraint; TypeError for anything else."""
+    if constraint is not None and not isinstance(constraint, Constraint):
+        raise TypeError(
+            "constraint must be an L2Ball, LinfBall, L1Ball, Box or Intersection, "
+            f"got {type(constraint).__name__}"
+        )
+    return constraint

@@ -14,23 +14,25 @@ iterations found the solution or solve for λ; autograd finds θ in that graph, 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from jiio_plugins._counting import count, count_rows, counting_into, open_counters
-from jiio_plugins._state import row_norm
-from jiio_plugins.solvers import Anderson, FlatSolution, Solver, iterate
+from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
+from jiio_plugins.equilibrium.state import row_norm
+from jiio_plugins.solution import Residuals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from jiio_plugins._problem import Groups, Problem
     from jiio_plugins.constraints import FeasibleSet
-    from jiio_plugins.methods import Path
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.joint.variables import Groups
+    from jiio_plugins.methods.base import Path
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 LOOSEST = 0.5  # from which it is in any case
@@ -44,22 +46,6 @@ Parts = tuple[Tensor, Tensor, Tensor]
 def adjoint_solver(dtype: torch.dtype) -> Solver:
     """The default for λ; a long memory pays, since the equation is linear."""
     return Anderson(max_iter=300, memory=30, tol=1e-10 if dtype == torch.float64 else 1e-5)
-
-
-@dataclass
-class Residuals:
-    """How far an implicit gradient can be trusted; one entry per problem.
-
-    Attributes:
-        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution, the largest of the three
-            blocks, ``(problems,)``.
-        adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ; None before a gradient was taken.
-        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took; None likewise.
-    """
-
-    joint: Tensor
-    adjoint: Tensor | None = None
-    adjoint_evals: Tensor | None = None
 
 
 class Blocks:

@@ -12,8 +12,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from jiio_plugins.implicit import Residuals
-
 
 class Status(IntEnum):
     """How one sample (or one problem) ended. ``Status(k).message`` says what to change."""
@@ -67,6 +65,22 @@ _MESSAGES = {
 }
 
 
+@dataclass
+class Residuals:
+    """How far an implicit gradient can be trusted; one entry per problem.
+
+    Attributes:
+        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution, the largest of the three
+            blocks, ``(problems,)``.
+        adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ; None before a gradient was taken.
+        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took; None likewise.
+    """
+
+    joint: Tensor
+    adjoint: Tensor | None = None
+    adjoint_evals: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Stats:
     """What it cost and how well it ended; one entry per row or per problem.
@@ -83,7 +97,7 @@ class Stats:
         model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
         model_output: that call's output.
         implicit: with ``differentiable=True``: how accurate the gradient of ``x`` is
-            (:class:`jiio_plugins.implicit.Residuals`).
+            (:class:`Residuals`).
     """
 
     f_evals: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from jiio_plugins import Joint, Nested, count_evaluations, jacobian_penalty
-from jiio_plugins.adversarial import AdversarialTraining
+from jiio_plugins.adversarial.step import AdversarialTraining
 from tests.helpers import TIGHT, Net, rand
 
 Y = torch.tensor([0, 2, 1, 2])

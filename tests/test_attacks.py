@@ -23,7 +23,7 @@ from jiio_plugins import (
     count_evaluations,
     is_adversarial,
 )
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
 from tests.helpers import LinearNet, Net, independent_output, rand
 

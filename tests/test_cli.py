@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jiio_plugins import _bench, _demo
-from jiio_plugins._cli import main
-from jiio_plugins.adapters import available_adapters, load_adapter
+from jiio_plugins.cli import bench as _bench, demo as _demo
+from jiio_plugins.cli.main import main
+from jiio_plugins.hosts import available_adapters, load_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 

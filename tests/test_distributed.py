@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from jiio_plugins.adversarial import AdversarialTraining
+from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_torchdeq import adapt
 from tests.helpers import Net, Series, rand
 from tests.torchdeq.test_adapt import Net as TorchDEQNet

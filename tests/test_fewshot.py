@@ -14,11 +14,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins import Anderson, Joint, count_evaluations, optimize_input
-from jiio_plugins.glyphs import SPLITS, load_glyphs, script_of, split_scripts
+from jiio_plugins.data.glyphs import SPLITS, load_glyphs, script_of, split_scripts
+from jiio_plugins.data.omniglot import load_omniglot
+from jiio_plugins.data.tasks import ClassImages, Sinusoids, cache_folder, sample_tasks
 from jiio_plugins.models import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.fewshot import FiLM, TaskLinear
-from jiio_plugins.omniglot import load_omniglot
-from jiio_plugins.tasks import ClassImages, Sinusoids, cache_folder, sample_tasks
 
 # Models -----------------------------------------------------------------------------------------
 

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins import Joint, checkpoint, count_evaluations
-from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
-from jiio_plugins.data import load_digits
-from jiio_plugins.fitting import TensorBatches, _Carried, fit_adversarially, judge
+from jiio_plugins import Joint, count_evaluations
+from jiio_plugins.adversarial.batches import TensorBatches
+from jiio_plugins.adversarial.carried import Carried
+from jiio_plugins.adversarial.fit import fit_adversarially, judge
+from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import ConvDEQClassifier
+from jiio_plugins.utils import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -279,17 +282,17 @@ def test_images_that_were_not_attacked_are_not_taken_up() -> None:
 def test_kept_images_of_a_checkpoint_go_where_the_batches_are() -> None:
     """Here from single to double precision, as from the CPU to an accelerator."""
     x, y = data()
-    kept = _Carried(TensorBatches(x, y, 16), 2, TRAINING)
+    kept = Carried(TensorBatches(x, y, 16), 2, TRAINING)
     rows = TensorBatches(x, y, 16).order(0)[:16]
     kept.keep(0, 0, x[rows], 16)
-    other = _Carried(TensorBatches(x.double(), y, 16), 2, TRAINING)
+    other = Carried(TensorBatches(x.double(), y, 16), 2, TRAINING)
     other.load(kept.state())
     other.keep(0, 1, x.double()[:16], 16)
     start = other.start(1, 0, x.double()[:16], torch.Generator())
     assert start is not None
     assert start.dtype == torch.float64
     with pytest.raises(ValueError, match="images of 64 samples, the batches hold 20"):
-        _Carried(TensorBatches(x[:20], y[:20], 16), 2, TRAINING).load(kept.state())
+        Carried(TensorBatches(x[:20], y[:20], 16), 2, TRAINING).load(kept.state())
 
 
 @pytest.mark.parametrize(

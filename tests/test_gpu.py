@@ -26,9 +26,10 @@ from jiio_plugins import (
     optimize_input,
     solve_fixed_point,
 )
-from jiio_plugins._problem import ParameterVariable, Problem, Variable
 from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.models import load_pretrained
 from tests.helpers import PROBLEMS, Context, Net, PairNet, Series, rand
 

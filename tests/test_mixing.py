@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from jiio_plugins import Equilibrium, Joint, mixing, optimize_input
-from jiio_plugins._problem import Groups, Problem, Variable
-from jiio_plugins.mixing import QuasiNewton, Secants
+from jiio_plugins import Equilibrium, Joint, optimize_input
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Groups, Variable
+from jiio_plugins.methods import mixing
+from jiio_plugins.methods.mixing import QuasiNewton, Secants
 from tests.helpers import TIGHT, Net, PairNet, Series, TanhCell, linear, rand
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jiio_plugins import Anderson, Equilibrium, JacobianFree, count_evaluations
-from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.data.classification import load_digits, load_fashion_mnist
 from jiio_plugins.models import (
     ConvDEQClassifier,
     MDEQCell,

@@ -35,7 +35,8 @@ from jiio_plugins import (
     joint_solution,
     optimize_input,
 )
-from jiio_plugins._problem import Problem, Variable
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
 from tests.helpers import (
     Context,
     Elementwise,

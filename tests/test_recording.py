@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from jiio_plugins.recording import Recorded, Tape
+from jiio_learn2learn.recording import Recorded, Tape
 from tests.helpers import rand
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import jiio_plugins.methods
-import jiio_plugins.solvers
+import jiio_plugins.equilibrium.solvers
+import jiio_plugins.methods.base
 from jiio_plugins import (
     Anderson,
     Box,
@@ -28,10 +28,11 @@ from jiio_plugins import (
     LinfBall,
     Picard,
 )
-from jiio_plugins._problem import ParameterVariable, Problem, Variable
 from jiio_plugins.constraints import FeasibleSet
+from jiio_plugins.equilibrium.solvers import iterate
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.models import load_pretrained
-from jiio_plugins.solvers import iterate
 from tests.helpers import Context, Net, PairNet, Series, contraction
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Unread:
 
 @pytest.fixture(autouse=True)
 def unread_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (jiio_plugins.methods, jiio_plugins.solvers):
+    for module in (jiio_plugins.methods.base, jiio_plugins.equilibrium.solvers):
         monkeypatch.setattr(module, "HostFlag", Unread)
 
 

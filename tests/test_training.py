@@ -22,9 +22,9 @@ from jiio_plugins import (
     count_evaluations,
     optimize_input,
 )
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
+from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.models import load_pretrained
-from jiio_plugins.training import JointSolution, envelope_loss, joint_solution
 from tests.helpers import TIGHT, Net, PairNet, Series, rand
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ import torch
 from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 from torch import Tensor, nn
 
-from jiio_plugins.methods import Method
+from jiio_plugins.methods.base import Method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from art.estimators.classification import PyTorchClassifier
 
-    from jiio_plugins._problem import Problem
     from jiio_plugins.constraints import FeasibleSet
-    from jiio_plugins.methods import Callback, Path, Stop
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.methods.base import Callback, Path, Stop
 
 
 class RawInput(nn.Module):

@@ -19,8 +19,9 @@ from jiio_art import _inputs
 from jiio_art._model import Autocast, RawInput
 from jiio_art._params import check_count, check_trainable
 from jiio_art.attack import JIIOAttack
-from jiio_plugins.adversarial import TRAINING_METHOD, AdversarialTraining
-from jiio_plugins.fitting import TensorBatches, fit_adversarially
+from jiio_plugins.adversarial.batches import TensorBatches
+from jiio_plugins.adversarial.fit import fit_adversarially
+from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from art.data_generators import DataGenerator
 
-    from jiio_plugins.fitting import Batches, Interval, Metrics
-    from jiio_plugins.methods import Method
+    from jiio_plugins.adversarial.batches import Batches
+    from jiio_plugins.adversarial.fit import Interval, Metrics
+    from jiio_plugins.methods.base import Method
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class JIIOAdversarialTrainer(Trainer):
 
     Attributes:
         history: one dict per epoch of the last :meth:`fit`; see
-            :func:`jiio_plugins.fitting.fit_adversarially`.
+            :func:`jiio_plugins.adversarial.fit_adversarially`.
 
     Raises:
         TypeError, ValueError: bad parameters; the message says what is accepted.

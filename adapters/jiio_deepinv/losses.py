@@ -9,8 +9,8 @@ from deepinv.loss import Loss
 from torch import Tensor, nn
 
 from jiio_deepinv.reconstructor import JIIOReconstructor, evaluated
-from jiio_plugins._session import PenaltySession, SolveSession
-from jiio_plugins.equilibrium import running
+from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.joint.modes import PenaltySession, SolveSession
 
 
 def contraction(generator: nn.Module, u: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective, Pla
 from jiio_deepinv.likelihoods import per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
-from jiio_plugins._state import full_precision
-from jiio_plugins.methods import Joint
-from jiio_plugins.optimize import check_method, optimize_input, turn_of
-from jiio_plugins.solvers import Anderson, check_solver
+from jiio_plugins.equilibrium.solvers import Anderson, check_solver
+from jiio_plugins.equilibrium.state import full_precision
+from jiio_plugins.joint.guard import turn_of
+from jiio_plugins.methods.joint import Joint, check_method
+from jiio_plugins.optimize import optimize_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
     from deepinv.physics import Physics
     from deepinv.utils import TensorList
 
-    from jiio_plugins.methods import Method
+    from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.methods.base import Method
     from jiio_plugins.solution import Solution
-    from jiio_plugins.solvers import Solver
 
     Init = Tensor | Callable[[Any, Physics], Tensor]
 

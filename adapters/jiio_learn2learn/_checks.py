@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jiio_learn2learn.recording import tensors_in
 from jiio_plugins import Equilibrium
 from jiio_plugins.implicit import graph_of
-from jiio_plugins.recording import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jiio_learn2learn._task import Slots
-    from jiio_plugins.recording import Recorded
+    from jiio_learn2learn.recording import Recorded
 
 
 def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:

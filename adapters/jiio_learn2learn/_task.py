@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from jiio_plugins._problem import Groups, HeldProblem, Problem, Variable
+from jiio_plugins.joint.problem import HeldProblem, Problem
+from jiio_plugins.joint.variables import Groups, Variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -19,14 +19,14 @@ from learn2learn.data.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jiio_plugins.glyphs import load_glyphs
-from jiio_plugins.omniglot import load_omniglot
+from jiio_plugins.data.glyphs import load_glyphs
+from jiio_plugins.data.omniglot import load_omniglot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from jiio_plugins.tasks import ClassImages, Sinusoids
+    from jiio_plugins.data.tasks import ClassImages, Sinusoids
 
 
 class Tasksets(NamedTuple):
@@ -104,7 +104,7 @@ def glyph_tasksets(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Tasksets:
-    """Letters rendered from fonts, split by script; see :func:`jiio_plugins.glyphs.load_glyphs`."""
+    """Letters rendered from fonts, split by script; see :func:`jiio_plugins.data.load_glyphs`."""
     splits = {
         split: load_glyphs(split, fonts=fonts, size=size, seed=seed, cache=cache)
         for split in Tasksets._fields
@@ -123,7 +123,7 @@ def omniglot_tasksets(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Tasksets:
-    """Omniglot from torchvision's folder; see :func:`jiio_plugins.omniglot.load_omniglot`."""
+    """Omniglot from torchvision's folder; see :func:`jiio_plugins.data.load_omniglot`."""
     splits = {
         split: load_omniglot(root, split, size=size, rotations=rotations, seed=seed, cache=cache)
         for split in Tasksets._fields

@@ -24,23 +24,25 @@ from jiio_learn2learn._checks import (
     same_inputs,
 )
 from jiio_learn2learn._task import Slots, TaskVariable, frozen, kept
-from jiio_plugins._counting import count, count_evaluations, counting_into
-from jiio_plugins._problem import buffers_kept, same_randomness
-from jiio_plugins._session import NO_LAYER, SolveSession, StateLayout
-from jiio_plugins._state import is_count
-from jiio_plugins.adjoints import Implicit
+from jiio_learn2learn.recording import Recorded, Tape
 from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.equilibrium import current_session, running
-from jiio_plugins.implicit import Residuals, adjoint_solver, attach, warn_if_loose
-from jiio_plugins.methods import Joint
-from jiio_plugins.recording import Recorded, Tape
-from jiio_plugins.solvers import Anderson
+from jiio_plugins.equilibrium.adjoints import Implicit
+from jiio_plugins.equilibrium.counting import count, count_evaluations, counting_into
+from jiio_plugins.equilibrium.layer import current_session, running
+from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.equilibrium.state import StateLayout
+from jiio_plugins.implicit import adjoint_solver, attach, warn_if_loose
+from jiio_plugins.joint.guard import buffers_kept, same_randomness
+from jiio_plugins.joint.modes import NO_LAYER, SolveSession
+from jiio_plugins.methods.joint import Joint
+from jiio_plugins.utils.checks import is_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jiio_plugins.methods import Path
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.methods.base import Path
+    from jiio_plugins.solution import Residuals
 
 
 @dataclass
@@ -182,7 +184,7 @@ class JIIOLearner(BaseLearner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model at the current v, with every fixed point solved as the model itself does.
 
-        A clone's output is a :class:`jiio_plugins.recording.Recorded` tensor (or holds such).
+        A clone's output is a :class:`jiio_learn2learn.recording.Recorded` tensor (or holds such).
         """
         task = self._task
         if task is None:

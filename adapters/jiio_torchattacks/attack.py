@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from jiio_plugins._state import is_count
 from jiio_plugins.attacks import attack
-from jiio_plugins.methods import Joint, Method
+from jiio_plugins.methods.base import Method
+from jiio_plugins.methods.joint import Joint
+from jiio_plugins.utils.checks import is_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,10 +18,11 @@ from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
 from jiio_plugins import Anderson, Implicit, Solver
-from jiio_plugins._counting import count, count_rows, counting_into, open_counters
-from jiio_plugins._state import Layout, as_tensors
-from jiio_plugins.adjoints import Adjoint, CellMap, implicit_gate
-from jiio_plugins.equilibrium import EquilibriumLayer, current_session, full_precision_state
+from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate
+from jiio_plugins.equilibrium.cell import CellMap
+from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.equilibrium.layer import EquilibriumLayer, current_session, full_precision_state
+from jiio_plugins.equilibrium.state import Layout, as_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,11 +1,6 @@
 """Robustness figures that a sceptical reader accepts: several attacks, an independent judge."""
 
-from jiio_plugins.evaluation.gradients import (
-    Backpropagated,
-    layers_as,
-    through_intermediate,
-    through_unrolled,
-)
+from jiio_plugins.evaluation.attack import Attack
 from jiio_plugins.evaluation.report import (
     AttackResult,
     Interval,
@@ -15,12 +10,13 @@ from jiio_plugins.evaluation.report import (
     paired_shares,
     wilson,
 )
-from jiio_plugins.evaluation.robustness import Attack, robust_accuracy
-from jiio_plugins.evaluation.suites import (
-    default_suite,
-    engine_attack,
-    host_attack,
-    quick_suite,
+from jiio_plugins.evaluation.robustness import robust_accuracy
+from jiio_plugins.evaluation.suites import default_suite, engine_attack, host_attack, quick_suite
+from jiio_plugins.joint.modes import layers_as
+from jiio_plugins.methods.backpropagated import (
+    Backpropagated,
+    through_intermediate,
+    through_unrolled,
 )
 
 __all__ = [

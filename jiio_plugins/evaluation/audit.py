@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from jiio_plugins.adjoints import Implicit
 from jiio_plugins.attacks import attack, attack_objective, is_adversarial
-from jiio_plugins.evaluation.gradients import (
+from jiio_plugins.equilibrium.adjoints import Implicit
+from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.evaluation.report import Suspicion, paired_shares, wilson
+from jiio_plugins.joint.modes import layers_as
+from jiio_plugins.methods.backpropagated import (
     Backpropagated,
-    layers_as,
     through_intermediate,
     through_unrolled,
 )
-from jiio_plugins.evaluation.report import Suspicion, paired_shares, wilson
-from jiio_plugins.methods import Joint
-from jiio_plugins.solvers import Anderson
+from jiio_plugins.methods.joint import Joint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.evaluation.attack import Attack
     from jiio_plugins.evaluation.judge import Verdict
-    from jiio_plugins.evaluation.robustness import Attack
     from jiio_plugins.solution import Solution
-    from jiio_plugins.solvers import Solver
 
 Found = tuple[dict[str, Any], list[Suspicion]]
 

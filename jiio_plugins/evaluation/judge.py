@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins._problem import Problem, Variable
-from jiio_plugins._state import row_norm
 from jiio_plugins.attacks import attack_objective
 from jiio_plugins.constraints import Box
+from jiio_plugins.equilibrium.state import row_norm
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.solvers import Solver
 
 
 @dataclass(frozen=True)

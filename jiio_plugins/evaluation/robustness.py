@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from jiio_plugins._counting import count_evaluations
 from jiio_plugins.attacks import as_norm, check_inside
-from jiio_plugins.checkpoint import fingerprint
+from jiio_plugins.equilibrium.counting import count_evaluations
+from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.evaluation import audit as auditing
+from jiio_plugins.evaluation.attack import Attack, Run
 from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
-from jiio_plugins.optimize import check_input, unwrap
-from jiio_plugins.solvers import Anderson, Solver, check_solver
-
-GRADIENTS = ("implicit", "own", "unrolled", "intermediate", "none", "unknown")
-Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Attack:
-    """An attack of a suite.
-
-    Attributes:
-        name: unique in its suite.
-        run: ``run(model, x, y) -> x_adv``, for images and true labels. It gets the model in eval
-            mode with frozen parameters, and must stay in the ball and the box.
-        gradient: where its gradients come from: "implicit" (solves of its own: JIIO, the nested
-            loop), "own" (the model's backward pass), "unrolled", "intermediate", "none" (black box)
-            or "unknown". Warnings compare these.
-    """
-
-    name: str
-    run: Run
-    gradient: str = "unknown"
-
-    def __post_init__(self) -> None:
-        if not callable(self.run):
-            raise TypeError(f"run must be callable as run(model, x, y), got {self.run!r}")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(
-                f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}"
-            )
+from jiio_plugins.joint.inputs import check_input, unwrap
+from jiio_plugins.utils.checkpoint import fingerprint
 
 
 def robust_accuracy(

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from jiio_plugins.adapters import load_adapter
 from jiio_plugins.attacks import as_norm, attack
-from jiio_plugins.evaluation.gradients import (
+from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.evaluation.attack import Attack
+from jiio_plugins.hosts import load_adapter
+from jiio_plugins.methods.backpropagated import (
     Backpropagated,
     through_intermediate,
     through_unrolled,
 )
-from jiio_plugins.evaluation.robustness import Attack
-from jiio_plugins.methods import Joint, Method
-from jiio_plugins.nested import Nested
-from jiio_plugins.solvers import Anderson
+from jiio_plugins.methods.joint import Joint
+from jiio_plugins.methods.nested import Nested
 
 if TYPE_CHECKING:
     from jiio_plugins.attacks import Loss
+    from jiio_plugins.methods.base import Method
 
 HOST_NORMS = {2.0: "L2", float("inf"): "Linf"}
 Bound = float | Tensor | None

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from jiio_plugins import checkpoint
 from jiio_plugins.generative.config import CONFIG, Architecture, TrainConfig
+from jiio_plugins.utils import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jiio_plugins.data.images import SUFFIXES, read_files, to_unit
 from jiio_plugins.generative.config import CONFIG, check_penalty
 from jiio_plugins.generative.files import LATENTS, load_generator, save_latents
-from jiio_plugins.generative.images import SUFFIXES, read_files, to_unit
 from jiio_plugins.generative.latents import Fit, fit
 from jiio_plugins.generative.pictures import write_sheet
-from jiio_plugins.methods import Joint
+from jiio_plugins.methods.joint import Joint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

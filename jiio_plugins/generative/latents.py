@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from jiio_plugins.data.images import to_unit
+from jiio_plugins.envelope import joint_solution
 from jiio_plugins.generative.config import check_penalty
-from jiio_plugins.generative.images import to_unit
 from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.generative.step import SquaredError, WithLatent, with_step_size
-from jiio_plugins.methods import Joint
+from jiio_plugins.methods.joint import Joint
 from jiio_plugins.optimize import optimize_input
-from jiio_plugins.training import joint_solution
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
-    from jiio_plugins.methods import Method
+    from jiio_plugins.methods.base import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
 Prior = Literal["gaussian", "gmm"]

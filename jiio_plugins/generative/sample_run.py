@@ -10,22 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins._factory import build_network
-from jiio_plugins.checkpoint import fingerprint
+from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import metrics
 from jiio_plugins.generative.config import CONFIG, TrainConfig
-from jiio_plugins.generative.files import (
-    GENERATOR,
-    LATENTS,
-    about,
-    load_generator,
-    load_latents,
-)
-from jiio_plugins.generative.images import Images, load_images, to_unit
+from jiio_plugins.generative.files import GENERATOR, LATENTS, about, load_generator, load_latents
 from jiio_plugins.generative.latents import LatentPrior, Prior, decode, fit, fit_latents, fit_prior
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
+from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.factory import build_network
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.methods import Joint
-from jiio_plugins.regularization import jacobian_penalty
-from jiio_plugins.training import envelope_loss, joint_solution
+from jiio_plugins.envelope import envelope_loss, joint_solution
+from jiio_plugins.equilibrium.regularization import jacobian_penalty
+from jiio_plugins.methods.joint import Joint
 
 if TYPE_CHECKING:
     from jiio_plugins.generative.config import TrainConfig
-    from jiio_plugins.methods import Method
+    from jiio_plugins.methods.base import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from jiio_plugins.checkpoint import fingerprint
-from jiio_plugins.distributed import launch
+from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import files
 from jiio_plugins.generative.config import CONFIG, TrainConfig
-from jiio_plugins.generative.images import Images, load_images, to_unit
 from jiio_plugins.generative.latents import fit, fit_latents
 from jiio_plugins.generative.pictures import write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
+from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.distributed import launch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from jiio_plugins.generative.step import StepResult
-    from jiio_plugins.methods import Method
+    from jiio_plugins.methods.base import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
 _RESUMABLE = ("out", "resume", "epochs", "steps", "folder", "accelerator", "checkpoint_every")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.equilibrium.layer import Equilibrium
 
 if TYPE_CHECKING:
-    from jiio_plugins.adjoints import Adjoint
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.adjoints import Adjoint
+    from jiio_plugins.equilibrium.solvers import Solver
 
 
 class ConvCell(nn.Module):

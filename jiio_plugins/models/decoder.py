@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.equilibrium.layer import Equilibrium
 from jiio_plugins.models.mdeq import MDEQCell, check_sizes, make_contractive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jiio_plugins.adjoints import Adjoint
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.adjoints import Adjoint
+    from jiio_plugins.equilibrium.solvers import Solver
 
 
 class MDEQDecoder(nn.Module):

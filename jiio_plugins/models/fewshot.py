@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils.parametrize import is_parametrized
 
-from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.equilibrium.layer import Equilibrium
 from jiio_plugins.models.mdeq import MDEQCell, ResidualBlock, _norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jiio_plugins.adjoints import Adjoint
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.adjoints import Adjoint
+    from jiio_plugins.equilibrium.solvers import Solver
 
 
 _SKIP = 0.3  # weight of the state in a block, against the injection

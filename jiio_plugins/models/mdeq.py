@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from jiio_plugins.equilibrium import Equilibrium
+from jiio_plugins.equilibrium.layer import Equilibrium
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jiio_plugins.adjoints import Adjoint
-    from jiio_plugins.solvers import Solver
+    from jiio_plugins.equilibrium.adjoints import Adjoint
+    from jiio_plugins.equilibrium.solvers import Solver
 
     Activation = Callable[[], nn.Module]
 

@@ -9,7 +9,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 from jiio_art import JIIOAdversarialTrainer, JIIOAttack
 from jiio_plugins import Joint, count_evaluations
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 
 if TYPE_CHECKING:

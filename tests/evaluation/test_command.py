@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import save_file
 
-from jiio_plugins._cli import main
+from jiio_plugins.cli.main import main
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 
 if TYPE_CHECKING:

@@ -308,7 +308,7 @@ def test_nothing_of_the_callers_is_changed() -> None:
 
 
 def test_float32_images_on_the_shipped_classifier() -> None:
-    from jiio_plugins.data import load_digits
+    from jiio_plugins.data.classification import load_digits
 
     x, y = load_digits("test")
     ball: dict[str, Any] = {"eps": 0.5, "norm": 2.0}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Anderson
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.evaluation import default_suite, host_attack, quick_suite, robust_accuracy
 from jiio_plugins.models import load_pretrained
 from tests.helpers import Net

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jiio_plugins._cli import main
-from jiio_plugins.data import load_digits
+from jiio_plugins.cli.main import main
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.generative import (
     Architecture,
     TrainConfig,

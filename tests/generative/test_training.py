@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jiio_plugins import Anderson, Joint, checkpoint
-from jiio_plugins._cli import main
-from jiio_plugins.data import load_digits
+from jiio_plugins import Anderson, Joint
+from jiio_plugins.cli.main import main
+from jiio_plugins.data.classification import load_digits
+from jiio_plugins.envelope import envelope_loss, joint_solution
 from jiio_plugins.generative import Architecture, TrainConfig, fit, load_generator, train
 from jiio_plugins.generative.config import CONFIG
 from jiio_plugins.generative.files import (
@@ -32,14 +33,9 @@ from jiio_plugins.generative.files import (
 from jiio_plugins.generative.fit_files import fit_files
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.generative.sample_run import sample_run
-from jiio_plugins.generative.step import (
-    SquaredError,
-    TrainingStep,
-    WithLatent,
-    default_step_size,
-)
+from jiio_plugins.generative.step import SquaredError, TrainingStep, WithLatent, default_step_size
 from jiio_plugins.models import MDEQDecoder, load_pretrained
-from jiio_plugins.training import envelope_loss, joint_solution
+from jiio_plugins.utils import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Architecture(latent=(4,), channels=(4, 4), stride=1)
@@ -445,7 +441,7 @@ def test_default_step_size_by_the_sizes_of_latent_and_image(tmp_path: Path) -> N
 
 RANK = """
 import atexit, os, sys, torch, tyro
-from jiio_plugins._cli_generative import TrainGenerator
+from jiio_plugins.cli.generative import TrainGenerator
 from jiio_plugins.generative import train
 
 # what is registered first runs last: by then the process group must have been closed

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from jiio_plugins import Status
-from jiio_plugins._cli import main
-from jiio_plugins.data import load_digits
+from jiio_plugins.cli.main import main
+from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data.images import load_images, read_files, to_unit
 from jiio_plugins.generative import (
     Architecture,
     decode,
@@ -21,7 +22,6 @@ from jiio_plugins.generative import (
     sample_latents,
 )
 from jiio_plugins.generative.files import GENERATOR, LATENTS, save_generator, save_latents
-from jiio_plugins.generative.images import load_images, read_files, to_unit
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:

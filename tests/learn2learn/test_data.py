@@ -16,7 +16,7 @@ from jiio_learn2learn.data import (
     sinusoid_taskset,
     taskset,
 )
-from jiio_plugins.tasks import ClassImages, Sinusoids
+from jiio_plugins.data.tasks import ClassImages, Sinusoids
 
 
 def classes(count: int = 8, samples: int = 5) -> ClassImages:

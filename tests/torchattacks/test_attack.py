@@ -25,7 +25,7 @@ from jiio_plugins import (
     attack_objective,
     count_evaluations,
 )
-from jiio_plugins.data import load_digits
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
 from jiio_torchattacks import JIIO
 from tests.helpers import TanhCell, independent_output, linear, rand

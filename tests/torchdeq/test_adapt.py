@@ -35,8 +35,8 @@ from jiio_plugins import (
     count_evaluations,
     optimize_input,
 )
-from jiio_plugins.adversarial import AdversarialTraining
-from jiio_plugins.data import load_digits
+from jiio_plugins.adversarial.step import AdversarialTraining
+from jiio_plugins.data.classification import load_digits
 from jiio_plugins.evaluation import layers_as
 from jiio_torchattacks import JIIO
 from jiio_torchdeq import adapt

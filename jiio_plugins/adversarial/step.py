@@ -1,0 +1,372 @@
+"""Adversarial training of an equilibrium classifier: one step, for any training loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from jiio_plugins.attacks import BALLS, as_norm, check_inside
+from jiio_plugins.constraints import Box, Constraint, Intersection
+from jiio_plugins.envelope import (
+    FlatState,
+    JointSolution,
+    Refine,
+    envelope_pass,
+    joint_solution,
+    refiner,
+)
+from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.state import StateLayout
+from jiio_plugins.joint.modes import PenaltySession, SolveSession
+from jiio_plugins.methods.base import Method, Progress
+from jiio_plugins.methods.joint import Joint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    LossRows = Callable[[Any, Tensor], Tensor]
+
+
+# Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
+# converged. Of the warm-up two will do: the loss found is the same.
+TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
+
+
+# From images that an earlier search left, which are hard already. Steps of ε from the first to the
+# last: there is nothing to explore. With fewer than three the model learns to beat the search.
+CARRIED_METHOD = Joint(
+    max_iter=3, warmup=3, adjoint_warmup=2, relaxation=1.2, step_size=1.0, final_step_size=1.0
+)
+
+
+CARRIED_REFINE = (3, 0)  # z follows the last step on x, as long as the others
+
+
+def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per sample, ``(batch,)``."""
+    return cross_entropy(output, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class AdversarialStep:
+    """What one training step computed.
+
+    Attributes:
+        loss: scalar with a graph: call ``backward()``.
+        robust: attacked samples classified correctly at their adversarial example, ``(attacked,)``;
+            the first ones of the batch.
+        clean: the same at the image itself; None where the step never looked there (random or
+            carried starts without TRADES).
+        solution: of the inner problem; ``solution.x`` are the adversarial examples.
+        residual: relative residual of z where the gradient is taken, ``(batch,)``: after the
+            refinement of z; without one that of the search, from before its last step on x.
+        penalty: the Jacobian penalty, a detached scalar; None without one.
+    """
+
+    loss: Tensor
+    robust: Tensor
+    clean: Tensor | None
+    solution: JointSolution
+    residual: Tensor
+    penalty: Tensor | None = None
+    _passed: _Passed | None = field(default=None, repr=False)
+
+    def ahead(self) -> Tensor:
+        """The examples one step of ε further, where the next search for these samples may start.
+
+        The pass that makes the gradient of the parameters makes that of its input as well, at the
+        best z and μ of the step, so this step costs no evaluation of f and no VJP.
+
+        Returns:
+            ``project(x + ε d)``, shaped like x; d is the direction of length one in which the loss
+            rises fastest. A sample that was not attacked stays where it is.
+
+        Raises:
+            RuntimeError: ``loss.backward()`` has not been called, or not with ``ahead=True``.
+
+        Source: the gradient of a parameter update put to use for the input, Shafahi et al.,
+        "Adversarial training for free!" (NeurIPS 2019).
+        """
+        if self._passed is None:
+            raise RuntimeError(
+                "ahead() needs the gradient at the examples: training(..., ahead=True)"
+            )
+        return self._passed.ahead()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining:
+    """``min_θ mean_i max_{x_i ∈ C_i} L(model_θ(x_i), y_i)``, the inner problem solved jointly.
+
+    ``C_i = {‖x − x_i‖_p ≤ ε, lower ≤ x ≤ upper}``. Where the joint loop ends, the gradient is one
+    more VJP (:func:`jiio_plugins.envelope_loss`). With TRADES the loss is
+    ``L(model(x_i), y_i) + β max_x KL(p(x_i) ‖ p(x))`` instead; its clean pass uses the solver and
+    the gradient rule that the layer carries.
+
+    Args:
+        norm: 1, 2 or inf.
+        eps: ε in the units of x.
+        lower: pixel box, a number or broadcastable to x; None: no bound.
+        upper: likewise.
+        method: of the inner problem; if not given,
+            ``Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)``: short, and with less
+            over-relaxation than an attack, which keeps z nearer to its fixed point while it is
+            trained.
+        random_start: start in the ball at random instead of at the image; TRADES always does.
+        ratio: share of each batch that is attacked; the rest stays clean.
+        trades: β; None: no TRADES.
+        refine: see :func:`jiio_plugins.envelope_loss`.
+        jacobian_weight: weight γ of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate
+            of the joint loop, which keeps the cell easy to solve.
+        jacobian_probes: of that estimate.
+        loss: ``loss(output, labels) -> (batch,)``.
+
+    Example:
+        >>> training = AdversarialTraining(norm=2, eps=1.0, lower=0.0, upper=1.0)
+        >>> step = training(model, x, y)
+        >>> optimizer.zero_grad()
+        >>> step.loss.backward()
+        >>> optimizer.step()
+
+    Raises:
+        TypeError, ValueError: bad parameters or input.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3; Madry et al. (ICLR
+    2018); TRADES: Zhang et al. (ICML 2019), eq. 5; penalty: Bai, Koltun and Kolter (ICML 2021).
+    """
+
+    norm: float
+    eps: float
+    lower: float | Tensor | None = None
+    upper: float | Tensor | None = None
+    method: Method = TRAINING_METHOD
+    random_start: bool = False
+    ratio: float = 1.0
+    trades: float | None = None
+    refine: Refine = 0
+    jacobian_weight: float = 0.0
+    jacobian_probes: int = 1
+    loss: LossRows = cross_entropy_rows
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", as_norm(self.norm))
+        eps: object = self.eps
+        if not isinstance(eps, Real):
+            raise TypeError(
+                f"eps must be a number, the same for all samples, got {type(self.eps).__name__}"
+            )
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be finite and not negative, got {self.eps}")
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method must be Joint(...) or Nested(...), got {self.method!r}")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+        for name in ("trades", "jacobian_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.jacobian_probes < 1:
+            raise ValueError(f"jacobian_probes must be at least 1, got {self.jacobian_probes}")
+        refiner(self.refine, torch.float32)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        wrapped: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+        ahead: bool = False,
+    ) -> AdversarialStep:
+        """The loss of one batch.
+
+        Args:
+            model: returns logits ``(batch, classes)``, or what ``loss`` takes. The search runs in
+                eval mode, the passes with gradients keep the flags as they are.
+            x: images ``(batch, ...)`` inside the box.
+            labels: ``(batch,)``, or what ``loss`` takes; the default also takes probabilities
+                ``(batch, classes)``.
+            wrapped: what the passes with parameter gradients call, if that is not the model itself:
+                a wrapper of it for several processes. A DistributedDataParallel model needs none.
+            generator: of random starts, the Jacobian penalty and its iterate, on x's device; None:
+                the global one.
+            start: where the search starts, shaped like x, projected on the set: the images that an
+                earlier search for the same samples ended with. See :meth:`carried`.
+            ahead: let ``loss.backward()`` leave what :meth:`AdversarialStep.ahead` needs.
+        """
+        if len(labels) != len(x):
+            raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {len(labels)}")
+        outer = model if wrapped is None else wrapped
+        attacked = math.ceil(self.ratio * len(x))
+        region = self.region(x, attacked)
+        clean = state = None
+        if start is None:
+            start = self.start(x, generator, region)
+        if self.trades is not None:
+            session = SolveSession()  # each layer's own solver and gradient rule
+            with running(session):
+                clean = outer(x)
+            state = FlatState(StateLayout(session.layouts), torch.cat(session.z, dim=1).detach())
+        search = self.adversary(labels, None if clean is None else clean.detach())
+        iterate = _RandomIterate(self.method.max_iter, generator) if self.jacobian_weight else None
+        solution = joint_solution(
+            model, x, search, method=self.method, constraint=region, start=start, state=state,
+            callback=iterate,
+        )  # fmt: skip
+        passed = _Passed(solution.x, region, x, self.eps) if ahead else None
+        values, output, residual = envelope_pass(
+            outer,
+            solution if passed is None else replace(solution, x=passed.x),
+            self.adversary(labels, clean),
+            refine=self.refine,
+        )
+        total = -values.mean()
+        if self.trades is not None:
+            total = self._loss(clean, labels).mean() + self.trades * total
+        penalty = None
+        if iterate is not None:
+            states = solution.flat.layout.split(iterate.z)
+            pass_ = PenaltySession(states, self.jacobian_probes, generator)
+            with running(pass_):
+                outer(iterate.x.reshape(x.shape))
+            penalty = pass_.value
+            total = total + self.jacobian_weight * penalty
+        if clean is None and start is None:
+            clean = search.first
+        return AdversarialStep(
+            loss=total,
+            robust=_correct(output, labels)[:attacked],
+            clean=None if clean is None else _correct(clean, labels),
+            solution=solution,
+            residual=solution.z_residual if residual is None else residual,
+            penalty=None if penalty is None else penalty.detach(),
+            _passed=passed,
+        )
+
+    def carried(self) -> AdversarialTraining:
+        """The step for searches that take up earlier ones, by ``start=``.
+
+        The same with ``method=Joint(max_iter=3, warmup=3, adjoint_warmup=2, relaxation=1.2,
+        step_size=1.0, final_step_size=1.0)`` and, if there is no ``refine``, ``refine=(3, 0)``.
+        Measured under L2 balls.
+
+        Source: Zheng, Zhang, Gu, Chellappa and Luo, "Efficient adversarial training with
+        transferable adversarial examples" (CVPR 2020).
+        """
+        return replace(self, method=CARRIED_METHOD, refine=self.refine or CARRIED_REFINE)
+
+    def start(
+        self, x: Tensor, generator: torch.Generator | None = None, region: Constraint | None = None
+    ) -> Tensor | None:
+        """Where a search starts by itself, in ``region(x)`` or the one given; None: at x."""
+        if not self.random_start and self.trades is None:
+            return None
+        region = self.region(x) if region is None else region
+        return region.bind(x.detach()).sample(generator).reshape(x.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters as plain values; the loss by its name, or how it prints."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        name = getattr(self.loss, "__name__", repr(self.loss))
+        for key in ("method", "lower", "upper", "refine"):
+            values[key] = repr(values[key])
+        return {**values, "loss": name}
+
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        try:
+            return self.loss(output, labels)
+        except IndexError as error:
+            raise ValueError(
+                f"the loss does not take these labels for logits of shape {tuple(output.shape)}: "
+                f"{error} Integer labels go from 0 to classes - 1"
+            ) from error
+
+    def adversary(self, labels: Tensor, clean: Tensor | None = None) -> _Adversary:
+        """The objective of the inner problem; with clean logits that of TRADES."""
+        if clean is None:
+            return _Adversary(lambda output: self._loss(output, labels))
+        target = log_softmax(clean, dim=1)
+
+        def divergence(output: Tensor) -> Tensor:
+            own = log_softmax(output, dim=1)
+            return kl_div(own, target, reduction="none", log_target=True).sum(1)
+
+        return _Adversary(divergence)
+
+    def region(self, x: Tensor, attacked: int | None = None) -> Constraint:
+        """Ball and box around x; rows from ``attacked`` on have a ball of radius 0."""
+        radius: float | Tensor = self.eps
+        if attacked is not None and attacked < len(x):
+            radius = self.eps * (torch.arange(len(x), device=x.device) < attacked).to(x.dtype)
+        sets: list[Constraint] = [BALLS[self.norm](radius, x.detach())]
+        if self.lower is not None or self.upper is not None:
+            low = -math.inf if self.lower is None else self.lower
+            high = math.inf if self.upper is None else self.upper
+            check_inside(x, low, high)
+            sets.append(Box(low, high))
+        return Intersection(*sets)
+
+
+class _Passed:
+    """The examples as the pass with gradients saw them, and where they may go from there."""
+
+    def __init__(self, x: Tensor, region: Constraint, images: Tensor, eps: float) -> None:
+        self.x = x.detach().requires_grad_()
+        self.region, self.images, self.eps = region, images, eps
+
+    def ahead(self) -> Tensor:
+        """See :meth:`AdversarialStep.ahead`."""
+        if self.x.grad is None:
+            raise RuntimeError(
+                "ahead() finds no gradient at the examples: call loss.backward() first; if it was "
+                "called, the model detaches its input"
+            )
+        set_ = self.region.bind(self.images.detach())
+        v, gradient = self.x.detach().flatten(1), self.x.grad.flatten(1)
+        # a gradient scaler may let a pass overflow, and skips the parameters' step then
+        broken = ~torch.isfinite(gradient).all(1, keepdim=True)
+        direction = set_.descent_direction(-gradient.masked_fill(broken, 0), v)
+        return set_.project(v + self.eps * direction).reshape(self.x.shape)
+
+
+class _Adversary:
+    """The objective of the inner problem, minus what the adversary maximises.
+
+    Attributes:
+        first: the first output it saw, that of where the search started; None before.
+    """
+
+    def __init__(self, maximised: Callable[[Tensor], Tensor]) -> None:
+        self.maximised = maximised
+        self.first: Tensor | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = output.detach()
+        return -self.maximised(output)
+
+
+class _RandomIterate:
+    """A callback that keeps one iterate of the loop, drawn beforehand."""
+
+    def __init__(self, iterations: int, generator: torch.Generator | None) -> None:
+        device = "cpu" if generator is None else generator.device
+        drawn = torch.randint(iterations, (), generator=generator, device=device)
+        self.chosen = int(drawn)
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.iteration <= self.chosen:  # the loop may end before it
+            self.x, self.z = progress.v.detach(), progress.z.detach()
+
+
+def _correct(output: Tensor, labels: Tensor) -> Tensor:
+    likeliest = labels.argmax(1) if labels.is_floating_point() and labels.ndim == 2 else labels
+    return output.detach().argmax(1) == likeliest

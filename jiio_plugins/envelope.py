@@ -1,0 +1,274 @@
+"""Training through a joint solution: the loop without its verification, and its gradient.
+
+A model trained against an optimised input (adversarial training), or to let an optimised input fit
+(a generator and its latents), needs ``d/dθ min_x ℓ(h(z*))``. By the envelope theorem the minimiser
+x is held constant, and where the joint loop ends its z and μ are there already: the gradient is one
+more VJP, of ``ℓ(h(z)) + μᵀ f(z, x)`` with respect to θ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.constraints import FeasibleSet, check_constraint
+from jiio_plugins.equilibrium.counting import count, counting_into
+from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.solvers import Anderson, Solver
+from jiio_plugins.joint.guard import undisturbed
+from jiio_plugins.joint.inputs import check_gradients_possible, check_input, unwrap
+from jiio_plugins.joint.modes import EnvelopeSession
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
+from jiio_plugins.methods.joint import check_method
+from jiio_plugins.utils.checks import is_count
+
+if TYPE_CHECKING:
+    from jiio_plugins.constraints import Constraint
+    from jiio_plugins.equilibrium.state import StateLayout
+    from jiio_plugins.joint.problem import Objective
+    from jiio_plugins.methods.base import Callback, Method, Stop
+
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+Refine = int | tuple[int, int] | Solver
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """All layers' states side by side, for a later pass of the same rows.
+
+    Attributes:
+        layout: how they are packed.
+        z: ``(rows, n)``.
+        mu: ``(rows, n)``, or None where none is known.
+        jz_mu: ``J_zᵀ μ``, likewise.
+    """
+
+    layout: StateLayout
+    z: Tensor
+    mu: Tensor | None = None
+    jz_mu: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """Where the joint loop ended, not verified.
+
+    Attributes:
+        x: the optimised input, in the constraint set.
+        z: the state there, as the cell has it (a tuple over layers if there are several).
+        costate: the adjoint μ in the layout of ``z``, from before the last step on x.
+        loss: running objective at the last iterate that was evaluated, ``(batch,)``.
+        z_residual: ‖f(z) − z‖ / ‖f(z)‖ there, ``(batch,)``.
+        costate_residual: the same of the adjoint equation, ``(batch,)``.
+        iterations: of the loop, ``(batch,)``.
+        f_evals: evaluations of f, ``(batch,)``.
+        vjps: vector-Jacobian products, ``(batch,)``.
+        flat: z and μ as the engine keeps them.
+    """
+
+    x: Tensor
+    z: Any
+    costate: Any
+    loss: Tensor
+    z_residual: Tensor
+    costate_residual: Tensor
+    iterations: Tensor
+    f_evals: Tensor
+    vjps: Tensor
+    flat: FlatState = field(repr=False)
+
+
+def joint_solution(
+    model: nn.Module,
+    x: Tensor,
+    objective: Objective,
+    *,
+    method: Method | None = None,
+    constraint: Constraint | None = None,
+    start: Tensor | JointSolution | None = None,
+    state: FlatState | None = None,
+    training_mode: bool = False,
+    stop: Stop | None = None,
+    callback: Callback | None = None,
+) -> JointSolution:
+    """``min_x ℓ(h(z*))  s.t.  z* = f(z*, x),  x ∈ C`` as in training: the loop alone.
+
+    :func:`jiio_plugins.optimize_input` judges its result by independent solves, which cost more
+    than the loop. A training step needs no judgement: x is only a hard example, and
+    :func:`envelope_loss` makes the gradient from the z and μ that the loop ended with.
+
+    Args:
+        model: see :func:`jiio_plugins.optimize_input`; DistributedDataParallel is unwrapped.
+        x: input ``(batch, ...)``; a ball's centre unless it names another.
+        objective: ``objective(output) -> (batch,)``, minimised; to attack, minus the loss.
+        method: :class:`jiio_plugins.Joint` (default) or :class:`jiio_plugins.Nested`.
+        constraint: see :func:`jiio_plugins.optimize_input`.
+        start: where x starts, shaped like x, projected on the set; None: at x. An earlier
+            :class:`JointSolution` of the same rows: its x, z and μ are carried on.
+        state: where z (and μ) start, such as ``solution.flat`` of the same rows; None: those of
+            ``start``, or from scratch.
+        training_mode: see :func:`jiio_plugins.optimize_input`.
+        stop: likewise.
+        callback: likewise.
+
+    Returns:
+        A :class:`JointSolution`, the last iterate.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Not for: judging robustness, or anything else that reports the loss it reached.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), sections 3.2 and 3.3.
+    """
+    method, constraint = check_method(method), check_constraint(constraint)
+    model = unwrap(model)
+    check_gradients_possible("joint_solution")
+    x = check_input(x)
+    if not len(x):
+        raise ValueError("x holds no samples: a training step needs at least one")
+    first = _start(x, start)
+    variable = Variable(model, x)
+    flat = x.detach().reshape(len(x), -1)
+    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach()).detach()
+    v = feasible.project(first.reshape(len(x), -1).clone())  # a search may end in its start
+    problem = Problem(variable, objective, len(x), splits=not training_mode)
+    problem.starts_at(v)
+    if state is None and isinstance(start, JointSolution):
+        state = start.flat
+    if state is not None:
+        if len(state.z) != len(x):
+            raise ValueError(f"state must be of the rows of x, {len(x)}, got {len(state.z)}")
+        problem.layout, problem.z_start, problem.jz_mu_start = state.layout, state.z, state.jz_mu
+    with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
+        path = method.run(problem, feasible, v, stop, callback)
+    count(f_evals=problem.f_evals, vjps=problem.vjps, residual=path.z_residual)
+    assert problem.layout is not None
+    z, mu, jz_mu = path.z.detach(), path.mu.detach(), path.jz_mu.detach()
+    return JointSolution(
+        x=variable.unflatten(path.v),
+        z=problem.layout.unpack(z),
+        costate=problem.layout.unpack(mu),
+        loss=path.loss_last,
+        z_residual=path.z_residual,
+        costate_residual=path.mu_residual,
+        iterations=path.iterations,
+        f_evals=problem.f_evals,
+        vjps=problem.vjps,
+        flat=FlatState(problem.layout, z, mu, jz_mu),
+    )
+
+
+def _start(x: Tensor, start: Tensor | JointSolution | None) -> Tensor:
+    if start is None:
+        return x.detach()
+    tensor = start.x if isinstance(start, JointSolution) else start
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"start must be a tensor or a JointSolution, got {type(tensor).__name__}")
+    tensor = check_input(tensor, "start")
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"start must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+    return tensor.detach().to(x)
+
+
+def envelope_loss(
+    model: nn.Module,
+    solution: JointSolution,
+    objective: Objective,
+    *,
+    refine: Refine = 0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The optimised objective as a differentiable function of the model's parameters.
+
+    ``∇_θ min_x ℓ = ∂ℓ/∂θ + μᵀ ∂f/∂θ`` at the solution's (z, x), both held constant, where μ takes
+    one step ``μ = J_zᵀμ + ∂ℓ/∂z`` on from the loop's; the state the head sees is ``f(z, x)``. That
+    is one evaluation of f and one VJP. The result is an ordinary tensor: take its negative (the
+    attacker minimises minus the loss), scale it, add to it, call ``backward()``. Whatever else
+    ``objective`` uses that requires grad gets its gradient too.
+
+    Args:
+        model: called as ``model(solution.x)``, train/eval flags as they are. Give the
+            DistributedDataParallel (or other) wrapper here, so that it sees the pass.
+        solution: of :func:`joint_solution` for this model.
+        objective: the one that was minimised, ``objective(output) -> (batch,)``.
+        refine: further steps on z before the pass and on μ in its backward, at most so many of
+            each, warm-started at the solution's; a pair ``(on z, on μ)``; or the solver that takes
+            them. A model with several equilibrium layers takes one step on μ at least.
+        reduction: "mean", "sum" or "none" over the batch.
+
+    Returns:
+        A scalar, or ``(batch,)`` with "none".
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Not for: second derivatives, and gradients with respect to x.
+
+    Source: envelope (Danskin's) theorem; Gurumurthy et al. (NeurIPS 2021), section 3.3.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    value, _, _ = envelope_pass(model, solution, objective, refine=refine)
+    if reduction == "none":
+        return value
+    return value.mean() if reduction == "mean" else value.sum()
+
+
+def envelope_pass(
+    model: nn.Module, solution: JointSolution, objective: Objective, *, refine: Refine = 0
+) -> tuple[Tensor, Any, Tensor | None]:
+    """The loss of :func:`envelope_loss` per sample, the model's output, and how well z settled.
+
+    That is its relative residual after the refinement, ``(batch,)``; None without one.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(solution, JointSolution):
+        raise TypeError(
+            f"solution must come from joint_solution(...), got {type(solution).__name__}"
+        )
+    flat = solution.flat
+    assert flat.mu is not None
+    assert flat.jz_mu is not None
+    session = EnvelopeSession(
+        flat.layout.split(flat.z),
+        flat.layout.split(flat.mu),
+        flat.layout.split(flat.jz_mu),
+        refiner(refine, flat.z.dtype),
+    )
+    with running(session):
+        output = model(solution.x)
+    rows = len(solution.x)
+    problem_value = objective(output)
+    if not isinstance(problem_value, Tensor) or problem_value.shape != (rows,):
+        got = getattr(problem_value, "shape", type(problem_value).__name__)
+        raise ValueError(
+            f"objective(output) must return one value per row, shape ({rows},), got {got}"
+        )
+    session.watch(problem_value)
+    return problem_value, output, session.residual
+
+
+def refiner(refine: Refine, dtype: torch.dtype) -> tuple[Solver | None, Solver | None]:
+    """The solvers on z and on μ that ``refine=`` stands for; None for no steps."""
+    if isinstance(refine, Solver):
+        return refine, refine
+    steps: Any = refine if isinstance(refine, tuple | list) else (refine, refine)
+    if len(steps) != 2 or not all(is_count(n, 0) for n in steps):
+        raise ValueError(
+            "refine must be a number of steps >= 0, a pair of them (on z, on μ) or a solver, got "
+            f"{refine!r}"
+        )
+    tol = 1e-10 if dtype == torch.float64 else 1e-5
+    of_state, of_adjoint = (Anderson(max_iter=int(n), tol=tol) if n else None for n in steps)
+    return of_state, of_adjoint

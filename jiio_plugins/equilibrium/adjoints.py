@@ -1,0 +1,258 @@
+"""How gradients pass a fixed point ``z* = f(z*, u)``.
+
+For a loss ``ℓ(z*)`` with ``g = ∂ℓ/∂z*`` the exact gradient is ``dℓ/du = (∂f/∂u)ᵀ μ`` where the
+adjoint μ solves ``μ = J_zᵀ μ + g`` (implicit function theorem).
+"""
+
+from __future__ import annotations
+
+import abc
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.equilibrium.solvers import FlatSolution, Solver, check_positive, iterate
+from jiio_plugins.utils.checks import check_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from jiio_plugins.equilibrium.cell import CellMap
+
+    Reenter = Callable[[], AbstractContextManager[Any]]
+
+
+class Adjoint(abc.ABC):
+    """A gradient rule for an equilibrium."""
+
+    @abc.abstractmethod
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """The flat equilibrium of ``f`` from ``z0``, connected to the graph of ``f``."""
+
+
+def solve_counted(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
+    """Solve from the flat ``z0``, without a graph; open counters learn of it."""
+    result = iterate(f, z0, solver)
+    count(f_evals=result.evals, residual=result.residual)
+    return result
+
+
+def _counting_backward(z: Tensor, steps: int) -> Tensor:
+    """``z``, whose backward pass counts its ``steps`` vector-Jacobian products a row."""
+    counters = open_counters()  # backward may run in another thread
+
+    def report(g: Tensor) -> None:
+        with counting_into(counters):
+            count(vjps=steps * count_rows(len(g), g.device))
+
+    if z.requires_grad:
+        z.register_hook(report)
+    return z
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(Adjoint):
+    """The exact gradient: solves ``μ = J_zᵀ μ + g`` to the solver's tolerance.
+
+    Memory does not depend on the number of iterations of either solve.
+
+    Args:
+        solver: for the adjoint equation; None: the layer's own.
+
+    Not for: second derivatives (``create_graph=True`` raises).
+
+    Source: Bai, Kolter and Koltun (NeurIPS 2019), theorem 1.
+    """
+
+    solver: Solver | None = None
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then one evaluation with it."""
+        solved = solve_counted(f, z0, solver)
+        if not torch.is_grad_enabled():
+            return solved.fz
+        z = solved.z.detach().requires_grad_()
+        fz = f(z)
+        count(f_evals=count_rows(len(z), z.device))
+        if not fz.requires_grad:
+            return fz
+        out: Tensor = implicit_gate(fz, z, f, self.solver or solver)
+        return out
+
+
+class _AdjointMap:
+    """``μ -> J_zᵀ μ + g`` with J at a fixed ``(z, u)``, through the graph of one evaluation."""
+
+    # restricting evaluates f anew, so it must save more than in a forward solve
+    compact_below = 0.5
+
+    def __init__(
+        self,
+        f: CellMap | None,
+        fz: Tensor,
+        z: Tensor,
+        g: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.f, self.fz, self.z, self.g, self.autocast = f, fz, z, g, autocast
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        grads = torch.autograd.grad(self.fz, self.z, mu, retain_graph=True, materialize_grads=True)
+        return grads[0] + self.g
+
+    def restrict(self, rows: Tensor) -> _AdjointMap | None:
+        f = None if self.f is None else self.f.restrict(rows)
+        if f is None:
+            return None
+        f.injection = tuple(u.detach() if isinstance(u, Tensor) else u for u in f.injection)
+        z = self.z[rows].detach().requires_grad_()
+        with torch.enable_grad(), self.autocast():
+            fz = f(z)
+        count(f_evals=count_rows(len(z), z.device))
+        return _AdjointMap(f, fz, z, self.g[rows], self.autocast)
+
+
+def _autocast_now(kind: str) -> Reenter:
+    """What brings back the autocast state that holds here, for a device of this kind."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    return partial(
+        torch.autocast,
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+    )
+
+
+def implicit_gate(
+    fz: Tensor,
+    z: Tensor,
+    f: CellMap,
+    solver: Solver | None,
+    warm_start: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``fz``, whose backward passes the adjoint μ on instead of the incoming gradient g.
+
+    Args:
+        fz: ``f(z)`` with its graph.
+        z: flat state that requires grad.
+        f: the map.
+        solver: of the adjoint equation; None: μ is ``warm_start(g)`` as it is.
+        warm_start: where the adjoint solve starts, a function of g; None: at g.
+    """
+    # a function may come to hold what is made of the output: a cycle that nothing would free
+    kept = f if isinstance(f.cell, nn.Module) else None
+    out: Tensor = _ImplicitGate.apply(fz, z, kept, solver, warm_start)
+    return out
+
+
+class _ImplicitGate(torch.autograd.Function):
+    """Identity forward; backward replaces the incoming gradient g by the adjoint μ."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fz: Tensor,
+        z: Tensor,
+        f: CellMap | None,
+        solver: Solver | None,
+        warm_start: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        # fz and z are kept as attributes: they are the graph that backward differentiates, and
+        # neither refers to this node, so nothing is kept alive beyond it
+        ctx.f, ctx.fz, ctx.z, ctx.solver, ctx.warm_start = f, fz, z, solver, warm_start
+        ctx.counters = open_counters()  # backward may run in another thread, out of autocast
+        ctx.autocast = _autocast_now(fz.device.type)
+        return fz.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would raise only where g depends on x
+            raise RuntimeError(
+                "Implicit() gives first derivatives only, but create_graph=True asks for a "
+                "gradient that can be differentiated again: use adjoint=Unrolled(...) for that, or "
+                "jiio_plugins.evaluation.layers_as(adjoint=Unrolled(...))"
+            )
+        start = g if ctx.warm_start is None else ctx.warm_start(g)
+        with counting_into(ctx.counters):
+            if ctx.solver is None:
+                count(vjps=count_rows(len(g), g.device))
+                return start, None, None, None, None
+            result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), start, ctx.solver)
+            count(vjps=result.evals + 1)  # one more carries μ on to the injection
+        # after a few steps from a warm start the last one's image counts; it costs nothing
+        mu = result.z if ctx.warm_start is None else result.fz
+        return mu, None, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phantom(Adjoint):
+    """Phantom gradient: differentiate through ``steps`` damped evaluations at the equilibrium.
+
+    Cheaper than :class:`Implicit` and biased; meant for training.
+
+    Args:
+        steps: evaluations with a graph.
+        damping: ``z⁺ = (1 − damping) z + damping f(z)``.
+
+    Source: Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models" (NeurIPS 2021).
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_counts(self, steps=1)
+        check_positive("damping", self.damping, 1.0)
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then ``steps`` evaluations with it."""
+        z = solve_counted(f, z0, solver).z.detach()
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping)
+        count(f_evals=self.steps * count_rows(len(z), z.device))
+        return _counting_backward(z, self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacobianFree(Adjoint):
+    """Jacobian-free gradient: replace ``(I − J)⁻¹`` by the identity, ``dℓ/du ≈ (∂f/∂u)ᵀ g``.
+
+    Source: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks" (AAAI 2022).
+    """
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Solve without a graph, then one evaluation with it."""
+        return Phantom(steps=1, damping=1.0).forward(f, z0, solver)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Adjoint):
+    """Differentiate through ``steps`` plain iterations from the initial state.
+
+    The layer's solver is unused.
+
+    Memory grows with ``steps``. For checks of other gradients and for attacks that must not trust
+    an implicit one.
+    """
+
+    steps: int = 30
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_counts(self, steps=1)
+        check_positive("damping", self.damping, 1.0)
+
+    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
+        """Plain iterations, all in the graph."""
+        z = z0
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)
+        count(f_evals=self.steps * count_rows(len(z), z.device))
+        return _counting_backward(z, self.steps)

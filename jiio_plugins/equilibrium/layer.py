@@ -1,0 +1,149 @@
+"""The equilibrium layer: a fixed point inside an ordinary network.
+
+Outside an optimisation it solves ``z = cell(z, u)`` and attaches a gradient. Inside one it has a
+*joint mode*: a session (:mod:`jiio_plugins.joint.modes`) decides what a visit to the layer does.
+The session belongs to the running optimisation; nothing is ever stored in the module. A layer of
+another library has a joint mode as soon as it asks :func:`current_session` too.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit
+from jiio_plugins.equilibrium.cell import CellMap
+from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
+from jiio_plugins.equilibrium.state import Layout, as_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Rules(Protocol):
+    """What a layer does where a session leaves it to the layer."""
+
+    solver: Solver
+    adjoint: Adjoint
+
+
+class Session(Protocol):
+    """Decides what an equilibrium layer answers while an optimisation runs."""
+
+    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+        """The state that ``layer`` returns; ``z0`` gives its initial state when called."""
+
+
+_session: ContextVar[Session | None] = ContextVar("jiio_session", default=None)
+
+
+@contextmanager
+def running(session: Session) -> Iterator[None]:
+    """Put every equilibrium layer called in this block (and thread) into joint mode."""
+    token = _session.set(session)
+    try:
+        yield
+    finally:
+        _session.reset(token)
+
+
+def current_session() -> Session | None:
+    """The session that decides here what equilibrium layers do; None outside an optimisation."""
+    return _session.get()
+
+
+def full_precision_state(state: Any) -> Any:
+    """Under autocast an encoder answers in half precision; a solve needs its state in float32."""
+    tensors = as_tensors(state)
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return state
+    half = (torch.float16, torch.bfloat16)
+    tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
+    return tensors if isinstance(state, (tuple, list)) else tensors[0]
+
+
+class EquilibriumLayer(nn.Module):
+    """Base of the layers that have a joint mode."""
+
+
+class Equilibrium(EquilibriumLayer):
+    """The layer ``z* = cell(z*, *injection)``.
+
+    Args:
+        cell: an ``nn.Module`` with ``cell(z, *injection) -> z``, batch first, working on each row
+            by itself; z is a tensor or a tuple of tensors. It must see its input through these
+            arguments only: rows that have converged are left out of later calls. If it has a
+            method ``initial_state(*injection)``, the solve starts there, else at zeros shaped like
+            the first injection.
+        solver: :class:`Anderson` (default), :class:`Picard` or :class:`Broyden`.
+        adjoint: how gradients pass: :class:`Implicit` (default), :class:`Phantom`,
+            :class:`JacobianFree` or :class:`Unrolled`.
+
+    Shape:
+        ``forward(*injection, z0=None)`` returns a state of the shape of the initial one.
+
+    Example:
+        >>> layer = Equilibrium(cell, solver=Anderson(tol=1e-5))
+        >>> z = layer(encoder(x))
+
+    Raises:
+        ValueError: the cell's output has another shape than its state.
+        TypeError: no injection is given, or none that an initial state can be built from.
+        ValueError: an injected tensor has neither the state's rows nor one row for all of them.
+
+    Source: Bai, Kolter and Koltun, "Deep Equilibrium Models" (NeurIPS 2019).
+    """
+
+    def __init__(
+        self, cell: nn.Module, *, solver: Solver | None = None, adjoint: Adjoint | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(cell, nn.Module):
+            raise TypeError(f"cell must be an nn.Module, got {type(cell).__name__}")
+        self.cell = cell
+        self.solver = solver if solver is not None else Anderson()
+        self.adjoint = adjoint if adjoint is not None else Implicit()
+        check_solver(solver, "solver")
+        if not isinstance(self.adjoint, Adjoint):
+            raise TypeError(
+                "adjoint must be Implicit(...), Phantom(...), JacobianFree(...) or Unrolled(...), "
+                f"got {adjoint!r}"
+            )
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="an equilibrium layer runs a data-dependent loop"
+    )
+    def forward(self, *injection: Any, z0: Any = None) -> Any:
+        """Solve the fixed point; in joint mode, do what the running optimisation asks."""
+        start = self.initial_state(*injection) if z0 is None else z0
+        start = full_precision_state(start)
+        f = CellMap(self.cell, injection, Layout.of(start))
+        f.check_rows(len(start[0] if f.layout.is_tuple else start))
+        session = current_session()
+        if session is not None:
+            return session.visit(self, f, start)
+        flat0 = f.layout.pack(start)
+        if not flat0.is_floating_point():
+            raise TypeError(f"the initial state must be floating point, got {flat0.dtype}")
+        return f.layout.unpack(self.adjoint.forward(f, flat0, self.solver))
+
+    def initial_state(self, *injection: Any) -> Any:
+        """``cell.initial_state(*injection)`` where defined, else zeros like the first injection."""
+        build = getattr(self.cell, "initial_state", None)
+        if build is not None:
+            return build(*injection)
+        if not injection or not isinstance(injection[0], Tensor):
+            raise TypeError(
+                "Equilibrium needs at least one injected tensor, or a cell with "
+                "initial_state(*injection), or z0="
+            )
+        return torch.zeros_like(as_tensors(injection[0])[0])
+
+    def extra_repr(self) -> str:
+        """Solver and adjoint."""
+        return f"solver={self.solver}, adjoint={self.adjoint}"

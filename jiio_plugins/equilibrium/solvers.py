@@ -1,0 +1,515 @@
+"""Fixed-point solvers: small frozen dataclasses and one loop that runs them all.
+
+Solves ``z = f(z)`` for every row of a batch by itself. A row stops when
+``‖f(z) − z‖ ≤ tol · ‖f(z)‖`` and costs nothing from then on: on a CPU the batch is compacted, on an
+accelerator the row is frozen (compacting would make the host wait).
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from jiio_plugins.equilibrium.state import Layout, row_norm
+from jiio_plugins.solution import Solution, Stats, Status
+from jiio_plugins.utils.checks import check_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+_PATIENCE = 10  # steps taken back in a row before a row is given up
+
+
+_IDLE = 20  # evaluations without a new best, at the dtype's precision, before it is
+
+
+_COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compacted
+
+
+class FlatMap(Protocol):
+    """``f`` on flat states; ``restrict`` gives the same map for some of the rows."""
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """``f(z)``, flat."""
+        ...
+
+    def restrict(self, rows: Tensor, /) -> FlatMap | None:
+        """The map for ``rows``, or None where the map cannot be split."""
+
+
+class SolverState(abc.ABC):
+    """What a solver remembers; every tensor in it is batch first."""
+
+    @abc.abstractmethod
+    def advance(
+        self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
+    ) -> Tensor:
+        """The next iterate; rows in ``reject`` restart from the best one, as the loop does."""
+
+    def restrict(self, rows: Tensor) -> None:
+        """Keep these rows only."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(abc.ABC):
+    """Common part of the solvers.
+
+    Args:
+        max_iter: evaluations of f at most, per row.
+        tol: relative residual ``‖f(z) − z‖ / ‖f(z)‖`` at which a row stops.
+        abs_tol: a residual ``‖f(z) − z‖`` below this stops a row too (fixed points at zero).
+    """
+
+    max_iter: int = 50
+    tol: float = 1e-4
+    abs_tol: float = 1e-12
+
+    def __post_init__(self) -> None:
+        check_counts(self, max_iter=1)
+        if not (self.tol >= 0 and self.abs_tol >= 0):
+            raise ValueError(
+                f"tol and abs_tol must not be negative, got {self.tol} and {self.abs_tol}"
+            )
+
+    @property
+    def safeguarded(self) -> bool:
+        """Whether the loop takes back steps that made the residual worse."""
+        return True
+
+    @property
+    def growth(self) -> float:
+        """A residual this many times the best one seen is taken back."""
+        return 2.0
+
+    @abc.abstractmethod
+    def start(self, z: Tensor) -> SolverState:
+        """Fresh history for the flat state ``z``."""
+
+
+def check_solver(solver: Any, name: str) -> None:
+    """TypeError unless it is a :class:`Solver` or None."""
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(
+            f"{name} must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
+        )
+
+
+def check_positive(name: str, value: float, upper: float = float("inf")) -> None:
+    """ValueError unless it is above 0, and not above ``upper``."""
+    if not 0 < value <= upper:
+        limit = "" if upper == float("inf") else f" and at most {upper:g}"
+        raise ValueError(f"{name} must be above 0{limit}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picard(Solver):
+    """Plain damped iteration ``z⁺ = z + damping · (f(z) − z)``.
+
+    Args:
+        damping: step length, in (0, 2); above 1 it over-relaxes.
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("damping", self.damping, 2.0)
+
+    @property
+    def safeguarded(self) -> bool:
+        """Plain iteration is left plain."""
+        return False
+
+    def start(self, z: Tensor) -> SolverState:
+        """No history."""
+        return _PicardState(self.damping)
+
+
+class _PicardState(SolverState):
+    def __init__(self, damping: float) -> None:
+        self.damping = damping
+
+    def advance(
+        self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
+    ) -> Tensor:
+        return fz if self.damping == 1.0 else torch.lerp(z, fz, self.damping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration (type II) with a ridge relative to the Gram matrix.
+
+    With residuals ``r_k = f(z_k) − z_k`` and the last ``memory`` differences ``Y = [Δr]``,
+    ``D = [Δf]`` it takes ``γ = argmin ‖r_k − Yγ‖²`` and
+    ``z⁺ = f(z_k) − Dγ − (1 − damping)(r_k − Yγ)``.
+    The columns of Y are normalised first, so the ridge means the same at residual 1 and 1e-12: an
+    absolute ridge stalls.
+
+    Args:
+        memory: differences kept.
+        damping: β in (0, 1].
+        ridge: added to the unit diagonal of the normalised Gram matrix; None: ten times the
+            dtype's epsilon.
+
+    Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2; safeguarded restarts as in
+    Zhang, O'Donoghue and Boyd, SIAM J. Optim. 30 (2020).
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("damping", self.damping, 1.0)
+        check_counts(self, memory=1)
+        if self.ridge is not None and self.ridge < 0:
+            raise ValueError(f"ridge must not be negative, got {self.ridge}")
+
+    def start(self, z: Tensor) -> SolverState:
+        """Preallocate the history."""
+        return _AndersonState(self, z)
+
+
+class _AndersonState(SolverState):
+    def __init__(self, solver: Anderson, z: Tensor) -> None:
+        rows, n = z.shape
+        self.damping = solver.damping
+        self.ridge = 10 * torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
+        self.memory = min(solver.memory, n)
+        self.y = z.new_zeros(rows, self.memory, n)
+        self.d = z.new_zeros(rows, self.memory, n)
+        # a column that is given up is not overwritten, which would cost a pass over the history
+        self.gram = z.new_zeros(rows, self.memory, self.memory, dtype=torch.float64)
+        self.valid = torch.zeros(rows, self.memory, dtype=torch.bool, device=z.device)
+        self.r_last: Tensor | None = None
+        self.f_last: Tensor | None = None
+        self.count = 0
+
+    def advance(
+        self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
+    ) -> Tensor:
+        r = fz - z
+        if self.r_last is not None and self.f_last is not None:
+            slot = self.count % self.memory
+            torch.sub(r, self.r_last, out=self.y[:, slot])
+            torch.sub(fz, self.f_last, out=self.d[:, slot])
+            # a column holding NaN or Inf, or one from before a restart, is no information
+            keep = (~reject & torch.isfinite(self.y[:, slot].sum(1)))[:, None]
+            self.y[:, slot].masked_fill_(~keep, 0)
+            self.d[:, slot].masked_fill_(~keep, 0)
+            self.valid &= keep
+            self.valid[:, slot] = keep.squeeze(1)
+            self.gram.masked_fill_(~keep[:, None], 0)
+            column = torch.bmm(self.y, self.y[:, slot].unsqueeze(2)).squeeze(2).double()
+            column.masked_fill_(~self.valid, 0)
+            self.gram[:, slot] = column
+            self.gram[:, :, slot] = column
+            self.count += 1
+        self.r_last = torch.where(reject[:, None], f_best - z_best, r)
+        self.f_last = torch.where(reject[:, None], f_best, fz)
+        if self.count == 0:
+            return torch.lerp(z, fz, self.damping)
+        gamma = self._weights(r)
+        z_next = torch.baddbmm(fz.unsqueeze(1), gamma, self.d, alpha=-1).squeeze(1)
+        if self.damping != 1.0:
+            r_left = torch.baddbmm(r.unsqueeze(1), gamma, self.y, alpha=-1).squeeze(1)
+            z_next = z_next - (1 - self.damping) * r_left
+        return z_next
+
+    def _weights(self, r: Tensor) -> Tensor:
+        """γ of the least squares, ``(rows, 1, memory)``; zero where the solve failed."""
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)
+        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+        gram = self.gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        gram.diagonal(dim1=1, dim2=2).fill_(1.0 + self.ridge)  # empty columns too
+        rhs = torch.bmm(self.y, r.unsqueeze(2)).double() * scale.unsqueeze(2)
+        rhs.masked_fill_(~self.valid.unsqueeze(2), 0)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        gamma = torch.cholesky_solve(rhs, factor) * scale.unsqueeze(2)
+        usable = (info == 0) & torch.isfinite(gamma).all(dim=1).squeeze(1)
+        gamma = torch.where(usable[:, None, None], gamma, 0.0)
+        return gamma.to(r.dtype).transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    """Broyden's good method with a limited-memory inverse Jacobian of ``g(z) = f(z) − z``.
+
+    ``z⁺ = z − H g(z)`` with ``H₀ = −I`` and ``H⁺ = H + (Δz − HΔg) ΔzᵀH / (ΔzᵀHΔg)``.
+
+    Args:
+        memory: rank kept; when it is full the update starts afresh.
+
+    Source: Bai, Kolter and Koltun, "Deep Equilibrium Models" (NeurIPS 2019), section 3.2.
+    """
+
+    memory: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, memory=1)
+
+    @property
+    def growth(self) -> float:
+        """Broyden's residuals rise before they fall: far less than 10 undoes steps it needs."""
+        return 10.0
+
+    def start(self, z: Tensor) -> SolverState:
+        """Preallocate the low-rank factors."""
+        return _BroydenState(self, z)
+
+
+class _BroydenState(SolverState):
+    def __init__(self, solver: Broyden, z: Tensor) -> None:
+        rows, n = z.shape
+        self.u = z.new_zeros(rows, solver.memory, n)
+        self.v = z.new_zeros(rows, solver.memory, n)
+        self.z_last: Tensor | None = None
+        self.g_last: Tensor | None = None
+        self.count = 0
+
+    def _times_h(self, left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
+        """``−vector + Σ left_i ⟨right_i, vector⟩``."""
+        weights = torch.bmm(right, vector.unsqueeze(2)).transpose(1, 2)
+        return torch.baddbmm(vector.unsqueeze(1), weights, left, beta=-1).squeeze(1)
+
+    def advance(
+        self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
+    ) -> Tensor:
+        g = fz - z
+        if self.z_last is not None and self.g_last is not None:
+            slot = self.count % self.u.shape[1]
+            if slot == 0:
+                self.u.zero_()
+                self.v.zero_()
+            s, y = z - self.z_last, g - self.g_last
+            sh = self._times_h(self.v, self.u, s)
+            denominator = (sh * y).sum(1, keepdim=True)
+            u = (s - self._times_h(self.u, self.v, y)) / denominator
+            # a finite secant pair is true whether or not its step is taken back
+            usable = torch.isfinite(u.sum(1)) & torch.isfinite(sh.sum(1))
+            self.u[:, slot] = torch.where(usable[:, None], u, 0)
+            self.v[:, slot] = torch.where(usable[:, None], sh, 0)
+            self.count += 1
+        self.z_last = torch.where(reject[:, None], z_best, z)
+        self.g_last = torch.where(reject[:, None], f_best - z_best, g)
+        return z - self._times_h(self.u, self.v, g)
+
+
+class HostFlag:
+    """Whether all rows are done, without making the host wait for an accelerator.
+
+    On a CPU the answer is immediate. On CUDA it is that of an earlier iteration: copied to pinned
+    memory in the background and read once the copy has arrived.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending = False
+        if self._cuda:
+            self._host = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            self._event = torch.cuda.Event()
+
+    def __call__(self, all_done: Tensor) -> bool:
+        """Whether the batch is done, as far as the host knows."""
+        if not self._cuda:
+            return bool(all_done)
+        if self._pending:
+            if not self._event.query():
+                return False
+            self._pending = False
+            if bool(self._host):
+                return True
+        self._host.copy_(all_done, non_blocking=True)
+        self._event.record()
+        self._pending = True
+        return False
+
+
+@dataclass
+class FlatSolution:
+    """Outcome of :func:`iterate`: best state per row, its image, residual, cost, status.
+
+    Attributes:
+        size, first_size: ‖f(z) − z‖ of that state and of the first one.
+    """
+
+    z: Tensor
+    fz: Tensor
+    residual: Tensor
+    evals: Tensor
+    status: Tensor
+    size: Tensor
+    first_size: Tensor
+
+    def write(self, rows: Tensor, other: FlatSolution) -> None:
+        """Put ``other``'s rows at ``rows``."""
+        for name in FlatSolution.__annotations__:
+            getattr(self, name)[rows] = getattr(other, name)
+
+
+class _Running:
+    """The rows still in the loop: iterate, best iterate, flags. All tensors batch first."""
+
+    def __init__(self, z: Tensor) -> None:
+        rows = len(z)
+        self.z = z
+        self.z_best, self.f_best = z, z
+        self.r_best = z.new_full((rows,), torch.inf)
+        self.r_first = z.new_full((rows,), torch.inf)
+        self.scale = z.new_ones(rows)
+        # half precision cannot count far
+        self.evals, self.fails, self.idle = torch.zeros(3, rows, device=z.device).unbind()
+        self.floor = 100 * torch.finfo(z.dtype).eps
+        self.active = torch.ones(rows, dtype=torch.bool, device=z.device)
+        self.converged = ~self.active
+        self.grew = ~self.active
+        self.nonfinite = ~self.active
+
+    def observe(self, fz: Tensor, solver: Solver) -> Tensor:
+        """Take in ``f(z)``; returns the rows whose step is to be taken back."""
+        r = row_norm(fz - self.z)
+        finite = torch.isfinite(r)
+        self.evals = self.evals + self.active
+        self.r_first = torch.where(torch.isinf(self.r_first) & finite, r, self.r_first)
+        better = self.active & finite & (r < self.r_best)
+        self.z_best = torch.where(better[:, None], self.z, self.z_best)
+        self.f_best = torch.where(better[:, None], fz, self.f_best)
+        norm = row_norm(fz)
+        self.scale = torch.where(better, norm, self.scale)
+        self.r_best = torch.where(better, r, self.r_best)
+        reject = ~finite | (r > solver.growth * self.r_best)
+        self.fails = torch.where(reject, self.fails + 1, 0.0)
+        self.idle = torch.where(better, 0.0, self.idle + 1)
+        self.nonfinite = torch.where(self.active, ~finite, self.nonfinite)
+        self.grew = self.grew | (self.active & finite & (r > 1e3 * self.r_first))
+        done = finite & (r <= solver.tol * norm + solver.abs_tol)
+        self.converged = self.converged | (self.active & done)
+        hopeless = torch.isinf(self.r_best)  # not finite at its very first evaluation
+        if solver.safeguarded:
+            hopeless = hopeless | self.stalled
+        else:
+            hopeless = hopeless | ~finite
+            reject = ~finite
+        self.active = self.active & ~done & ~hopeless
+        return reject
+
+    @property
+    def stalled(self) -> Tensor:
+        """Rows that nothing improves: every step is taken back, or rounding is all that is left."""
+        at_floor = self.r_best <= self.floor * self.scale
+        return (self.fails >= _PATIENCE) | (at_floor & (self.idle >= _IDLE))
+
+    def advance(self, z_next: Tensor, reject: Tensor) -> None:
+        """Move on; rejected rows go back to the best iterate and try ever shorter plain steps."""
+        step = (0.5**self.fails).clamp(max=1.0)[:, None].to(self.z.dtype)
+        plain = self.z_best + step * (self.f_best - self.z_best)
+        z_next = torch.where(reject[:, None], plain, z_next)
+        self.z = torch.where(self.active[:, None], z_next, self.z)
+
+    def restrict(self, rows: Tensor) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+
+    def result(self) -> FlatSolution:
+        status = torch.full_like(self.evals, Status.MAX_ITER, dtype=torch.int8)
+        status.masked_fill_(self.stalled, Status.STALLED)
+        status.masked_fill_(self.nonfinite, Status.NONFINITE)
+        status.masked_fill_(self.grew & ~self.converged, Status.DIVERGED)
+        status.masked_fill_(self.converged, Status.CONVERGED)
+        tiny = torch.finfo(self.scale.dtype).tiny
+        return FlatSolution(
+            self.z_best, self.f_best, self.r_best / self.scale.clamp(min=tiny), self.evals, status,
+            self.r_best, self.r_first,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
+    """Run ``solver`` on the flat map ``f`` from ``z0`` ``(rows, n)``; the best iterate per row."""
+    run = _Running(z0.detach())
+    rows = torch.arange(len(z0), device=z0.device)
+    out: FlatSolution | None = None
+    if not len(z0):
+        return run.result()
+    state = solver.start(run.z)
+    all_done = HostFlag(z0.device)
+    compact_below = getattr(f, "compact_below", _COMPACT_BELOW)
+    for k in range(solver.max_iter):
+        fz = f(run.z)
+        reject = run.observe(fz, solver)
+        if k + 1 == solver.max_iter or all_done(~run.active.any()):
+            break
+        run.advance(state.advance(run.z, fz, reject, run.z_best, run.f_best), reject)
+        if z0.device.type == "cpu" and int(run.active.sum()) < compact_below * len(rows):
+            keep = run.active.nonzero().squeeze(1)
+            smaller = f.restrict(keep)
+            if smaller is not None:
+                if out is None:
+                    out = run.result()
+                else:
+                    out.write(rows, run.result())
+                f, rows = smaller, rows[keep]
+                run.restrict(keep)
+                state.restrict(keep)
+    if out is None:
+        return run.result()
+    out.write(rows, run.result())
+    return out
+
+
+class _UserMap:
+    """A user's function on tensors or tuples as a flat map."""
+
+    def __init__(self, f: Callable[[Any], Any], layout: Layout) -> None:
+        self._f, self._layout = f, layout
+
+    def __call__(self, z: Tensor) -> Tensor:
+        out = self._f(self._layout.unpack(z))
+        self._layout.check(out, len(z), "the output of f")
+        return self._layout.pack(out)
+
+    def restrict(self, rows: Tensor) -> None:
+        return None
+
+
+def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = None) -> Solution:
+    """Solve ``z = f(z)`` for every row of a batch.
+
+    Args:
+        f: maps a state to a state of the same shape, row by row.
+        z0: where to start: a tensor ``(rows, ...)`` or a tuple of such tensors.
+        solver: :class:`Anderson` (default), :class:`Picard` or :class:`Broyden`.
+
+    Returns:
+        A :class:`Solution` with ``z`` (the iterate of least residual per row), ``status`` and
+        ``stats``; ``x``, ``costate``, ``value`` and ``output`` are None. No gradients: for those,
+        use :class:`jiio_plugins.Equilibrium`.
+
+    Raises:
+        ValueError: f returns another shape than it was given.
+        TypeError: z0 is not a tensor or tuple of floating-point tensors.
+    """
+    layout = Layout.of(z0)
+    flat0 = layout.pack(z0)
+    if not flat0.is_floating_point():
+        raise TypeError(f"z0 must be floating point, got {flat0.dtype}")
+    result = iterate(_UserMap(f, layout), flat0, solver or Anderson())
+    stats = Stats(
+        f_evals=result.evals,
+        vjps=torch.zeros_like(result.evals),
+        iterations=result.evals,
+        z_residual=result.residual,
+    )
+    z = layout.unpack(result.z)
+    return Solution(None, z, None, None, result.status, stats)

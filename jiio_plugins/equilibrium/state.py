@@ -1,0 +1,131 @@
+"""The states a cell works on, as one flat ``(rows, n)`` matrix the solvers work on."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def as_tensors(state: Any, what: str = "state") -> tuple[Tensor, ...]:
+    """The tensors of a state; an error that says what is accepted for anything else."""
+    tensors = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            raise TypeError(
+                f"{what} must be a batch-first tensor or a tuple of such tensors, "
+                f"got {type(tensor).__name__}"
+            )
+    return tensors
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes behind a flat state: ``pack`` and ``unpack`` are inverse to each other."""
+
+    shapes: tuple[torch.Size, ...]
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, state: Any) -> Layout:
+        """The layout of ``state``, batch dimension left out."""
+        tensors = as_tensors(state)
+        return cls(tuple(t.shape[1:] for t in tensors), isinstance(state, (tuple, list)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries per row of each tensor."""
+        return [shape.numel() for shape in self.shapes]
+
+    def pack(self, state: Any) -> Tensor:
+        """Tensor or tuple -> ``(rows, n)``."""
+        return flatten(as_tensors(state))
+
+    def unpack(self, flat: Tensor) -> Any:
+        """``(rows, n)`` -> tensor or tuple (views)."""
+        parts = flat.split(self.sizes, dim=1) if len(self.shapes) > 1 else (flat,)
+        tensors = tuple(
+            part.reshape(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
+        return tensors if self.is_tuple else tensors[0]
+
+    def check(self, state: Any, rows: int, what: str) -> None:
+        """Raise unless ``state`` has this layout."""
+        got = [tuple(t.shape) for t in as_tensors(state, what)]
+        wanted = [(rows, *shape) for shape in self.shapes]
+        is_tuple = isinstance(state, (tuple, list))
+        if is_tuple == self.is_tuple and got == wanted:
+            return
+        kind = ("tensor", "tuple")
+        raise ValueError(
+            f"{what} is a {kind[is_tuple]} of shape {_show(got)}, but the state is a "
+            f"{kind[self.is_tuple]} of shape {_show(wanted)}: a cell must return a state like the "
+            "one it was given"
+        )
+
+
+class StateLayout:
+    """Several layers' states side by side in one flat matrix."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self.layouts = tuple(layouts)
+        self.sizes = [sum(layout.sizes) for layout in self.layouts]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The flat state of each layer."""
+        return list(flat.split(self.sizes, dim=1)) if len(self.sizes) > 1 else [flat]
+
+    def unpack(self, flat: Tensor) -> Any:
+        """The one layer's state as its cell has it; a tuple over layers if there are several."""
+        parts = [
+            layout.unpack(part) for layout, part in zip(self.layouts, self.split(flat), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate batch-first tensors to ``(rows, n)``."""
+    flats = [t.reshape(len(t), t.shape[1:].numel()) for t in tensors]  # (0, n) for no rows too
+    return flats[0] if len(flats) == 1 else torch.cat(flats, dim=1)
+
+
+def row_norm(flat: Tensor) -> Tensor:
+    """Euclidean norm of every row, ``(rows,)``."""
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norm
+
+
+def full_precision(kind: str) -> AbstractContextManager[Any]:
+    """Without autocast on this type of device."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def nowhere(mask: Tensor) -> bool:
+    """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
+    return mask.device.type == "cpu" and not bool(mask.any())
+
+
+def surely_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite, by one sum; False where that is in doubt, or would wait."""
+    return tensor.device.type == "cpu" and math.isfinite(float(tensor.detach().sum()))
+
+
+def relative(residual: Tensor, image: Tensor) -> Tensor:
+    """‖residual‖ / ‖image‖ per row."""
+    return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else str(tuple(shapes))

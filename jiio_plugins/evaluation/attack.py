@@ -1,0 +1,37 @@
+"""A member of a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+GRADIENTS = ("implicit", "own", "unrolled", "intermediate", "none", "unknown")
+Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack of a suite.
+
+    Attributes:
+        name: unique in its suite.
+        run: ``run(model, x, y) -> x_adv``, for images and true labels. It gets the model in eval
+            mode with frozen parameters, and must stay in the ball and the box.
+        gradient: where its gradients come from: "implicit" (solves of its own: JIIO, the nested
+            loop), "own" (the model's backward pass), "unrolled", "intermediate", "none" (black box)
+            or "unknown". Warnings compare these.
+    """
+
+    name: str
+    run: Run
+    gradient: str = "unknown"
+
+    def __post_init__(self) -> None:
+        if not callable(self.run):
+            raise TypeError(f"run must be callable as run(model, x, y), got {self.run!r}")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(
+                f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}"
+            )

@@ -1,0 +1,1 @@
+"""The joint mode: what equilibrium layers do while an optimisation runs."""

@@ -1,0 +1,90 @@
+"""What comes in: model, input and what goes with it, checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.utils.checks import ordinary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module whose forward the loop calls: without DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise TypeError(
+            "DataParallel splits the batch over threads, which the joint loop cannot follow: pass "
+            "model.module, or use DistributedDataParallel"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = model.module  # the loop needs no gradient hooks
+        return inner
+    return model
+
+
+def check_gradients_possible(name: str) -> None:
+    """Raise in inference mode."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} needs gradients, which torch.inference_mode() forbids: call it outside "
+            "(torch.no_grad() is no hindrance)"
+        )
+
+
+def check_input(x: Tensor, name: str = "x") -> Tensor:
+    """``x``, raise unless it is finite, batch first and floating point."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
+            "flattened and concatenated, and a wrapper of the model splits them"
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point, got {x.dtype}: convert it with {name}.float()"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name} must be batch first, (batch, ...), got shape {tuple(x.shape)}")
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
+        raise ValueError(f"{name} holds NaN or Inf (first in sample {bad}): clean the input")
+    return ordinary(x)
+
+
+def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
+    """What else the model takes, a tensor each with a row per sample."""
+    if not isinstance(given, (tuple, list)) or not all(isinstance(t, Tensor) for t in given):
+        raise TypeError(
+            f"given must be a tuple or list of tensors, model(x, *given), got {given!r}"
+        )
+    for t in given:
+        if t.shape[:1] != (rows,):
+            raise ValueError(
+                f"each tensor of given must have a row per sample, ({rows}, ...), got "
+                f"{tuple(t.shape)}: expand what is the same for all"
+            )
+    return tuple(ordinary(t) for t in given)
+
+
+def check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> Tensor:
+    """Which problem each row belongs to, as long integers without gaps."""
+    if variables is None:
+        raise ValueError("groups= says which rows share a variable: it needs variables=")
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups must be a tensor of integers, got {type(groups).__name__}")
+    dtype = groups.dtype
+    if groups.shape != (rows,) or dtype.is_floating_point or dtype == torch.bool:
+        raise ValueError(
+            f"groups must hold one integer per row, shape ({rows},), got {dtype} "
+            f"{tuple(groups.shape)}"
+        )
+    seen = groups.unique()
+    if not torch.equal(seen, torch.arange(len(seen), device=groups.device, dtype=seen.dtype)):
+        raise ValueError(f"groups must be numbered 0 … P−1 without gaps, got {seen.tolist()}")
+    return groups.long()

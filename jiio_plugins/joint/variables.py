@@ -1,0 +1,190 @@
+"""The optimised variable, flat: the model's input, or named parameters."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Groups:
+    """Which problem each row of the batch belongs to; one row per problem by default.
+
+    Attributes:
+        problems: how many there are.
+        width: rows of the largest of them.
+    """
+
+    def __init__(self, rows: int, index: Tensor | None = None) -> None:
+        self.index = index
+        counts = None if index is None else torch.bincount(index)
+        self.problems = rows if counts is None else len(counts)
+        self.width = 1 if counts is None else int(counts.max())
+
+    def sum(self, per_row: Tensor) -> Tensor:
+        """``(rows, ...) -> (problems, ...)``, summed."""
+        if self.index is None:
+            return per_row
+        if self.problems == 1:
+            return per_row.sum(0, keepdim=True)
+        return per_row.new_zeros(self.problems, *per_row.shape[1:]).index_add(
+            0, self.index, per_row
+        )
+
+    def spread(self, per_problem: Tensor) -> Tensor:
+        """``(problems, ...) -> (rows, ...)``: each row gets its problem's entry."""
+        if self.index is None:
+            return per_problem
+        if self.problems == 1:
+            return per_problem.expand(len(self.index), *per_problem.shape[1:])
+        return per_problem[self.index]
+
+    def worst(self, per_row: Tensor) -> Tensor:
+        """``(rows,) -> (problems,)``, the largest."""
+        if self.index is None:
+            return per_row
+        if self.problems == 1:
+            return per_row.amax(0, keepdim=True)
+        out = per_row.new_zeros(self.problems)
+        return out.scatter_reduce(0, self.index, per_row, "amax", include_self=False)
+
+    @cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Problem of each row, and which of its rows it is."""
+        assert self.index is not None
+        rows = torch.arange(len(self.index), device=self.index.device)
+        order = torch.argsort(self.index, stable=True)
+        counts = rows.new_zeros(self.problems).index_add(0, self.index, torch.ones_like(rows))
+        first = counts.cumsum(0) - counts
+        slot = torch.empty_like(rows).index_put((order,), rows - first[self.index[order]])
+        return self.index, slot
+
+    def gather(self, per_row: Tensor) -> Tensor:
+        """``(rows, k) -> (problems, width, k)``: each problem's rows, then zeros.
+
+        Problems of very different size waste memory and time here.
+        """
+        if self.index is None:
+            return per_row[:, None]
+        if self.problems == 1:
+            return per_row[None]
+        empty = per_row.new_zeros(self.problems, self.width, *per_row.shape[1:])
+        return empty.index_put(self.place, per_row)
+
+    def scatter(self, gathered: Tensor) -> Tensor:
+        """The inverse of :meth:`gather`."""
+        if self.index is None:
+            return gathered[:, 0]
+        return gathered[0] if self.problems == 1 else gathered[self.place]
+
+    def join(self, z: Tensor, w: Tensor) -> Tensor:
+        """Two blocks by row -> ``(problems, 2, width · n)``."""
+        return torch.stack((self.gather(z), self.gather(w)), dim=1).flatten(2)
+
+    def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`join`."""
+        z, w = joined.unflatten(2, (self.width, joined.shape[2] // self.width)).unbind(1)
+        return self.scatter(z), self.scatter(w)
+
+
+def _own(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """What a model is called with: it may change it in place."""
+    return tuple(t.clone() for t in inputs)
+
+
+class Variable:
+    """The optimised variable, flat ``(problems, d)``: the model's input.
+
+    Attributes:
+        given: what else the model is called with, a row per row.
+        rows_see_v_alone: whether v and that are all that the output of a row depends on.
+    """
+
+    rows_see_v_alone = True
+
+    def __init__(self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = ()) -> None:
+        self.model, self.shape = model, x.shape
+        self.given = tuple(given)
+        self.groups = Groups(len(x))
+        self.origin = x  # with its graph, where it has one
+        self.start = x.detach()
+
+    def call(self, v: Tensor) -> Any:
+        """The model's output at ``v``."""
+        return self.model(*_own(v.reshape(self.shape), *self.given))
+
+    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
+        """The output for some rows only."""
+        given = [t[rows] for t in self.given]
+        return self.model(*_own(v[rows].reshape(len(rows), *self.shape[1:])), *given)
+
+    def unflatten(self, v: Tensor) -> Any:
+        """``v`` as the caller knows it."""
+        return v.reshape(self.shape)
+
+
+class ParameterVariable(Variable):
+    """Named parameters of the model; with several problems each row sees its problem's copy."""
+
+    rows_see_v_alone = False  # but their row of x too
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None,
+        given: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        parameters = dict(model.named_parameters())
+        missing = [name for name in names if name not in parameters]
+        if missing or not names:
+            raise ValueError(
+                f"variables must name parameters of the model; {missing or 'an empty list'} given, "
+                f"there are {', '.join(parameters)}"
+            )
+        self.model, self.x, self.names = model, x, tuple(names)
+        self.given = tuple(given)
+        self.groups = Groups(
+            len(x),
+            torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
+        )
+        chosen = [parameters[name] for name in self.names]
+        problems = self.groups.problems
+        if problems > 1:
+            wrong = [
+                n for n, p in zip(self.names, chosen, strict=True) if p.ndim < 1 or len(p) != 1
+            ]
+            if wrong:
+                raise ValueError(
+                    f"with {problems} problems each row needs its own copy of a variable, so its "
+                    f"parameter must have a leading dimension of 1 that the model broadcasts over "
+                    f"rows; {', '.join(wrong)} does not"
+                )
+        self.shapes = [p.shape[1:] if problems > 1 else p.shape for p in chosen]
+        self.origin = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
+        self.start = self.origin.detach()
+
+    def _replace(self, v: Tensor) -> dict[str, Tensor]:
+        parts = v.split([shape.numel() for shape in self.shapes], dim=1)
+        return {
+            name: part.reshape(len(v), *shape) if self.groups.problems > 1 else part.reshape(shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def call(self, v: Tensor) -> Any:
+        """The model's output with its parameters replaced."""
+        spread = self.groups.spread(v) if self.groups.problems > 1 else v
+        return functional_call(self.model, self._replace(spread), _own(self.x, *self.given))
+
+    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
+        """The output for some rows only."""
+        spread = self.groups.spread(v)[rows] if self.groups.problems > 1 else v
+        inputs = tuple(t[rows] for t in (self.x, *self.given))
+        return functional_call(self.model, self._replace(spread), inputs)
+
+    def unflatten(self, v: Tensor) -> Mapping[str, Tensor]:
+        """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
+        return self._replace(v)

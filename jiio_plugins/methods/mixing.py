@@ -1,0 +1,260 @@
+"""Mixing of the whole joint iterate over its history, for smooth problems where v settles."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from jiio_plugins.equilibrium.state import nowhere, row_norm, surely_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+Blocks = tuple[Tensor, Tensor]  # z and w, ``(problems, 2, N)``, and v, ``(problems, 1, d)``
+
+
+_RIDGE = 1e-3  # of the least squares, relative to their diagonal
+
+
+_CURVED = 0.1  # least cosine between a step of v and the change of its gradient
+
+
+_REGROW = 1.2  # of the step, each time an iterate is accepted
+
+
+_LEAST = 1e-300  # of a square that something is divided by
+
+
+class Secants:
+    """The last ``memory`` differences Y of the blocks, and D of what goes with them.
+
+    ``γ = argmin Σ_{z, w, v} ‖t − Yγ‖² / ‖t‖²``, one set of weights per problem. Each of the three
+    counts relative to its own target: otherwise the largest decides alone.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.count = memory, 0
+        self._y: list[Tensor] = []
+        self._d: list[Tensor] = []
+        self._gram = torch.empty(0)
+
+    @property
+    def y(self) -> list[Tensor]:
+        """Of z and w by turns, ``(2 · problems, differences, N)``; of v, ``(problems, …, d)``."""
+        return [past[:, : self.count] for past in self._y]
+
+    @property
+    def d(self) -> list[Tensor]:
+        """Of each block, flat: ``(problems, differences, 2 N or d)``."""
+        return [past[:, : self.count] for past in self._d]
+
+    def weights(
+        self, y: Blocks, d: Sequence[Tensor], t: Blocks, squares: Tensor,
+        forget: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Take in a difference, in the place of the oldest, and return γ.
+
+        Args:
+            y: difference of the blocks.
+            d: what goes with it, for as many blocks as are to be mixed.
+            t: target of the least squares.
+            squares: ‖t‖² of z, w and v, ``(problems, 3)`` in float64.
+            forget: problems whose whole history is dropped, ``(problems,)``.
+
+        Shape:
+            γ is ``(problems, 1, differences)``, as many as there are by now.
+        """
+        problems = len(squares)
+        new = [*(x.flatten(0, 1) for x in y), *(x.flatten(1) for x in d)]
+        if not self.count:
+            kept = [x.new_empty(len(x), self.memory, x.shape[1]) for x in new]
+            self._y, self._d = kept[: len(y)], kept[len(y) :]
+            self._gram = squares.new_zeros(problems, 3, self.memory, self.memory)
+        slot = self.count % self.memory
+        self.count += 1
+        for past, now in zip([*self._y, *self._d], new, strict=True):
+            past[:, slot] = now
+        products = [
+            torch.bmm(torch.stack((own, target), dim=2).flatten(0, 1), past.mT)
+            for past, own, target in zip(self.y, y, t, strict=True)
+        ]
+        products = [x.reshape(problems, -1, *x.shape[1:]) for x in products]
+        with_y, with_t = torch.cat(products, dim=1).double().unbind(2)
+        self._gram[:, :, slot, : self.count] = with_y
+        self._gram[:, :, : self.count, slot] = with_y
+        if forget is not None and not nowhere(forget):
+            for past in (*self._y, *self._d, self._gram):
+                past.view(problems, -1).masked_fill_(forget[:, None], 0)
+            with_t = with_t.masked_fill(forget[:, None, None], 0)
+        share = squares.clamp(min=_LEAST).reciprocal()[:, :, None]
+        gram = (self._gram[:, :, : self.count, : self.count] * share[..., None]).sum(1)
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(_LEAST)  # a forgotten one is 0: γ = 0
+        factor, info = torch.linalg.cholesky_ex(gram)
+        gamma = torch.cholesky_solve((with_t * share).sum(1)[:, :, None], factor).mT
+        if nowhere(info) and surely_finite(gamma):
+            return gamma
+        return torch.where((info == 0)[:, None, None] & _finite(gamma), gamma, 0.0)
+
+
+class Mixing(abc.ABC):
+    """Proposes the next iterate from the history of (z, w, v) and their residuals.
+
+    Attributes:
+        size: relative residuals of z, w and v at the last call, summed, ``(problems,)``.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.secants = Secants(memory)
+        self.last: tuple[Blocks, Blocks] | None = None
+        self.size: Tensor | None = None
+
+    def __call__(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
+        """The next iterate.
+
+        Args:
+            t: iterate.
+            r: its residuals, that of v being its plain step.
+            step: share of the step on v that is taken, ``(problems, 1, 1)``.
+            back: problems that have just been taken back to ``t``: their v stays where it is, for
+                once, ``(problems,)``.
+        """
+        squares, scale = _squares(*r, *t).split(3, dim=1)
+        self.size = (squares / scale.clamp(min=_LEAST)).sqrt().sum(1)
+        proposed = self._propose(t, r, squares, step, back)
+        self.last = (t, r)
+        return proposed
+
+    @abc.abstractmethod
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+        """See ``__call__``; ``squares`` are ‖r‖², ``self.last`` what the call before was given."""
+
+
+class BlockAnderson(Mixing):
+    """Anderson's method on (z, w, v) as one: v comes from the same least squares as z and w.
+
+    With Y the differences of residuals and ΔT those of iterates, ``γ`` cancels the residuals and
+    ``t⁺ = t + r − (ΔT + Y) γ``. The residual of v is its plain step; only ``step`` times that is
+    taken, ``v⁺ = v + s r − (ΔV + s Y) γ``.
+
+    A problem takes a plain step (γ = 0) where the mixed one would turn v against it: near a maximum
+    or a saddle, which to a root finder are as good as a minimum. One whose residual grows tenfold
+    over its best forgets its history, as one does that is taken back.
+    """
+
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+        assert self.size is not None
+        if self.last is None:
+            self.best = self.size
+            return t[0] + r[0], t[1] + step * r[1]
+        forget = back | ~(self.size <= 10 * self.best)
+        self.best = torch.where(forget, self.size, torch.minimum(self.best, self.size))
+        before, moved = self.last
+        y = r[0] - moved[0], r[1] - moved[1]
+        d = y[0] + (t[0] - before[0]), t[1] - before[1]
+        gamma = self.secants.weights(y, d, r, squares, forget)
+        y_v, (d_zw, d_v) = self.secants.y[1], self.secants.d
+        for_v = gamma.to(y_v.dtype)
+        along_y, along_v = torch.bmm(for_v, y_v), torch.bmm(for_v, d_v)
+        turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
+        along = along_v + step * along_y
+        if not nowhere(turned):
+            gamma, along = (torch.where(turned, 0.0, x) for x in (gamma, along))
+        v = t[1] + step * r[1] - along
+        if not nowhere(back):
+            v = torch.where(back[:, None, None], t[1], v)
+        return _mixed(t[0] + r[0], gamma, d_zw), v
+
+
+class QuasiNewton(Mixing):
+    """L-BFGS for v; z and w follow it along the secants of the history.
+
+    ``v⁺ = v + s H r`` with H the L-BFGS inverse of the change of r along the last steps of v; a
+    step whose gradient does not turn with it, because z lags behind or the objective is not convex
+    there, is left out of H. No step is longer than the plain one that the run began with; the limit
+    grows while steps reach it. Then γ cancels the residuals of z and w under the step Δv of v::
+
+        γ = argmin ‖r_z − Y_z γ‖²/‖r_z‖² + ‖r_w − Y_w γ‖²/‖r_w‖² + ‖Δv + ΔV γ‖²/‖Δv‖²
+        (z, w)⁺ = (z, w) + (r_z, r_w) − D γ
+
+    which moves z and w to where they would settle for the new v, as far as the history tells.
+
+    Source: Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), in the compact
+    form of Byrd, Nocedal and Schnabel (1994).
+    """
+
+    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+        (zw, v), (zw_r, v_r), step = t, (r[0], r[1][:, 0]), step[:, 0]
+        if self.last is None:
+            shape = len(v), self.memory, v.shape[2]
+            self.s = self.y = v.new_zeros(shape, dtype=torch.float64)
+            self.gamma = torch.ones_like(v[:, 0, :1])
+            self.reach = row_norm(step * v_r)
+            return zw + zw_r, v + (step * v_r)[:, None]
+        # a run may begin where the gradient is 0 and go on where it is not
+        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * v_r))
+        before, moved = self.last
+        y, change = (zw_r - moved[0], r[1] - moved[1]), (zw - before[0], v - before[1])
+        self._learn(change[1][:, 0], -y[1][:, 0], back)
+        dv = step * self._direction(v_r)
+        length = row_norm(dv)
+        share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
+        dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
+        self.reach = torch.where((share < 1) & ~back, _REGROW * self.reach, self.reach)
+        squares = torch.cat([squares[:, :2], _squares(dv)], dim=1)
+        gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (zw_r, dv), squares)
+        return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv
+
+    def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
+        """Take in a step of v and how its gradient changed; those taken back start anew."""
+        s_size, y_size = row_norm(s), row_norm(y).clamp(min=torch.finfo(y.dtype).tiny)
+        cosine = (s * y).sum(1) / (s_size * y_size).clamp(min=torch.finfo(y.dtype).tiny)
+        keep = cosine > _CURVED
+        # between the short step of Barzilai and Borwein, ∝ cosine, and their long one, ∝ 1 / cosine
+        gamma = s_size / y_size * cosine.clamp(min=_CURVED).sqrt()
+        self.gamma = torch.where(keep, gamma, self.gamma[:, 0])[:, None]
+        pairs = []
+        for kept, new in ((self.s, s), (self.y, y)):
+            longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
+            kept = torch.where(keep[:, None, None], longer, kept)
+            pairs.append(kept if nowhere(back) else kept.masked_fill(back[:, None, None], 0))
+        self.s, self.y = pairs
+
+    def _direction(self, r: Tensor) -> Tensor:
+        """``H r``; a pair of zeros has no part in H."""
+        s, y, g = self.s, self.y, r.double().unsqueeze(2)
+        gamma = self.gamma.double().unsqueeze(2)
+        upper = torch.bmm(s, y.transpose(1, 2)).triu()
+        curvature = upper.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
+        upper.diagonal(dim1=1, dim2=2).copy_(torch.where(curvature > 0, curvature, 1.0).squeeze(2))
+        u = torch.linalg.solve_triangular(upper, torch.bmm(s, g), upper=True)
+        along_y = torch.bmm(y.transpose(1, 2), u)
+        rhs = curvature * u + gamma * torch.bmm(y, along_y - g)
+        a = torch.linalg.solve_triangular(upper.transpose(1, 2), rhs, upper=False)
+        direction = torch.bmm(s.transpose(1, 2), a) + gamma * (g - along_y)
+        return direction.squeeze(2).to(r.dtype)
+
+
+MIXINGS: dict[str, type[Mixing]] = {"quasi-newton": QuasiNewton, "anderson": BlockAnderson}
+
+
+def _squares(*blocks: Tensor) -> Tensor:
+    """‖z‖², ‖w‖² and ‖v‖² of a triple of blocks, ``(problems, 3)``; more triples add columns."""
+    norms = [torch.linalg.vector_norm(block, dim=2) for block in blocks]
+    return torch.cat(norms, dim=1).double().square()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether all of a problem's entries are, ``(problems, 1, 1)``."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    return norm < torch.inf
+
+
+def _mixed(plain: Tensor, gamma: Tensor, d: Tensor) -> Tensor:
+    """``plain − D γ``."""
+    flat = plain.reshape(len(plain), 1, -1)
+    return torch.baddbmm(flat, gamma.to(flat.dtype), d, alpha=-1).reshape(plain.shape)

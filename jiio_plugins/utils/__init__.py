@@ -1,0 +1,5 @@
+"""What is neither mathematics nor data: checks, checkpoints, processes."""
+
+from jiio_plugins.utils.distributed import launch
+
+__all__ = ["launch"]
