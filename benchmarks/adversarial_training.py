@@ -157,16 +157,22 @@ def joint(
 ) -> Joint:
     """The first step on x is of ``step`` ε."""
     return Joint(
-        max_iter=iterations, warmup=TRAINING_METHOD.warmup, adjoint_warmup=adjoint,
-        relaxation=relaxation, step_size=step,
-    )  # fmt: skip
+        max_iter=iterations,
+        warmup=TRAINING_METHOD.warmup,
+        adjoint_warmup=adjoint,
+        relaxation=relaxation,
+        step_size=step,
+    )
 
 
 def warm(steps: int, cap: int, tol: float = 1e-1, step: float | None = None) -> Nested:
     return Nested(
-        max_iter=steps, warm_start=True, warmup=TRAINING_METHOD.warmup, step_size=step,
+        max_iter=steps,
+        warm_start=True,
+        warmup=TRAINING_METHOD.warmup,
+        step_size=step,
         solver=Anderson(max_iter=cap, tol=tol),
-    )  # fmt: skip
+    )
 
 
 METHODS: dict[str, tuple[Joint | Nested, Any]] = {
@@ -176,7 +182,8 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     **{name: (joint(4, 1.2, step=4.0, adjoint=n), 0) for n, name in enumerate(SHORT_JOINT)},
     **{name: (warm(n, 1, step=4.0), 0) for n, name in LONG_STEPS.items()},
     "PGD-20 cold, tol 1e-3": (
-        Nested(max_iter=20, solver=Anderson(tol=1e-3)), Anderson(tol=1e-3),
+        Nested(max_iter=20, solver=Anderson(tol=1e-3)),
+        Anderson(tol=1e-3),
     ),
     CHEAPEST: (warm(5, 1), 0),
     CHEAP: (warm(10, 1), 0),
@@ -195,7 +202,7 @@ METHODS: dict[str, tuple[Joint | Nested, Any]] = {
     "PGD-10 warm, tol 0.1, cap 5": (warm(10, 5), 0),
     "PGD-20 warm, tol 0.1, cap 5": (warm(20, 5), 0),
     "PGD-20 warm, tol 0.01": (warm(20, 30, 1e-2), 0),
-}  # fmt: skip
+}
 
 
 CARRIED_METHODS: dict[str, tuple[Joint | Nested, Any]] = {
@@ -222,21 +229,47 @@ def settings(args: Args) -> dict[str, Setting]:
     own = (DEFAULT, *(f"JIIO, {n} iterations" for n in (10, 8, 5, 15)))
     return {
         "digits": Setting(
-            "digits", 0.6, 5e-3, args.digits_penalty, args.digits_epochs,
+            "digits",
+            0.6,
+            5e-3,
+            args.digits_penalty,
+            args.digits_epochs,
             (
-                *own, RELAXED, CARRIED, PGD_20, PGD_10, SHORT, LONG, MIDDLE, CHEAP, CHEAPEST,
+                *own,
+                RELAXED,
+                CARRIED,
+                PGD_20,
+                PGD_10,
+                SHORT,
+                LONG,
+                MIDDLE,
+                CHEAP,
+                CHEAPEST,
                 *CARRIED_PGD.values(),
             ),
         ),
         "fashion-mnist": Setting(
-            "fashion-mnist", 1.0, 2e-3, args.fashion_penalty, args.fashion_epochs,
+            "fashion-mnist",
+            1.0,
+            2e-3,
+            args.fashion_penalty,
+            args.fashion_epochs,
             (
-                *own, *SHORT_JOINT, SETTLED_JOINT, CARRIED, CARRIED_TWO, PGD_10, CHEAP, CHEAPEST,
-                *LONG_STEPS.values(), *SETTLED.values(), *CARRIED_PGD.values(),
+                *own,
+                *SHORT_JOINT,
+                SETTLED_JOINT,
+                CARRIED,
+                CARRIED_TWO,
+                PGD_10,
+                CHEAP,
+                CHEAPEST,
+                *LONG_STEPS.values(),
+                *SETTLED.values(),
+                *CARRIED_PGD.values(),
                 *CARRIED_PGD_ONE.values(),
             ),
         ),
-    }  # fmt: skip
+    }
 
 
 def load(args: Args, name: str, split: str) -> tuple[Tensor, Tensor]:
@@ -254,8 +287,10 @@ class Store:
         self.path = args.out / "results.json"
         args.out.mkdir(parents=True, exist_ok=True)
         self.content: dict[str, Any] = {
-            "machine": platform.machine(), "torch": torch.__version__, "args": _plain(asdict(args)),
-        }  # fmt: skip
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "args": _plain(asdict(args)),
+        }
         if self.path.is_file():
             self.content = json.loads(self.path.read_text())
 
@@ -301,9 +336,10 @@ def measure_steps(args: Args, setting: Setting, store: Store, weights: Path | No
                         step.ahead()
                     seconds[name].append(time.process_time() - begin)
                 counts[name] = {
-                    "f": counter.f_evals / len(x), "vjp": counter.vjps / len(x),
+                    "f": counter.f_evals / len(x),
+                    "vjp": counter.vjps / len(x),
                     "loss": float(step.loss.detach()),
-                }  # fmt: skip
+                }
                 model.zero_grad()
         rows = {
             name: {**counts[name], "seconds": statistics.median(seconds[name])} for name in METHODS
@@ -336,9 +372,12 @@ def measure_gradients(args: Args, setting: Setting, store: Store) -> None:
             x, y = images[start : start + size], labels[start : start + size]
             objective = attack_objective("cross-entropy", y)
             found = joint_solution(
-                model, x, objective, method=step.method,
+                model,
+                x,
+                objective,
+                method=step.method,
                 constraint=Intersection(L2Ball(setting.eps), Box(0.0, 1.0)),
-            )  # fmt: skip
+            )
             own = layer.solver, layer.adjoint
             layer.solver = Anderson(max_iter=300, tol=1e-6)
             layer.adjoint = Implicit(solver=Anderson(max_iter=300, tol=1e-5))
@@ -382,11 +421,18 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
     begin = time.process_time()
     with count_evaluations() as counter:
         history = fit_adversarially(
-            model, setting.training(name), optimizer, batches, epochs=setting.epochs, seed=seed,
-            scheduler=schedule, scheduler_interval="step", max_grad_norm=1.0,
+            model,
+            setting.training(name),
+            optimizer,
+            batches,
+            epochs=setting.epochs,
+            seed=seed,
+            scheduler=schedule,
+            scheduler_interval="step",
+            max_grad_norm=1.0,
             carried=setting.carried(name),
             restart_every=setting.epochs if name in CARRIED_METHODS else 1,
-        )  # fmt: skip
+        )
     seconds = time.process_time() - begin
     steps = setting.epochs * len(batches)
     f_evals, vjps = (n / len(x) / setting.epochs for n in (counter.f_evals, counter.vjps))
@@ -401,12 +447,14 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
     store.put(
         key,
         {
-            "seconds a step": seconds / steps, "steps": steps, "history": history,
+            "seconds a step": seconds / steps,
+            "steps": steps,
+            "history": history,
             "f": f_evals,
             "vjp": vjps,
             "report": report.to_dict(),
         },
-    )  # fmt: skip
+    )
     small = {**report.to_dict(), "worst_loss": []}
     torch.save(small, kept)
     print(

@@ -56,13 +56,22 @@ def art_pgd(bench: Bench) -> Attack:
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
-        model=bench.model, loss=nn.CrossEntropyLoss(), input_shape=(1, 28, 28), nb_classes=10,
-        clip_values=(0.0, 1.0), device_type="cpu",
-    )  # fmt: skip
+        model=bench.model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(1, 28, 28),
+        nb_classes=10,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
     pgd = ProjectedGradientDescent(
-        classifier, norm=bench.norm, eps=bench.eps, eps_step=bench.eps / 8, max_iter=20,
-        batch_size=len(bench.x), verbose=False,
-    )  # fmt: skip
+        classifier,
+        norm=bench.norm,
+        eps=bench.eps,
+        eps_step=bench.eps / 8,
+        max_iter=20,
+        batch_size=len(bench.x),
+        verbose=False,
+    )
     return lambda: torch.from_numpy(
         np.asarray(pgd.generate(x=bench.x.numpy(), y=bench.y.numpy()), dtype=np.float32)
     )
@@ -131,9 +140,7 @@ def run_norm(args: Args, norm: str) -> dict[str, Any]:
         (Row("ART PGD-20, step ε/8", "art"), art_pgd(bench)),
         (Row("torchattacks PGD-20, step ε/5", "torchattacks"), torchattacks_pgd(bench)),
     ]
-    rows, warm = bench.measure(
-        [*hosts, *bench.compared()], sweep=args.sweep, repeats=args.repeats
-    )  # fmt: skip
+    rows, warm = bench.measure([*hosts, *bench.compared()], sweep=args.sweep, repeats=args.repeats)
     show(rows, warm)
     verdict = compare(rows, warm)
     cost = overhead(bench, 15, args.repeats)
@@ -144,9 +151,13 @@ def run_norm(args: Args, norm: str) -> dict[str, Any]:
     title = f"Fashion-MNIST, {norm} ε = {bench.eps}, pixel box"
     plot(args.out / f"curve-{norm}.png", rows, warm, title)
     return {
-        "norm": norm, "eps": bench.eps, "rows": [asdict(r) for r in rows],
-        "warm": [asdict(r) for r in warm], "verdict": verdict, "overhead": cost,
-    }  # fmt: skip
+        "norm": norm,
+        "eps": bench.eps,
+        "rows": [asdict(r) for r in rows],
+        "warm": [asdict(r) for r in warm],
+        "verdict": verdict,
+        "overhead": cost,
+    }
 
 
 def main(args: Args) -> None:

@@ -127,9 +127,12 @@ class Fits:
         problem, v = self.problem()
         history = History()
         method.run(
-            problem, FeasibleSet(v), v, None,
+            problem,
+            FeasibleSet(v),
+            v,
+            None,
             lambda at: history.add(at.v, problem.f_evals, problem.vjps),
-        )  # fmt: skip
+        )
         return history
 
     def joint(self, step_size: float, steps: int, **settings: Any) -> History:
@@ -212,9 +215,11 @@ class Fits:
         own, layer.solver = layer.solver, Anderson(max_iter=200, tol=1e-4)
         out = [
             (self.decoder(v.reshape(-1, *self.decoder.latent_shape)) - self.images)
-            .square().flatten(1).mean(1)
+            .square()
+            .flatten(1)
+            .mean(1)
             for v in history.latents
-        ]  # fmt: skip
+        ]
         layer.solver = own
         return torch.stack(out)
 
@@ -233,9 +238,15 @@ def judge(family: str, name: str, history: History, errors: Tensor, target: Tens
         cost = float((history.f_evals[k] + history.vjps[k]).mean())
         seconds = history.seconds[k]
     return Row(
-        family, name, float(f.mean()), float(vjps.mean()), int((~reached).sum()), cost, seconds,
+        family,
+        name,
+        float(f.mean()),
+        float(vjps.mean()),
+        int((~reached).sum()),
+        cost,
+        seconds,
         float(errors[-1].mean()),
-    )  # fmt: skip
+    )
 
 
 def methods(fits: Fits, args: Args) -> Iterator[tuple[str, str, Callable[[], History]]]:
@@ -289,9 +300,12 @@ def main(args: Args) -> None:
     show(rows, target, args)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
-        "images": args.images, "threads": args.threads, "torch": torch.__version__,
-        "target": target.tolist(), "rows": [asdict(r) for r in rows],
-    }  # fmt: skip
+        "images": args.images,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "target": target.tolist(),
+        "rows": [asdict(r) for r in rows],
+    }
     (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -85,12 +85,33 @@ def main(args: Args) -> None:
         print(f"first step shown after {first.seconds:.1f} s, {first.cpu:.1f} s of the processor")
         per_epoch = 60_000 // BATCH
         small = [
-            "--out", f"{folder}/small", "--epochs", str(args.epochs), "--batch-size", str(BATCH),
-            "--latents", "table", "--iterations", "1", "--warmup", "1", "--refine", "0",
-            "--model.channels", "4", "--model.stride", "7", "--model.latent", "8",
-            "--checkpoint-every", str(per_epoch), "--pictures-every", str(per_epoch),
-            "--latents-kept", "256",
-        ]  # fmt: skip
+            "--out",
+            f"{folder}/small",
+            "--epochs",
+            str(args.epochs),
+            "--batch-size",
+            str(BATCH),
+            "--latents",
+            "table",
+            "--iterations",
+            "1",
+            "--warmup",
+            "1",
+            "--refine",
+            "0",
+            "--model.channels",
+            "4",
+            "--model.stride",
+            "7",
+            "--model.latent",
+            "8",
+            "--checkpoint-every",
+            str(per_epoch),
+            "--pictures-every",
+            str(per_epoch),
+            "--latents-kept",
+            "256",
+        ]
         largest = [0.0] * args.epochs
         for seen in steps([*base, *small]):
             epoch = min(seen.step // per_epoch, args.epochs - 1)

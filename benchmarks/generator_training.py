@@ -167,10 +167,17 @@ def run(name: str, method: Method | None, args: Args) -> Curve:
     """Train until the target or the time is reached, going on where an earlier run was."""
     folder, curve = folder_of(name, args), load_curve(name, args) or Curve()
     config = TrainConfig(
-        data="fashion-mnist", folder=args.data, out=folder, epochs=4, batch_size=args.batch_size,
-        checkpoint_every=10**9, pictures_every=10**9, latents_kept=1, ema_decay=0.95,
+        data="fashion-mnist",
+        folder=args.data,
+        out=folder,
+        epochs=4,
+        batch_size=args.batch_size,
+        checkpoint_every=10**9,
+        pictures_every=10**9,
+        latents_kept=1,
+        ema_decay=0.95,
         accelerator="cpu",
-    )  # fmt: skip
+    )
     while not curve.psnr or (curve.psnr[-1] < args.target and curve.seconds[-1] < args.max_seconds):
         done = curve.steps[-1] if curve.steps else 0
         clock = Clock()

@@ -117,9 +117,14 @@ def variational(prior: Any, weight: float, iterations: int = 200) -> Any:
         with torch.no_grad():
             norm = float(physics.compute_sqnorm(torch.rand(1, *SHAPE), verbose=False))
             model = dinv.optim.FISTA(
-                data_fidelity=dinv.optim.L2(), prior=prior, lambda_reg=weight, stepsize=0.95 / norm,
-                max_iter=iterations, early_stop=True, thres_conv=1e-5,
-            )  # fmt: skip
+                data_fidelity=dinv.optim.L2(),
+                prior=prior,
+                lambda_reg=weight,
+                stepsize=0.95 / norm,
+                max_iter=iterations,
+                early_stop=True,
+                thres_conv=1e-5,
+            )
             return Found(model(y, physics))
 
     return solve
@@ -277,10 +282,15 @@ def unfolded_pgd(task: Task, iterations: int, widths: tuple[int, ...]) -> nn.Mod
     norm = float(task.physics().compute_sqnorm(torch.rand(1, *SHAPE), verbose=False))
     priors = [dinv.optim.PnP(denoiser=unet(widths)) for _ in range(iterations)]
     model: nn.Module = dinv.optim.PGD(
-        unfold=True, stepsize=[1 / norm] * iterations, g_param=[0.1] * iterations,
-        lambda_reg=[1.0] * iterations, max_iter=iterations,
-        trainable_params=["stepsize", "g_param"], data_fidelity=dinv.optim.L2(), prior=priors,
-    )  # fmt: skip
+        unfold=True,
+        stepsize=[1 / norm] * iterations,
+        g_param=[0.1] * iterations,
+        lambda_reg=[1.0] * iterations,
+        max_iter=iterations,
+        trainable_params=["stepsize", "g_param"],
+        data_fidelity=dinv.optim.L2(),
+        prior=priors,
+    )
     return model
 
 
@@ -299,11 +309,15 @@ def deq_pgd(task: Task) -> Learner:
     norm = float(task.physics().compute_sqnorm(torch.rand(1, *SHAPE), verbose=False))
     model = dinv.optim.PGD(
         DEQ=dinv.optim.DEQConfig(jacobian_free=True),
-        stepsize=[1 / norm], g_param=[0.1], lambda_reg=[1.0], max_iter=15,
+        stepsize=[1 / norm],
+        g_param=[0.1],
+        lambda_reg=[1.0],
+        max_iter=15,
         anderson_acceleration=True,
-        trainable_params=["stepsize", "g_param"], data_fidelity=dinv.optim.L2(),
+        trainable_params=["stepsize", "g_param"],
+        data_fidelity=dinv.optim.L2(),
         prior=[dinv.optim.PnP(denoiser=unet(batch_norm=False, residual=False))],
-    )  # fmt: skip
+    )
     return Learner(model, [Stage(0.0, model, batch=32)])
 
 
@@ -355,9 +369,14 @@ LEARNERS: dict[str, Callable[[Task], Learner]] = {
 
 
 def train(
-    learner: Learner, task: Task, images: Tensor, validation: Tensor, minutes: float, path: Path,
+    learner: Learner,
+    task: Task,
+    images: Tensor,
+    validation: Tensor,
+    minutes: float,
+    path: Path,
     name: str,
-) -> list[tuple[float, float]]:  # fmt: skip
+) -> list[tuple[float, float]]:
     """Least squares for so many CPU minutes; ``(seconds, validation PSNR)`` along the way.
 
     AdamW at 2e-3 with a warm-up and a cosine over the time. It goes on from its checkpoint.

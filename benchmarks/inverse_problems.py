@@ -177,9 +177,14 @@ class Benchmark:
         torch.manual_seed(0)
         learner = m.LEARNERS[method](task)
         curve = m.train(
-            learner, task, self.train, self.validation, self.args.minutes,
-            self.path(task.name, method, ".pt"), method,
-        )  # fmt: skip
+            learner,
+            task,
+            self.train,
+            self.validation,
+            self.args.minutes,
+            self.path(task.name, method, ".pt"),
+            method,
+        )
         result = self.judge(task, method, f"{self.args.minutes:g} min", learner.solve, self.test)
         result.curve = curve
         y, physics = task.measure(self.test, seed=2)
@@ -190,9 +195,13 @@ class Benchmark:
         return result
 
     def judge(
-        self, task: m.Task, method: str, setting: str,
-        solve: Callable[[Tensor, Physics], m.Found], images: Tensor,
-    ) -> Result:  # fmt: skip
+        self,
+        task: m.Task,
+        method: str,
+        setting: str,
+        solve: Callable[[Tensor, Physics], m.Found],
+        images: Tensor,
+    ) -> Result:
         """On test images."""
         y, physics = task.measure(images, seed=2)
         begin = time.process_time()
@@ -200,9 +209,16 @@ class Benchmark:
         seconds = (time.process_time() - begin) / len(images)
         made = found.images.clamp(0, 1)
         return Result(
-            task.name, method, setting, float(psnr(made, images).mean()),
-            float(ssim(made, images).mean()), seconds, found.f_evals, found.vjps, len(images),
-        )  # fmt: skip
+            task.name,
+            method,
+            setting,
+            float(psnr(made, images).mean()),
+            float(ssim(made, images).mean()),
+            seconds,
+            found.f_evals,
+            found.vjps,
+            len(images),
+        )
 
     def costs(self, task: m.Task) -> dict[str, list[Result]]:
         """JIIO's and Adam's runs of several lengths, by family."""
@@ -216,13 +232,13 @@ class Benchmark:
             images = self.test[: self.args.cost_images]
             found = {
                 family: [
-                    asdict(self.judge(
-                        task, family, str(n), self.on_generator(task, method), images
-                    ))
+                    asdict(
+                        self.judge(task, family, str(n), self.on_generator(task, method), images)
+                    )
                     for n, method in methods.items()
                 ]
                 for family, methods in runs.items()
-            }  # fmt: skip
+            }
             path.write_text(json.dumps(found, indent=1) + "\n")
         read = json.loads(path.read_text())
         return {family: [Result(**r) for r in rows] for family, rows in read.items()}

@@ -75,9 +75,7 @@ class Args:
     """folder for the rendered glyphs; None: the user's cache"""
     minutes: float = 8.0
     """training time of each method, CPU minutes"""
-    methods: tuple[str, ...] = (
-        "jiio", "jiio head", "nested first-order", "maml unrolled", "anil"
-    )  # fmt: skip
+    methods: tuple[str, ...] = ("jiio", "jiio head", "nested first-order", "maml unrolled", "anil")
     parts: tuple[str, ...] = ("training", "adaptation", "overhead")
     meta_lr: float = 3e-3
     meta_batch: int = 8
@@ -160,9 +158,11 @@ class Learner:
         setting = Setting(self.model, tasks.x_support, tasks.y_support, self.args.reg)
         training = self.model.training
         method = Joint(
-            max_iter=6 if training else 25, step_size=0.4, tol=1e-2 if training else 1e-3,
+            max_iter=6 if training else 25,
+            step_size=0.4,
+            tol=1e-2 if training else 1e-3,
             mixing="anderson",
-        )  # fmt: skip
+        )
         with setting.frozen():
             problem, feasible, v0 = setting.problem()
             path = method.run(problem, feasible, v0)
@@ -260,9 +260,12 @@ def judge(learner: Learner, tasks: Tasks) -> dict[str, float]:
 def part_training(args: Args, results: dict[str, Any]) -> None:
     data = load_glyphs("train", cache=args.cache)
     test = sample_tasks(
-        load_glyphs(args.judge_on, cache=args.cache), args.test_tasks, ways=WAYS, queries=5,
+        load_glyphs(args.judge_on, cache=args.cache),
+        args.test_tasks,
+        ways=WAYS,
+        queries=5,
         generator=torch.Generator().manual_seed(args.seed + 1),
-    )  # fmt: skip
+    )
     done = results.setdefault("training", {})
     for name in args.methods:
         if name in done:
@@ -400,9 +403,14 @@ def optimum(setting: Setting) -> tuple[Tensor, float]:
     with setting.frozen():
         v = near.run(problem, FeasibleSet(v0), v0).v.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [v], max_iter=150, max_eval=150, history_size=50, line_search_fn="strong_wolfe",
-        tolerance_grad=1e-6, tolerance_change=1e-15,
-    )  # fmt: skip
+        [v],
+        max_iter=150,
+        max_eval=150,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-6,
+        tolerance_change=1e-15,
+    )
 
     def closure() -> Tensor:
         loss, v.grad = gradient(v.detach())
@@ -463,9 +471,11 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
         model.load_state_dict(load_file(weights))
     model.eval()
     tasks = sample_tasks(
-        load_glyphs("test", cache=args.cache), args.tasks, ways=WAYS,
+        load_glyphs("test", cache=args.cache),
+        args.tasks,
+        ways=WAYS,
         generator=torch.Generator().manual_seed(args.seed + 2),
-    )  # fmt: skip
+    )
     setting = Setting(model, tasks.x_support, tasks.y_support, args.adaptation_reg)
     goal, gradient = optimum(setting)
     goal = goal.float()
@@ -501,10 +511,12 @@ def part_adaptation(args: Args, results: dict[str, Any]) -> None:
             f"×{row.cost / rows[best['joint']].cost:.2f} of joint{best_of_family}"
         )
     results["adaptation"] = {
-        "distance": DISTANCE, "gradient_at_optimum": gradient, "trained": weights.is_file(),
+        "distance": DISTANCE,
+        "gradient_at_optimum": gradient,
+        "trained": weights.is_file(),
         "rows": [asdict(r) for r in rows],
         "best": {family: asdict(rows[k]) for family, k in best.items()},
-    }  # fmt: skip
+    }
     save(args, results)
 
 
@@ -526,17 +538,17 @@ def part_overhead(args: Args, results: dict[str, Any]) -> None:
     state = tuple(t.detach() for t in seen["z"])
 
     def bare() -> None:
-        from jiio_plugins.equilibrium.layer import running
+        from jiio_plugins.equilibrium.layer import layer_mode
 
         class Once:
-            def visit(self, layer: nn.Module, f: Any, z0: Any) -> Any:
+            def on_layer(self, layer: nn.Module, f: Any, z0: Any) -> Any:
                 seen["leaves"] = tuple(t.clone().requires_grad_() for t in state)
                 seen["f"] = cell(seen["leaves"], *f.injection)
                 return seen["leaves"]
 
         for _ in range(iterations):
             v = {n: frozen[n].clone().requires_grad_() for n in ADAPT}
-            with running(Once()):
+            with layer_mode(Once()):
                 loss = cross_entropy(functional_call(model, {**frozen, **v}, (x,)), y)
             leaves = [*seen["leaves"], *v.values()]
             torch.autograd.grad([loss, *seen["f"]], leaves, [None, *state])
@@ -565,9 +577,11 @@ def part_overhead(args: Args, results: dict[str, Any]) -> None:
 
 def save(args: Args, results: dict[str, Any]) -> None:
     results["machine"] = {
-        "machine": platform.machine(), "python": platform.python_version(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     part = args.out / "results.part"
     part.write_text(json.dumps(results, indent=1) + "\n")
     part.replace(args.out / "results.json")
@@ -579,9 +593,7 @@ def main(args: Args) -> None:
     keep_settings(args.out, {k: v for k, v in asdict(args).items() if k not in free})
     path = args.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    parts = {
-        "training": part_training, "adaptation": part_adaptation, "overhead": part_overhead
-    }  # fmt: skip
+    parts = {"training": part_training, "adaptation": part_adaptation, "overhead": part_overhead}
     for name in args.parts:
         parts[name](args, results)
     print(f"written: {path}")

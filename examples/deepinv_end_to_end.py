@@ -102,9 +102,13 @@ def reconstructor(channels: int) -> tuple[JIIOReconstructor, nn.Module]:
     network = dinv.models.UNet(channels, channels, scales=3, channels_per_scale=[16, 32, 64])
     guess = dinv.models.ArtifactRemoval(network)
     spread = dinv.models.UNet(
-        2 * channels, channels, scales=3, channels_per_scale=[8, 16, 32],
-        residual=False, batch_norm=False,
-    )  # fmt: skip
+        2 * channels,
+        channels,
+        scales=3,
+        channels_per_scale=[8, 16, 32],
+        residual=False,
+        batch_norm=False,
+    )
     model = JIIOReconstructor(
         MDEQRefiner((channels, SIDE, SIDE), channels=(16,)),
         encoder=GaussianEncoder(guess, spread),

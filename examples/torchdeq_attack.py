@@ -50,9 +50,16 @@ class Classifier(nn.Module):
         self.down, self.up = nn.Conv2d(8, 8, 2, stride=2), nn.ConvTranspose2d(8, 8, 2, stride=2)
         self.head = nn.Linear(8 * 4 * 4, 10)
         self.deq = torchdeq.get_deq(
-            f_solver="anderson", f_max_iter=30, f_tol=1e-3, f_stop_mode="rel", ift=True,
-            b_solver="anderson", b_max_iter=30, b_tol=1e-3, b_stop_mode="rel",
-        )  # fmt: skip
+            f_solver="anderson",
+            f_max_iter=30,
+            f_tol=1e-3,
+            f_stop_mode="rel",
+            ift=True,
+            b_solver="anderson",
+            b_max_iter=30,
+            b_tol=1e-3,
+            b_stop_mode="rel",
+        )
         torchdeq.apply_norm(self, "weight_norm", filter_out=["encoder", "head"])
 
     def forward(self, x: Tensor) -> Tensor:

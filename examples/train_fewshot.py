@@ -116,9 +116,14 @@ def main(args: Args) -> None:
     build = MDEQFewShot.paper if args.paper_size else MDEQFewShot
     model = build(ways=args.ways).to(fabric.device)
     maml = JIIOLearner(
-        model, lr=args.lr, adapt=args.adapt, reg=args.reg,
-        iters=args.iters, memory=20, first_order=args.first_order,
-    )  # fmt: skip
+        model,
+        lr=args.lr,
+        adapt=args.adapt,
+        reg=args.reg,
+        iters=args.iters,
+        memory=20,
+        first_order=args.first_order,
+    )
     parameters = list(maml.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.meta_lr)
 
@@ -133,18 +138,25 @@ def main(args: Args) -> None:
     own = args.tasks // fabric.world_size
     end = args.steps if args.stop_after is None else min(args.steps, begin + args.stop_after)
     bar = tqdm(
-        range(begin, end), initial=begin, total=args.steps, desc="meta-training",
+        range(begin, end),
+        initial=begin,
+        total=args.steps,
+        desc="meta-training",
         disable=not fabric.is_global_zero,
-    )  # fmt: skip
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * args.meta_lr * (1 + math.cos(math.pi * step / args.steps))
         # every process draws all tasks of the step and takes its share
         generator = torch.Generator().manual_seed(args.seed + 1_000_003 * step)
         tasks = sample_tasks(
-            data, args.tasks, ways=args.ways, shots=args.shots, queries=args.queries,
+            data,
+            args.tasks,
+            ways=args.ways,
+            shots=args.shots,
+            queries=args.queries,
             generator=generator,
-        ).to(fabric.device)  # fmt: skip
+        ).to(fabric.device)
         optimizer.zero_grad()
         loss = right = 0.0
         for k in range(fabric.global_rank * own, (fabric.global_rank + 1) * own):
@@ -174,9 +186,13 @@ def main(args: Args) -> None:
     save_file(model.state_dict(), args.out / "fewshot.safetensors")
     generator = torch.Generator().manual_seed(args.seed)
     tasks = sample_tasks(
-        load(args, "test"), args.test_tasks, ways=args.ways, shots=args.shots, queries=5,
+        load(args, "test"),
+        args.test_tasks,
+        ways=args.ways,
+        shots=args.shots,
+        queries=5,
         generator=generator,
-    ).to(fabric.device)  # fmt: skip
+    ).to(fabric.device)
     total = 0.0
     for k in tqdm(range(args.test_tasks), desc="test tasks"):
         total += task_error(maml, [t[k] for t in tasks])[1]

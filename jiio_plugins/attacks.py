@@ -27,7 +27,7 @@ from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.solution import Solution, Stats
-from jiio_plugins.utils.checks import is_count, ordinary
+from jiio_plugins.utils.checks import is_count, outside_inference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +115,7 @@ def attack(
     attack_objective(loss, labels, targeted)  # its errors first
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
-    labels = ordinary(labels)
+    labels = outside_inference(labels)
     ball = BALLS[norm](eps, x.detach(), mask=mask)
     sets: list[Constraint] = [ball]
     if lower is not None or upper is not None:
@@ -214,7 +214,7 @@ def attack_objective(
             f"labels must be integers of shape (batch,), got {labels.dtype} {tuple(labels.shape)}"
         )
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    labels = ordinary(labels.long())
+    labels = outside_inference(labels.long())
 
     def objective(logits: Tensor) -> Tensor:
         _check_logits(logits, len(labels))

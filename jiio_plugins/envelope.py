@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from jiio_plugins.constraints import FeasibleSet, check_constraint
 from jiio_plugins.equilibrium.counting import count, counting_into
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson, Solver
 from jiio_plugins.joint.guard import undisturbed
 from jiio_plugins.joint.inputs import check_gradients_possible, check_input, unwrap
-from jiio_plugins.joint.modes import EnvelopeSession
+from jiio_plugins.joint.modes import EnvelopeMode
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
 from jiio_plugins.methods.joint import check_method
@@ -240,13 +240,13 @@ def envelope_pass(
     flat = solution.flat
     assert flat.mu is not None
     assert flat.jz_mu is not None
-    session = EnvelopeSession(
+    mode = EnvelopeMode(
         flat.layout.split(flat.z),
         flat.layout.split(flat.mu),
         flat.layout.split(flat.jz_mu),
         refiner(refine, flat.z.dtype),
     )
-    with running(session):
+    with layer_mode(mode):
         output = model(solution.x)
     rows = len(solution.x)
     problem_value = objective(output)
@@ -255,8 +255,8 @@ def envelope_pass(
         raise ValueError(
             f"objective(output) must return one value per row, shape ({rows},), got {got}"
         )
-    session.watch(problem_value)
-    return problem_value, output, session.residual
+    mode.watch(problem_value)
+    return problem_value, output, mode.residual
 
 
 def refiner(refine: Refine, dtype: torch.dtype) -> tuple[Solver | None, Solver | None]:

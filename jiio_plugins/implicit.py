@@ -335,9 +335,15 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z_image: Tensor, mu_image: Tensor, v_image: Tensor, v: Tensor,
-        equation: _Adjoint, solver: Solver, residuals: Residuals,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        z_image: Tensor,
+        mu_image: Tensor,
+        v_image: Tensor,
+        v: Tensor,
+        equation: _Adjoint,
+        solver: Solver,
+        residuals: Residuals,
+    ) -> Tensor:
         # attributes, not saved tensors: they are the graph that backward differentiates, and none
         # refers to this node, so nothing is kept alive beyond it
         ctx.equation, ctx.solver, ctx.residuals = equation, solver, residuals

@@ -153,9 +153,13 @@ def optimize_input(
 
 
 def _attached(
-    problem: Problem, feasible: FeasibleSet, step: Tensor, path: Path, solution: Solution,
+    problem: Problem,
+    feasible: FeasibleSet,
+    step: Tensor,
+    path: Path,
+    solution: Solution,
     solver: Solver | None,
-) -> Solution:  # fmt: skip
+) -> Solution:
     """The solution with x as a differentiable function of all that it was computed from."""
     v, residuals = attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)
     warn_if_loose(residuals, solver)

@@ -120,9 +120,17 @@ class _Verdict:
     """Verified values of one candidate per problem; outputs and states per row."""
 
     def __init__(
-        self, v: Tensor, value: Tensor, model_value: Tensor, z: Tensor, residual: Tensor,
-        converged: Tensor, nonfinite: Tensor, output: Any, model_output: Any,
-    ) -> None:  # fmt: skip
+        self,
+        v: Tensor,
+        value: Tensor,
+        model_value: Tensor,
+        z: Tensor,
+        residual: Tensor,
+        converged: Tensor,
+        nonfinite: Tensor,
+        output: Any,
+        model_output: Any,
+    ) -> None:
         self.v, self.value, self.model_value = v, value, model_value
         self.z, self.residual = z, residual
         self.converged, self.nonfinite = converged, nonfinite
@@ -197,9 +205,15 @@ class _Judge:
         )
 
     def _verdict(
-        self, v: Tensor, model_output: Any, output: Any, z: Tensor, residual: Tensor,
-        converged: Tensor, nonfinite: Tensor,
-    ) -> _Verdict:  # fmt: skip
+        self,
+        v: Tensor,
+        model_output: Any,
+        output: Any,
+        z: Tensor,
+        residual: Tensor,
+        converged: Tensor,
+        nonfinite: Tensor,
+    ) -> _Verdict:
         with torch.no_grad():
             value = self.problem.groups.sum(self.problem.loss(output))
             model_value = self.problem.groups.sum(self.problem.loss(model_output))

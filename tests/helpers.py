@@ -36,8 +36,9 @@ def contraction(n: int, rate: float, *, symmetric: bool, seed: int) -> Tensor:
 def rotation(angles: list[float], radius: float = 1.0) -> Tensor:
     """Block-diagonal plane rotations, scaled to spectral radius ``radius``."""
     a = torch.tensor(angles, dtype=torch.float64)
-    blocks = [torch.stack([torch.stack([t.cos(), -t.sin()]), torch.stack([t.sin(), t.cos()])])
-              for t in a]  # fmt: skip
+    blocks = [
+        torch.stack([torch.stack([t.cos(), -t.sin()]), torch.stack([t.sin(), t.cos()])]) for t in a
+    ]
     return radius * torch.block_diag(*blocks)
 
 
@@ -189,8 +190,9 @@ def _one_stuck() -> FixedPoint:
     solution = torch.where(stuck, torch.nan, 1 / (1 - u))
     ok, limit = Status.CONVERGED, Status.MAX_ITER
     ends = {name: [ok, ok, limit, ok] for name in ("Picard", "Anderson", "Broyden")}
-    return FixedPoint("one row stuck", Elementwise(g), u, torch.zeros_like(u), solution,
-                      condition=5.0, ends=ends)  # fmt: skip
+    return FixedPoint(
+        "one row stuck", Elementwise(g), u, torch.zeros_like(u), solution, condition=5.0, ends=ends
+    )
 
 
 def problems() -> list[FixedPoint]:
@@ -250,9 +252,17 @@ class Net(nn.Module):
     """Encoder → equilibrium → head; with ``skip`` the head sees the encoder too."""
 
     def __init__(
-        self, *, inputs: int = 5, n: int = 8, outputs: int = 3, rate: float = 0.7,
-        skip: bool = False, seed: int = 0, solver: Solver | None = None, adjoint: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        inputs: int = 5,
+        n: int = 8,
+        outputs: int = 3,
+        rate: float = 0.7,
+        skip: bool = False,
+        seed: int = 0,
+        solver: Solver | None = None,
+        adjoint: Any = None,
+    ) -> None:
         super().__init__()
         self.encoder = linear(inputs, n, seed + 1)
         cell = TanhCell(n, rate, seed + 2)
@@ -300,8 +310,16 @@ class Series(nn.Module):
 class LinearNet(nn.Module):
     """``z = A z + B x``, ``y = C z``: everything about it has a closed form."""
 
-    def __init__(self, *, inputs: int = 20, n: int = 12, outputs: int = 2, rate: float = 0.8,
-                 seed: int = 0, solver: Solver | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        inputs: int = 20,
+        n: int = 12,
+        outputs: int = 2,
+        rate: float = 0.8,
+        seed: int = 0,
+        solver: Solver | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = linear(inputs, n, seed + 1)
         with torch.no_grad():
@@ -323,8 +341,15 @@ class LinearNet(nn.Module):
 class Context(nn.Module):
     """``z = tanh(W z + u(x) + context)``; the output holds the context too, for a penalty on it."""
 
-    def __init__(self, *, n: int = 6, rate: float = 0.6, seed: int = 0,
-                 solver: Solver | None = None, affine: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        n: int = 6,
+        rate: float = 0.6,
+        seed: int = 0,
+        solver: Solver | None = None,
+        affine: bool = False,
+    ) -> None:
         super().__init__()
         self.context = nn.Parameter(torch.zeros(1, n, dtype=torch.float64))
         self.encoder = linear(4, n, seed + 1)

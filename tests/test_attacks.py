@@ -40,9 +40,14 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def assert_inside(
-    x: Tensor, start: Tensor, norm: float, eps: float | Tensor, *, box: bool = True,
+    x: Tensor,
+    start: Tensor,
+    norm: float,
+    eps: float | Tensor,
+    *,
+    box: bool = True,
     mask: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Ball to ε(1 + 1e-6) plus the rounding of x itself; box and mask exactly."""
     delta = (x.double() - start.double()).flatten(1)
     size = torch.linalg.vector_norm(delta, ord=norm, dim=1)
@@ -81,9 +86,17 @@ def test_digits(digits: Any, norm: float, loss: Any, targeted: bool) -> None:
     model, x, y = digits
     labels = (y + 1) % 10 if targeted else y
     solution = attack(
-        model, x, labels, norm=norm, eps=NORMS[norm], loss=loss, targeted=targeted, lower=0.0,
-        upper=1.0, method=Joint(max_iter=20),
-    )  # fmt: skip
+        model,
+        x,
+        labels,
+        norm=norm,
+        eps=NORMS[norm],
+        loss=loss,
+        targeted=targeted,
+        lower=0.0,
+        upper=1.0,
+        method=Joint(max_iter=20),
+    )
     assert_inside(solution.x, x, norm, NORMS[norm])
     logits = tight_logits(model, solution.x)
     objective = attack_objective(loss, labels, targeted)
@@ -110,12 +123,18 @@ def test_a_stronger_attack_has_a_lower_value(digits: Any, norm: float) -> None:
     means = [
         float(
             attack(
-                model, x, y, norm=norm, eps=scale * NORMS[norm], lower=0.0, upper=1.0,
+                model,
+                x,
+                y,
+                norm=norm,
+                eps=scale * NORMS[norm],
+                lower=0.0,
+                upper=1.0,
                 method=Joint(max_iter=15),
             ).value.mean()
         )
         for scale in (0.0, 0.1, 0.3, 1.0)
-    ]  # fmt: skip
+    ]
     assert means == sorted(means, reverse=True)
     assert means[0] - means[-1] > 1.0
 
@@ -128,9 +147,16 @@ def test_epsilon_and_mask_per_sample(digits: Any) -> None:
     for m in (mask, mask.bool(), mask[0]):
         for norm in (1.0, 2.0, math.inf):
             solution = attack(
-                model, x, y, norm=norm, eps=eps, mask=m, lower=0.0, upper=1.0,
+                model,
+                x,
+                y,
+                norm=norm,
+                eps=eps,
+                mask=m,
+                lower=0.0,
+                upper=1.0,
                 method=Joint(max_iter=8),
-            )  # fmt: skip
+            )
             assert_inside(solution.x, x, norm, eps, mask=m.expand_as(x))
             assert torch.equal(solution.x[0], x[0])
             assert Status(int(solution.status[0])) == Status.NO_IMPROVEMENT
@@ -183,9 +209,16 @@ def test_random_starts_keep_the_best(norm: float) -> None:
 
     def run(starts: int) -> Solution:
         return attack(
-            model, x, y, norm=norm, eps=eps, lower=0.0, upper=1.0, random_starts=starts,
+            model,
+            x,
+            y,
+            norm=norm,
+            eps=eps,
+            lower=0.0,
+            upper=1.0,
+            random_starts=starts,
             method=Joint(max_iter=5),
-        )  # fmt: skip
+        )
 
     one, four = run(1), run(4)
     hit_one, hit_four = is_adversarial(one, y), is_adversarial(four, y)
@@ -267,8 +300,12 @@ def test_costs_of_random_starts_are_counted() -> None:
 def test_early_stop_saves_cost_and_loses_no_success(digits: Any, method: Any) -> None:
     model, x, y = digits
     common: dict[str, Any] = {
-        "norm": 2, "eps": 1.5, "lower": 0.0, "upper": 1.0, "method": method,
-    }  # fmt: skip
+        "norm": 2,
+        "eps": 1.5,
+        "lower": 0.0,
+        "upper": 1.0,
+        "method": method,
+    }
     full, early = (attack(model, x, y, early_stop=stop, **common) for stop in (False, True))
     assert bool((is_adversarial(early, y) | ~is_adversarial(full, y)).all())
     assert float(early.stats.vjps.sum()) < 0.8 * float(full.stats.vjps.sum())
@@ -294,23 +331,42 @@ def test_early_stop_saves_cost_and_loses_no_success(digits: Any, method: Any) ->
     nested=st.booleans(),
 )
 def test_what_is_returned_is_in_the_set(
-    norm: float, dtype: torch.dtype, eps: list[float], use_mask: bool, targeted: bool, loss: Any,
-    box: bool, starts: int, early: bool, step: float | None, nested: bool,
-) -> None:  # fmt: skip
+    norm: float,
+    dtype: torch.dtype,
+    eps: list[float],
+    use_mask: bool,
+    targeted: bool,
+    loss: Any,
+    box: bool,
+    starts: int,
+    early: bool,
+    step: float | None,
+    nested: bool,
+) -> None:
     model, x, y = small(dtype)
     mask = torch.tensor([1, 1, 0, 1, 0]) if use_mask else None
     radius = torch.tensor(eps, dtype=dtype)
     kind = Nested if nested else Joint
     solution = attack(
-        model, x, (y + 1) % 4 if targeted else y, norm=norm, eps=radius, loss=loss,
-        targeted=targeted, mask=mask, random_starts=starts, early_stop=early,
-        lower=0.0 if box else None, upper=1.0 if box else None,
+        model,
+        x,
+        (y + 1) % 4 if targeted else y,
+        norm=norm,
+        eps=radius,
+        loss=loss,
+        targeted=targeted,
+        mask=mask,
+        random_starts=starts,
+        early_stop=early,
+        lower=0.0 if box else None,
+        upper=1.0 if box else None,
         method=kind(max_iter=4, step_size=step),
-    )  # fmt: skip
+    )
     assert solution.x.dtype == dtype
     assert bool(torch.isfinite(solution.x).all())
-    assert_inside(solution.x, x, norm, radius, box=box,
-                  mask=None if mask is None else mask.expand_as(x))  # fmt: skip
+    assert_inside(
+        solution.x, x, norm, radius, box=box, mask=None if mask is None else mask.expand_as(x)
+    )
 
 
 # Against the closed form --------------------------------------------------------------------------
@@ -370,9 +426,16 @@ def test_the_worst_case_in_a_box(norm: float) -> None:
         delta = torch.minimum(low * slope.abs(), room)
     best = (slope.abs() * delta).sum(1)  # how far the margin can fall
     solution = attack(
-        model, x, y, norm=norm, eps=eps, loss="margin", lower=0.0, upper=1.0,
+        model,
+        x,
+        y,
+        norm=norm,
+        eps=eps,
+        loss="margin",
+        lower=0.0,
+        upper=1.0,
         method=Joint(max_iter=60),
-    )  # fmt: skip
+    )
     fell = (slope * (x - solution.x)).sum(1)
     assert bool((fell <= best * (1 + 1e-6) + 1e-9).all())
     assert bool((fell >= 0.99 * best).all()), fell / best
@@ -404,8 +467,9 @@ def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
     logits = 3 * rand(12, classes, seed=1)
     labels = torch.arange(12) % classes
     got = attack_objective(loss, labels, targeted)(logits)
-    want = [by_hand(row.tolist(), int(k), loss, targeted)
-            for row, k in zip(logits, labels, strict=True)]  # fmt: skip
+    want = [
+        by_hand(row.tolist(), int(k), loss, targeted) for row, k in zip(logits, labels, strict=True)
+    ]
     torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-6, atol=1e-9)
 
 
@@ -440,7 +504,7 @@ def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
         ({"method": "pgd"}, TypeError, "method must be Joint"),
         ({"verify": 3}, TypeError, "verify must be Anderson"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change: dict[str, Any], error: type[Exception], match: str) -> None:
     model, x, y = small()
     arguments: dict[str, Any] = {"x": x[:3], "labels": y[:3], "norm": 2, "eps": 0.1} | change

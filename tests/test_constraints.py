@@ -58,10 +58,14 @@ def brute_force(
     if norm == 2:
         ball = {"type": "ineq", "fun": lambda p: radius**2 - p @ p, "jac": lambda p: -2 * p}
         found = minimize(
-            lambda p: (p - d) @ (p - d), np.zeros(n), jac=lambda p: 2 * (p - d), method="SLSQP",
-            bounds=list(zip(low, high, strict=True)), constraints=[ball],
+            lambda p: (p - d) @ (p - d),
+            np.zeros(n),
+            jac=lambda p: 2 * (p - d),
+            method="SLSQP",
+            bounds=list(zip(low, high, strict=True)),
+            constraints=[ball],
             options={"ftol": 1e-15, "maxiter": 500},
-        )  # fmt: skip
+        )
         return found.x
 
     # L1: δ = p − q with p, q ≥ 0
@@ -70,11 +74,14 @@ def brute_force(
 
     ball = {"type": "ineq", "fun": lambda pq: radius - pq.sum(), "jac": lambda pq: -np.ones(2 * n)}
     found = minimize(
-        lambda pq: gap(pq) @ gap(pq), np.zeros(2 * n), method="SLSQP",
+        lambda pq: gap(pq) @ gap(pq),
+        np.zeros(2 * n),
+        method="SLSQP",
         jac=lambda pq: np.concatenate([2 * gap(pq), -2 * gap(pq)]),
-        bounds=[(0, h) for h in high] + [(0, -lo) for lo in low], constraints=[ball],
+        bounds=[(0, h) for h in high] + [(0, -lo) for lo in low],
+        constraints=[ball],
         options={"ftol": 1e-15, "maxiter": 500},
-    )  # fmt: skip
+    )
     return found.x[:n] - found.x[n:]
 
 
@@ -347,8 +354,9 @@ def test_the_direction_descends_and_has_length_one(norm: float) -> None:
 @every_norm
 def test_the_direction_of_a_zero_gradient_is_zero(norm: float) -> None:
     feasible = BALLS[norm](1.0).bind(torch.zeros(2, 6))
-    assert torch.equal(feasible.descent_direction(torch.zeros(2, 6), feasible.center),
-                       torch.zeros(2, 6))  # fmt: skip
+    assert torch.equal(
+        feasible.descent_direction(torch.zeros(2, 6), feasible.center), torch.zeros(2, 6)
+    )
 
 
 @every_norm
@@ -408,8 +416,11 @@ def test_several_boxes_and_cubes_meet() -> None:
 
 def test_masks_of_any_type() -> None:
     x = torch.zeros(2, 3)
-    for mask in (torch.tensor([1, 0, 1]), torch.tensor([1.0, 0.0, 2.0]),
-                 torch.tensor([[True, False, True]] * 2)):  # fmt: skip
+    for mask in (
+        torch.tensor([1, 0, 1]),
+        torch.tensor([1.0, 0.0, 2.0]),
+        torch.tensor([[True, False, True]] * 2),
+    ):
         got = LinfBall(1.0, mask=mask).bind(x).project(torch.full((2, 3), 3.0))
         assert got.tolist() == [[1.0, 0.0, 1.0]] * 2
 

@@ -28,18 +28,38 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "examples" / "distributed_training.py"), "--images", "160", "--batch-size", "20",
-        "--epochs", "4", "--report", str(tmp_path),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "examples" / "distributed_training.py"),
+        "--images",
+        "160",
+        "--batch-size",
+        "20",
+        "--epochs",
+        "4",
+        "--report",
+        str(tmp_path),
+    ]
     run = subprocess.run(
-        command, cwd=tmp_path, env=environment, timeout=300, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-    )  # fmt: skip
+        command,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
     assert run.returncode == 0, run.stdout
     assert "2 processes" in run.stdout
     ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]

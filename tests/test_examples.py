@@ -58,9 +58,14 @@ def test_example(script: Path, tmp_path: Path, tmp_path_factory: pytest.TempPath
     }
     run = subprocess.run(
         [sys.executable, str(script), *ARGUMENTS.get(script.name, [])],
-        cwd=tmp_path, env=environment, timeout=300, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
     assert run.returncode == 0, run.stdout
     assert "Warning" not in run.stdout, run.stdout
     for words in PRINTS.get(script.name, []):

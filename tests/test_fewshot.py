@@ -272,8 +272,11 @@ def test_samples_of_a_class_differ_and_belong_together(fonts: Path, cache: Path)
 def test_scripts_are_dealt_out() -> None:
     scripts = ["LATIN"] * 60 + ["GREEK"] * 20 + ["LAO"] * 10 + ["NKO"] * 5
     assert split_scripts(scripts) == {
-        "LATIN": "train", "GREEK": "test", "LAO": "validation", "NKO": "test",
-    }  # fmt: skip
+        "LATIN": "train",
+        "GREEK": "test",
+        "LAO": "validation",
+        "NKO": "test",
+    }
     assert script_of("Ω") == "GREEK"
     with pytest.raises(ValueError, match="at least three scripts, got LATIN, GREEK"):
         split_scripts(["LATIN", "LATIN", "GREEK"])

@@ -78,16 +78,24 @@ def build(dropout: float = 0.0, seed: int = 0, channels: int = 4) -> nn.Module:
 
 
 def train(
-    model: nn.Module, *, batches: Callable[..., Any] = TensorBatches, scheduler: str | None = None,
-    training: AdversarialTraining = TRAINING, optimizer: torch.optim.Optimizer | None = None,
+    model: nn.Module,
+    *,
+    batches: Callable[..., Any] = TensorBatches,
+    scheduler: str | None = None,
+    training: AdversarialTraining = TRAINING,
+    optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
     options = {"epochs": 3, "verbose": False, **options}
     return fit_adversarially(
-        model, training, optimizer, batches(*data(), 16),
-        scheduler=None if scheduler is None else SCHEDULERS[scheduler](optimizer), **options,
-    )  # fmt: skip
+        model,
+        training,
+        optimizer,
+        batches(*data(), 16),
+        scheduler=None if scheduler is None else SCHEDULERS[scheduler](optimizer),
+        **options,
+    )
 
 
 def assert_equal_weights(one: nn.Module, two: nn.Module) -> None:
@@ -148,9 +156,16 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if k < 2 else -20.0)
     seen: list[float] = []
     history = fit_adversarially(
-        model, TRAINING, optimizer, TensorBatches(*data(), 16), epochs=20, patience=2,
-        validation=data("test", 100), scheduler=scheduler, verbose=False,
-    )  # fmt: skip
+        model,
+        TRAINING,
+        optimizer,
+        TensorBatches(*data(), 16),
+        epochs=20,
+        patience=2,
+        validation=data("test", 100),
+        scheduler=scheduler,
+        verbose=False,
+    )
     seen = [epoch["validation_robust"] for epoch in history]
     best = seen.index(max(seen))
     assert len(history) == best + 3 < 20
@@ -158,9 +173,14 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
     optimizer = torch.optim.SGD(alone.parameters(), lr=lr)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if k < 2 else -20.0)
     fit_adversarially(
-        alone, TRAINING, optimizer, TensorBatches(*data(), 16), epochs=best + 1,
-        scheduler=scheduler, verbose=False,
-    )  # fmt: skip
+        alone,
+        TRAINING,
+        optimizer,
+        TensorBatches(*data(), 16),
+        epochs=best + 1,
+        scheduler=scheduler,
+        verbose=False,
+    )
     assert_equal_weights(model, alone)
 
 
@@ -199,10 +219,15 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
             history.append((dict(starts), {sample: end() for sample, end in ends.items()}))
 
     fit_adversarially(
-        model, fresh, torch.optim.SGD(model.parameters(), lr=0.01),
-        Watched(x, torch.arange(64), 20, drop_last=True), epochs=5, restart_every=3,
-        carried=short, verbose=False,
-    )  # fmt: skip
+        model,
+        fresh,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        Watched(x, torch.arange(64), 20, drop_last=True),
+        epochs=5,
+        restart_every=3,
+        carried=short,
+        verbose=False,
+    )
     for epoch, (begun, _) in enumerate(history):
         anew = epoch % 3 == 0
         order = TensorBatches(x, torch.arange(64), 20).order(epoch)[:60].tolist()
@@ -264,9 +289,15 @@ def test_images_that_were_not_attacked_are_not_taken_up() -> None:
     object.__setattr__(training, "ends", ends)
     x, y, model = data()[0], torch.arange(64), build()
     fit_adversarially(
-        model, training, torch.optim.SGD(model.parameters(), lr=0.01), TensorBatches(x, y, 16),
-        epochs=2, restart_every=2, carried=training, verbose=False,
-    )  # fmt: skip
+        model,
+        training,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        TensorBatches(x, y, 16),
+        epochs=2,
+        restart_every=2,
+        carried=training,
+        verbose=False,
+    )
     orders = [TensorBatches(x, y, 16).order(k).split(16) for k in (0, 1)]
     before = {int(n) for rows in orders[0] for n in rows[:8]}
     first = {int(n) for rows in orders[1] for n in rows[:8]}
@@ -340,8 +371,9 @@ def test_resumed_with_any_scheduler_it_ends_bit_by_bit_where_it_would_have(
     name: str, tmp_path: Path
 ) -> None:
     options = {
-        "scheduler": name, "scheduler_interval": "step" if name == "OneCycleLR" else "epoch",
-    }  # fmt: skip
+        "scheduler": name,
+        "scheduler_interval": "step" if name == "OneCycleLR" else "epoch",
+    }
     whole, parts, path = build(), build(), tmp_path / "run.pt"
     expected = train(whole, **options)
     kept = {"checkpoint": path, "checkpoint_every": 1, "resume": True}
@@ -357,9 +389,13 @@ def test_resumed_with_any_scheduler_it_ends_bit_by_bit_where_it_would_have(
 def test_resumed_with_everything_random_switched_on(tmp_path: Path) -> None:
     """Dropout in the encoder, random starts, the penalty and TRADES."""
     training = AdversarialTraining(
-        norm=2, eps=0.3, method=Joint(max_iter=2), random_start=True, jacobian_weight=1.0,
+        norm=2,
+        eps=0.3,
+        method=Joint(max_iter=2),
+        random_start=True,
+        jacobian_weight=1.0,
         trades=2.0,
-    )  # fmt: skip
+    )
     models = [build(dropout=0.3) for _ in range(3)]
     path = tmp_path / "run.pt"
     with torch.random.fork_rng([]):
@@ -395,9 +431,10 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    }
 
     path = tmp_path / "run.pt"
 

@@ -161,8 +161,12 @@ def test_gradients_agree_with_the_cpu(name: str) -> None:
     for device in ("cpu", "cuda"):
         model = NETWORKS[name]().to(device)
         v = x.to(device).requires_grad_()
-        grads.append([g.cpu() for g in torch.autograd.grad(squared(model(v)).sum(),
-                                                            [v, *model.parameters()])])  # fmt: skip
+        grads.append(
+            [
+                g.cpu()
+                for g in torch.autograd.grad(squared(model(v)).sum(), [v, *model.parameters()])
+            ]
+        )
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-8, atol=1e-10)
 
 
@@ -177,10 +181,13 @@ def test_optimize_input_agrees_with_the_cpu(name: str, constraint: Any, method: 
         model = NETWORKS[name](seed=1).to(device)
         results.append(
             optimize_input(
-                model, x.to(device), lambda y, goal=goal: (y - goal).square().sum(1),
-                method=method, constraint=constraint,
+                model,
+                x.to(device),
+                lambda y, goal=goal: (y - goal).square().sum(1),
+                method=method,
+                constraint=constraint,
             )
-        )  # fmt: skip
+        )
     cpu, gpu = results
     torch.testing.assert_close(gpu.x.cpu(), cpu.x, rtol=0, atol=1e-7)
     torch.testing.assert_close(gpu.value.cpu(), cpu.value, rtol=1e-6, atol=1e-8)

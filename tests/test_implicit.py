@@ -35,9 +35,12 @@ def solve(model: nn.Module, x: Tensor, target: Tensor, radius: Tensor, kind: str
         "free": lambda: None,
     }
     return optimize_input(
-        model, x, lambda y: objective(y, target), constraint=sets[kind](),
+        model,
+        x,
+        lambda y: objective(y, target),
+        constraint=sets[kind](),
         **{"differentiable": True, **kwargs},
-    )  # fmt: skip
+    )
 
 
 def objective(y: Tensor, target: Tensor) -> Tensor:
@@ -61,9 +64,11 @@ CASES = {
         },
     ),
     "one group": (
-        Context(), "free", {"method": Joint(max_iter=100, step_size=0.02), "variables": ["context"]}
+        Context(),
+        "free",
+        {"method": Joint(max_iter=100, step_size=0.02), "variables": ["context"]},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -147,9 +152,13 @@ def test_a_differentiable_solution_is_in_the_set(differentiable: Any, constraint
             sets.append(L2Ball(constraint.radius, mask=mask))
         for chosen in sets:
             found = optimize_input(
-                model, x, lambda y, goal=target: objective(y, goal), constraint=chosen,
-                method=Joint(max_iter=5), differentiable=differentiable,
-            )  # fmt: skip
+                model,
+                x,
+                lambda y, goal=target: objective(y, goal),
+                constraint=chosen,
+                method=Joint(max_iter=5),
+                differentiable=differentiable,
+            )
             reached = found.x.detach()
             if isinstance(chosen, Box):
                 assert 0 <= float(reached.min()) <= float(reached.max()) <= 1
@@ -169,10 +178,13 @@ def test_a_loose_solution_warns() -> None:
     model, x = Context(), rand(4, 4, seed=1)
     with pytest.warns(UserWarning, match="relative residual"):
         optimize_input(
-            model, x, lambda y: -y[:, 0].tanh() * 1e-3, variables=["context"],
+            model,
+            x,
+            lambda y: -y[:, 0].tanh() * 1e-3,
+            variables=["context"],
             method=Joint(max_iter=2, step_size=100.0),
             differentiable=Anderson(max_iter=3, tol=1e-9),
-        )  # fmt: skip
+        )
 
 
 def test_a_solver_sets_how_exact_the_gradient_is() -> None:
@@ -181,9 +193,12 @@ def test_a_solver_sets_how_exact_the_gradient_is() -> None:
     gradients, evals = [], []
     for differentiable in (True, Anderson(max_iter=6, tol=1e-2)):
         solution = optimize_input(
-            Net(), x, lambda y: objective(y, target), constraint=L2Ball(radius),
+            Net(),
+            x,
+            lambda y: objective(y, target),
+            constraint=L2Ball(radius),
             differentiable=differentiable,
-        )  # fmt: skip
+        )
         gradients.append(torch.autograd.grad(solution.x.square().sum(), target)[0])
         evals.append(float(solution.stats.implicit.adjoint_evals.max()))
     assert evals[1] < evals[0]

@@ -123,9 +123,11 @@ def test_state_and_adjoint_follow_a_step_of_v(monkeypatch: pytest.MonkeyPatch) -
         r = z @ a.T + v @ b.T - z
         dv = rand(1, d, seed=50 + k)
         gamma = secants.weights(
-            (both(image - change[0]), -change[1][:, None]), [both(image)],
-            (both(r), dv[:, None]), torch.ones(1, 3, dtype=torch.float64),
-        )  # fmt: skip
+            (both(image - change[0]), -change[1][:, None]),
+            [both(image)],
+            (both(r), dv[:, None]),
+            torch.ones(1, 3, dtype=torch.float64),
+        )
     arrived = (z + r) - (gamma @ secants.d[0])[:, 0, :n]
     settled = torch.linalg.solve(torch.eye(n) - a, b @ (v + dv).T).T
     assert torch.allclose(arrived, settled, atol=1e-5)
@@ -195,9 +197,12 @@ def test_under_autocast_the_iterate_keeps_its_precision(kind: Any) -> None:
     seen = set()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         solution = optimize_input(
-            model, x, lambda y: y.float().square().sum(1), method=Joint(max_iter=12, mixing=kind),
+            model,
+            x,
+            lambda y: y.float().square().sum(1),
+            method=Joint(max_iter=12, mixing=kind),
             callback=lambda progress: seen.add(progress.z.dtype),
-        )  # fmt: skip
+        )
     assert seen == {torch.float32}
     assert solution.costate is not None
     assert solution.costate.dtype == torch.float32

@@ -220,9 +220,13 @@ def smooth_methods(step: float) -> list[Any]:
         Joint(max_iter=300, step_size=step, tol=1e-10),
         Joint(max_iter=400, step_size=step / 3, acceleration=0),
         Nested(max_iter=80, step_size=step, solver=tight),
-        Nested(max_iter=300, step_size=step / 3, solver=Anderson(max_iter=2, tol=1e-12),
-               warm_start=True),
-    ]  # fmt: skip
+        Nested(
+            max_iter=300,
+            step_size=step / 3,
+            solver=Anderson(max_iter=2, tol=1e-12),
+            warm_start=True,
+        ),
+    ]
 
 
 SMOOTH = pytest.mark.parametrize("which", range(4), ids=["joint", "plain", "nested", "warm"])
@@ -247,12 +251,19 @@ def test_acceleration_pays_where_v_settles() -> None:
     model, x = Ridge(rho=0.2), rand(3, 6, seed=4)
     answer, step = model.answer(seed=3), 0.5 / model.curvature()
     gaps = [
-        (optimize_input(
-            model, x, model.objective(seed=3),
-            method=Joint(max_iter=40, step_size=step, tol=0.0, acceleration=memory),
-        ).x - answer).norm(dim=1).max()
+        (
+            optimize_input(
+                model,
+                x,
+                model.objective(seed=3),
+                method=Joint(max_iter=40, step_size=step, tol=0.0, acceleration=memory),
+            ).x
+            - answer
+        )
+        .norm(dim=1)
+        .max()
         for memory in (5, 0)
-    ]  # fmt: skip
+    ]
     assert float(gaps[0]) < 0.05 * float(gaps[1])
 
 
@@ -264,9 +275,12 @@ def test_a_strongly_convex_problem_in_a_box(which: int) -> None:
     answer = model.boxed_answer(3, low, high)
     assert 0 < int(((answer == low) | (answer == high)).sum()) < 6
     solution = optimize_input(
-        model, torch.zeros(2, 6).double(), model.objective(seed=3), method=method,
+        model,
+        torch.zeros(2, 6).double(),
+        model.objective(seed=3),
+        method=method,
         constraint=Box(low, high),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(solution.x, answer.expand(2, 6), rtol=1e-5, atol=1e-6)
 
 
@@ -293,9 +307,13 @@ def test_named_parameters_have_the_known_answer(which: int, problems: int) -> No
     answer = torch.linalg.solve(hessian, pull.T).T
 
     solution = optimize_input(
-        model, x, objective, method=method, variables=["context"],
+        model,
+        x,
+        objective,
+        method=method,
+        variables=["context"],
         groups=groups if problems > 1 else None,
-    )  # fmt: skip
+    )
     found = solution.x["context"]
     assert found.shape == (problems, 6)
     torch.testing.assert_close(found, answer, rtol=1e-5, atol=1e-6)
@@ -308,9 +326,12 @@ def test_several_named_parameters_at_once() -> None:
     model, x = Context(), rand(4, 4, seed=1)
     target = rand(4, 3, seed=2)
     solution = optimize_input(
-        model, x, lambda y: (y[:, :3] - target).square().sum(1),
-        method=Joint(max_iter=200, step_size=0.05), variables=["context", "head.bias"],
-    )  # fmt: skip
+        model,
+        x,
+        lambda y: (y[:, :3] - target).square().sum(1),
+        method=Joint(max_iter=200, step_size=0.05),
+        variables=["context", "head.bias"],
+    )
     assert solution.x["context"].shape == (1, 6)
     assert solution.x["head.bias"].shape == (3,)
     before = (model(x)[:, :3] - target).square().sum().item()
@@ -389,9 +410,12 @@ def test_a_row_alone_and_in_a_batch_of_64(name: str, method: str, constraint: st
 
     def run(rows: Any) -> Solution:
         return optimize_input(
-            model, x[rows], lambda y: (y - targets[rows]).square().sum(1),
-            method=METHODS[method], constraint=CONSTRAINTS[constraint],
-        )  # fmt: skip
+            model,
+            x[rows],
+            lambda y: (y - targets[rows]).square().sum(1),
+            method=METHODS[method],
+            constraint=CONSTRAINTS[constraint],
+        )
 
     together = run(slice(None))
     for i in SOME:
@@ -428,9 +452,13 @@ def test_stopping_early_does_not_depend_on_the_batch(method: Any) -> None:
             return (y - targets[rows]).square().sum(1)
 
         return optimize_input(
-            model, x[rows], distance, method=method, constraint=L2Ball(0.5),
+            model,
+            x[rows],
+            distance,
+            method=method,
+            constraint=L2Ball(0.5),
             stop=lambda y: distance(y) < level,
-        )  # fmt: skip
+        )
 
     together = run(slice(None))
     assert {bool(together.value[i] < level) for i in SOME} == {True, False}
@@ -457,9 +485,14 @@ def test_five_rows_that_share_a_variable(method: Any, constraint: Any) -> None:
             return fit + 0.1 * y[:, 3:].square().sum(1)
 
         return optimize_input(
-            model, x[rows], objective, method=method, constraint=constraint,
-            variables=["context"], groups=index,
-        )  # fmt: skip
+            model,
+            x[rows],
+            objective,
+            method=method,
+            constraint=constraint,
+            variables=["context"],
+            groups=index,
+        )
 
     together = run(torch.arange(320), groups)
     assert together.x["context"].shape == (64, 6)
@@ -481,9 +514,12 @@ def test_values_agree_in_float32(constraint: Any) -> None:
 
     def run(rows: Any) -> Tensor:
         return optimize_input(
-            model, x[rows], lambda y: (y - targets[rows]).square().sum(1), constraint=constraint,
+            model,
+            x[rows],
+            lambda y: (y - targets[rows]).square().sum(1),
+            constraint=constraint,
             method=method,
-        ).value  # fmt: skip
+        ).value
 
     together = run(slice(None))
     for i in SOME:
@@ -528,9 +564,13 @@ def test_gradients_reach_what_the_model_is_given() -> None:
 
     def found(more: list[Tensor]) -> Tensor:
         solution = optimize_input(
-            model, x, squared, given=more, differentiable=True,
+            model,
+            x,
+            squared,
+            given=more,
+            differentiable=True,
             method=Joint(max_iter=200, tol=1e-11),
-        )  # fmt: skip
+        )
         return (solution.x * target).sum()
 
     more = conditions(2)
@@ -603,9 +643,11 @@ def test_groups_of_one_row_are_rows() -> None:
         model, x, objective, variables=["context"], groups=torch.arange(6), constraint=L2Ball(0.5)
     )
     by_input = optimize_input(
-        AsInput(), torch.cat([x, torch.zeros(6, 6).double()], dim=1), objective,
+        AsInput(),
+        torch.cat([x, torch.zeros(6, 6).double()], dim=1),
+        objective,
         constraint=L2Ball(0.5, mask=torch.arange(10) >= 4),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(by_name.x["context"], by_input.x[:, 4:], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(by_name.value, by_input.value)
 
@@ -677,9 +719,13 @@ def test_never_worse_than_the_start(
 
     method = Joint(max_iter=steps, step_size=step, warmup=warmup)
     solution = optimize_input(
-        model, x, objective, method=method, constraint=norm(1.0),
+        model,
+        x,
+        objective,
+        method=method,
+        constraint=norm(1.0),
         verify=Anderson(max_iter=500, tol=1e-10),
-    )  # fmt: skip
+    )
     start = objective(independent_output(model, x, steps=6000))
     assert bool((solution.value <= start * (1 + 1e-5) + 1e-8).all())
 
@@ -697,9 +743,12 @@ def test_costs_are_those_that_happened() -> None:
             model.equilibrium.cell = spy = Spy(model.equilibrium.cell)
             with count_evaluations() as counter:
                 solution = optimize_input(
-                    model, x, lambda y, goal=target: (y - goal).square().sum(1), method=method,
+                    model,
+                    x,
+                    lambda y, goal=target: (y - goal).square().sum(1),
+                    method=method,
                     constraint=L2Ball(1.0),
-                )  # fmt: skip
+                )
             happened = spy.total
             spy.rows.clear()
             with torch.no_grad():
@@ -970,9 +1019,15 @@ def test_nothing_of_the_callers_is_changed(method: Any, fault: str, training_mod
 
     def run() -> Solution:
         return optimize_input(
-            model, x, objective, method=method, constraint=L2Ball(radius, mask=mask),
-            training_mode=training_mode, stop=stop, callback=lambda progress: fail("callback"),
-        )  # fmt: skip
+            model,
+            x,
+            objective,
+            method=method,
+            constraint=L2Ball(radius, mask=mask),
+            training_mode=training_mode,
+            stop=stop,
+            callback=lambda progress: fail("callback"),
+        )
 
     if fault == "none":
         run()
@@ -989,9 +1044,13 @@ def test_named_parameters_are_left_as_they_were() -> None:
     before = snapshot(model, x)
     optimize_input(model, x, squared, variables=["context"], constraint=L2Ball(0.5))
     optimize_input(
-        model, x, squared, variables=["context"], groups=torch.tensor([0, 0, 1, 1]),
+        model,
+        x,
+        squared,
+        variables=["context"],
+        groups=torch.tensor([0, 0, 1, 1]),
         constraint=L2Ball(0.5),
-    )  # fmt: skip
+    )
     assert snapshot(model, x) == before
 
 
@@ -1135,7 +1194,7 @@ def test_inside_no_grad() -> None:
 
 
 def test_an_optimisation_inside_the_objective() -> None:
-    """The inner one has a session of its own and gives the outer one its back."""
+    """The inner one has a mode of its own and gives the outer one its back."""
     outer, inner, x = Net(seed=1), Net(seed=2), rand(2, 5, seed=1)
     reference = optimize_input(outer, x, squared, method=Joint(max_iter=5), constraint=L2Ball(0.5))
 
@@ -1171,9 +1230,13 @@ class Slowly(nn.Module):
 def test_a_later_layer_does_not_hide_that_an_earlier_one_is_over_relaxed() -> None:
     residuals: list[float] = []
     optimize_input(
-        Slowly(), rand(8, 5, seed=1), squared, method=Joint(max_iter=40), constraint=L2Ball(0.5),
+        Slowly(),
+        rand(8, 5, seed=1),
+        squared,
+        method=Joint(max_iter=40),
+        constraint=L2Ball(0.5),
         callback=lambda progress: residuals.append(float(progress.z_residual.max())),
-    )  # fmt: skip
+    )
     assert residuals[-1] < 0.05
 
 
@@ -1237,10 +1300,14 @@ def test_random_numbers_in_a_cell_and_after_it_are_the_same_in_every_pass(method
     model.head.register_forward_pre_hook(draw)
     residuals: list[float] = []
     optimize_input(
-        model, rand(8, 5, seed=1), squared, method=method, constraint=L2Ball(0.5),
+        model,
+        rand(8, 5, seed=1),
+        squared,
+        method=method,
+        constraint=L2Ball(0.5),
         training_mode=True,
         callback=lambda progress: residuals.append(float(progress.z_residual.median())),
-    )  # fmt: skip
+    )
     assert residuals[-1] < 1e-2
     loop = drawn[1 : len(residuals) + 1]
     assert len(set(loop)) == 1
@@ -1314,13 +1381,17 @@ def test_step_sizes_per_problem() -> None:
     assert torch.equal(mixed.x[0], x[0])
     for i in (1, 2):
         one = optimize_input(
-            model, x[i : i + 1], squared, method=Joint(step_size=float(steps[i])),
+            model,
+            x[i : i + 1],
+            squared,
+            method=Joint(step_size=float(steps[i])),
             constraint=L2Ball(0.5),
-        )  # fmt: skip
+        )
         torch.testing.assert_close(one.x, mixed.x[i : i + 1], rtol=0, atol=1e-8)
     with pytest.raises(ValueError, match=r"step_size must hold one value or one per problem \(3\)"):
-        optimize_input(model, x, squared, method=Joint(step_size=torch.ones(2)),
-                       constraint=L2Ball(0.5))  # fmt: skip
+        optimize_input(
+            model, x, squared, method=Joint(step_size=torch.ones(2)), constraint=L2Ball(0.5)
+        )
 
 
 @pytest.mark.parametrize("make", [Joint, partial(Nested, warm_start=True)])

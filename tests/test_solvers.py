@@ -223,9 +223,12 @@ def test_random_rotations(angles: list[float], radius: float, seed: int) -> None
 
 
 @given(
-    st.sampled_from(SOLVERS), st.floats(0.1, 5.0), st.integers(1, 6), st.integers(0, 2**16),
+    st.sampled_from(SOLVERS),
+    st.floats(0.1, 5.0),
+    st.integers(1, 6),
+    st.integers(0, 2**16),
     st.integers(2, 150),
-)  # fmt: skip
+)
 def test_random_cells_that_diverge(
     kind: type[Solver], c: float, n: int, seed: int, max_iter: int
 ) -> None:
@@ -246,9 +249,11 @@ def test_random_cells_that_diverge(
 
 
 @given(
-    st.sampled_from(SOLVERS), st.integers(0, 5), st.integers(1, 6),
+    st.sampled_from(SOLVERS),
+    st.integers(0, 5),
+    st.integers(1, 6),
     st.sampled_from([math.nan, math.inf, -math.inf]),
-)  # fmt: skip
+)
 def test_a_row_that_turns_nonfinite_harms_nobody(
     kind: type[Solver], bad_row: int, good_calls: int, poison: float
 ) -> None:

@@ -94,8 +94,12 @@ def squared(y: Tensor) -> Tensor:
 
 def test_the_watch_sees_what_it_should() -> None:
     x = torch.zeros(3, device="meta")
-    for read in (lambda: bool(x.sum()), lambda: x.sum().item(), lambda: x.nonzero(),
-                 lambda: torch.equal(x, x)):  # fmt: skip
+    for read in (
+        lambda: bool(x.sum()),
+        lambda: x.sum().item(),
+        lambda: x.nonzero(),
+        lambda: torch.equal(x, x),
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
     with NoHostCopies():

@@ -210,9 +210,13 @@ def test_a_solution_can_be_carried_on() -> None:
     model, x = Net(seed=3), rand(4, 5, seed=1)
     first = solve(model, x)
     again = joint_solution(
-        model, x, objective, method=Joint(max_iter=3, step_size=0.0), constraint=L2Ball(0.5),
+        model,
+        x,
+        objective,
+        method=Joint(max_iter=3, step_size=0.0),
+        constraint=L2Ball(0.5),
         start=first,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(again.x, first.x, rtol=0, atol=1e-12)
     assert bool((again.z_residual < first.z_residual).all())
     assert bool((again.costate_residual < first.costate_residual).all())

@@ -68,8 +68,11 @@ def check_trainable(classifier: PyTorchClassifier, attack: JIIOAttack) -> None:
         if isinstance(getattr(attack, name), np.ndarray):
             raise ValueError(f"{name} of the attack must be a number for training, got an array")
     for name, wanted in (
-        ("random_eps", False), ("loss", "cross-entropy"), ("early_stop", False), ("retry", None),
-    ):  # fmt: skip
+        ("random_eps", False),
+        ("loss", "cross-entropy"),
+        ("early_stop", False),
+        ("retry", None),
+    ):
         value = getattr(attack, name)
         if value != wanted:
             raise ValueError(

@@ -93,9 +93,22 @@ class JIIOAttack(EvasionAttack):
 
     attack_params = [  # noqa: RUF012 (ART's own attacks declare theirs like this)
         *EvasionAttack.attack_params,
-        "norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size",
-        "random_eps", "loss", "early_stop", "method", "retry", "autocast", "seed", "verbose",
-    ]  # fmt: skip
+        "norm",
+        "eps",
+        "eps_step",
+        "max_iter",
+        "targeted",
+        "num_random_init",
+        "batch_size",
+        "random_eps",
+        "loss",
+        "early_stop",
+        "method",
+        "retry",
+        "autocast",
+        "seed",
+        "verbose",
+    ]
     _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin, PyTorchEstimator)
 
     def __init__(

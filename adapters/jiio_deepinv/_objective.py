@@ -128,9 +128,16 @@ class Objective:
     """
 
     def __init__(
-        self, model: Latents, y: Any, physics: Physics, data: DataFidelity | None,
-        prior: Prior | None, prior_weight: float, latent_penalty: float, range_penalty: float,
-    ) -> None:  # fmt: skip
+        self,
+        model: Latents,
+        y: Any,
+        physics: Physics,
+        data: DataFidelity | None,
+        prior: Prior | None,
+        prior_weight: float,
+        latent_penalty: float,
+        range_penalty: float,
+    ) -> None:
         self.model = model
         self.y, self.physics, self.data, self.prior = y, physics, data, prior
         self.prior_weight, self.latent_penalty = prior_weight, latent_penalty

@@ -9,18 +9,18 @@ from deepinv.loss import Loss
 from torch import Tensor, nn
 
 from jiio_deepinv.reconstructor import JIIOReconstructor, evaluated
-from jiio_plugins.equilibrium.layer import running
-from jiio_plugins.joint.modes import PenaltySession, SolveSession
+from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 
 
 def contraction(generator: nn.Module, u: Tensor) -> Tensor:
     """``‖J_z‖²_F / n`` of the generator's cells where its states settle at latents u, a scalar."""
-    solve = SolveSession()
+    solve = SolveMode()
     with evaluated(generator):
-        with torch.no_grad(), running(solve):
+        with torch.no_grad(), layer_mode(solve):
             generator(u)
-        penalty = PenaltySession([z.detach() for z in solve.z], probes=1, generator=None)
-        with torch.enable_grad(), running(penalty):
+        penalty = PenaltyMode([z.detach() for z in solve.z], probes=1, generator=None)
+        with torch.enable_grad(), layer_mode(penalty):
             generator(u)
     return penalty.value
 

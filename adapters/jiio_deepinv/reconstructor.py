@@ -200,9 +200,15 @@ class JIIOReconstructor(Reconstructor):
         with full_precision(start.device.type), evaluated(self.generator):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
-                model, y, physics, self.data_fidelity, self.prior, self.prior_weight,
-                self.latent_penalty, self.range_penalty or 0.0,
-            )  # fmt: skip
+                model,
+                y,
+                physics,
+                self.data_fidelity,
+                self.prior,
+                self.prior_weight,
+                self.latent_penalty,
+                self.range_penalty or 0.0,
+            )
             w = start.flatten(1)
             # at zero one row stands for the whole batch, and more steps can be tried
             zero = Place(torch.zeros_like(w[:1]), torch.ones_like(w[:1]))

@@ -28,12 +28,12 @@ from jiio_learn2learn.recording import Recorded, Tape
 from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import count, count_evaluations, counting_into
-from jiio_plugins.equilibrium.layer import current_session, running
+from jiio_plugins.equilibrium.layer import current_mode, layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.state import StateLayout
 from jiio_plugins.implicit import adjoint_solver, attach, warn_if_loose
 from jiio_plugins.joint.guard import buffers_kept, same_randomness
-from jiio_plugins.joint.modes import NO_LAYER, SolveSession
+from jiio_plugins.joint.modes import NO_LAYER, SolveMode
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.utils.checks import is_count
 
@@ -74,7 +74,7 @@ class _Forward:
     task: _TaskState
     version: int
     inputs: Any
-    session: SolveSession
+    mode: SolveMode
 
 
 class JIIOLearner(BaseLearner):
@@ -189,16 +189,16 @@ class JIIOLearner(BaseLearner):
         task = self._task
         if task is None:
             return self.module(*args, **kwargs)
-        if current_session() is not None:  # a closure's call
+        if current_mode() is not None:  # a closure's call
             task.called_with = (args, kwargs)
             return self.module(*args, **kwargs)
         warm = task.z if task.version and same_inputs(task.support, (args, kwargs)) else None
-        session = SolveSession(start=warm)
-        with running(session):
+        mode = SolveMode(start=warm)
+        with layer_mode(mode):
             output = self.module(*args, **kwargs)
-        if not session.z:
+        if not mode.z:
             raise ValueError(NO_LAYER)
-        tape = Tape(output, _Forward(task, task.version, (args, kwargs), session))
+        tape = Tape(output, _Forward(task, task.version, (args, kwargs), mode))
         return tape.wrap(output)
 
     def adapt(
@@ -244,7 +244,7 @@ class JIIOLearner(BaseLearner):
             self.allow_nograd if allow_nograd is None else allow_nograd,
         )
         anchor = [self._task.initial[name] for name in names]
-        states = [z.detach() for z in forward.session.z]
+        states = [z.detach() for z in forward.mode.z]
         variable = TaskVariable(slots.some(names), objective, anchor, self.reg, states, self.module)
         first_order = self.first_order if first_order is None else first_order
         if not self.lr and not first_order:
@@ -261,10 +261,10 @@ class JIIOLearner(BaseLearner):
         """Run the joint iteration and put its end in the module, differentiable."""
         task, z = forward.task, variable.z
         held, held_residual = None, 0.0
-        if not any(any(reaches(state, variable.slots.get())) for state in forward.session.z):
+        if not any(any(reaches(state, variable.slots.get())) for state in forward.mode.z):
             held, held_residual = self._fixed_points(variable, forward, first_order)
         problem = variable.problem(held)
-        problem.layout = StateLayout(forward.session.layouts)
+        problem.layout = StateLayout(forward.mode.layouts)
         feasible = FeasibleSet(variable.start)
         if held is None:
             problem.z_start, problem.jz_mu_start = z, task.jz_mu
@@ -299,26 +299,32 @@ class JIIOLearner(BaseLearner):
         the exact gradient, whatever rule the layers have, in a graph of their own.
         """
         dtype = variable.z.dtype
-        session = SolveSession(
+        mode = SolveMode(
             Anderson(max_iter=200, tol=self._tol(dtype)),
             Implicit(solver=self.adjoint or adjoint_solver(dtype)),
-            [state.detach() for state in forward.session.z],
+            [state.detach() for state in forward.mode.z],
         )
         with (
-            kept(self.module), torch.set_grad_enabled(not first_order),
-            count_evaluations() as counter, running(session),
-        ):  # fmt: skip
+            kept(self.module),
+            torch.set_grad_enabled(not first_order),
+            count_evaluations() as counter,
+            layer_mode(mode),
+        ):
             variable.call(variable.start)
-        return session.z, counter.worst_residual
+        return mode.z, counter.worst_residual
 
     def _tol(self, dtype: torch.dtype) -> float:
         return self.tol if self.tol is not None else (1e-9 if dtype == torch.float64 else 1e-4)
 
     def _method(self, dtype: torch.dtype) -> Joint:
         return Joint(
-            max_iter=self.iters, step_size=self.lr, tol=self._tol(dtype), mixing="anderson",
-            acceleration=self.memory, warmup=0,  # starts where the forward pass ended
-        )  # fmt: skip
+            max_iter=self.iters,
+            step_size=self.lr,
+            tol=self._tol(dtype),
+            mixing="anderson",
+            acceleration=self.memory,
+            warmup=0,  # starts where the forward pass ended
+        )
 
     def _objective(
         self, loss: Tensor | Callable[[], Tensor]
@@ -352,13 +358,13 @@ class JIIOLearner(BaseLearner):
             check_constants(loss, task.slots)
             objective, value = partial(self._replay, loss, forward.inputs), loss
         elif callable(loss):
-            session = SolveSession()
-            with running(session):
+            mode = SolveMode()
+            with layer_mode(mode):
                 value = loss()
-            if not session.z:
+            if not mode.z:
                 raise ValueError(NO_LAYER)
             objective = loss
-            forward = _Forward(task, task.version, task.called_with, session)
+            forward = _Forward(task, task.version, task.called_with, mode)
         else:
             raise TypeError(
                 f"loss must be a tensor or a function that returns one, got {type(loss).__name__}"

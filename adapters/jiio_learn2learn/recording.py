@@ -213,6 +213,20 @@ def _works_in_place(func: Callable[..., Any]) -> bool:
 
 _AUGMENTED = {
     f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or",
-                 "xor", "lshift", "rshift", "matmul")
-}  # fmt: skip
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "div",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    )
+}

@@ -1,7 +1,7 @@
 """A joint mode for TorchDEQ's layers.
 
 TorchDEQ (Geng and Kolter, 2023) has one call, ``z_out, info = deq(func, z_init)``, with a function
-that holds its injection. That is all a session of ours needs of a layer: a map, a state to start
+that holds its injection. That is all a mode of ours needs of a layer: a map, a state to start
 from, and what the layer does where it is left alone.
 """
 
@@ -21,7 +21,7 @@ from jiio_plugins import Anderson, Implicit, Solver
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate
 from jiio_plugins.equilibrium.cell import CellMap
 from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
-from jiio_plugins.equilibrium.layer import EquilibriumLayer, current_session, full_precision_state
+from jiio_plugins.equilibrium.layer import EquilibriumLayer, current_mode, full_precision_state
 from jiio_plugins.equilibrium.state import Layout, as_tensors
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def adapt(model: nn.Module) -> nn.Module:
 
 
 class JointDEQ(EquilibriumLayer):
-    """Comes before the class of a TorchDEQ layer: asks the running session first."""
+    """Comes before the class of a TorchDEQ layer: asks the current mode first."""
 
     signature: inspect.Signature  # what function and state are called differs from class to class
     eval_f_max_iter: int
@@ -92,13 +92,13 @@ class JointDEQ(EquilibriumLayer):
         given = self.signature.bind(self, *args, **kwargs)
         _, func, z0, *rest = given.args
         solve = partial(self._solve, lambda f, z: plain(f, z, *rest, **given.kwargs), func)
-        session = current_session()
-        if session is None:
+        mode = current_mode()
+        if mode is None:
             return solve(z0)
         start = full_precision_state(z0)
         f = CellMap(_on_state(func), (), Layout.of(start))
         solver = _anderson(self.eval_f_max_iter, self.f_tol, self.f_stop_mode)
-        state = session.visit(_Rules(solver, _Own(self, solve, solver)), f, start)
+        state = mode.on_layer(_Rules(solver, _Own(self, solve, solver)), f, start)
         return [list(state) if f.layout.is_tuple else state], SolverStat()
 
     def _solve(
@@ -128,7 +128,7 @@ class JointDEQ(EquilibriumLayer):
 
 @dataclass
 class _Rules:
-    """What a layer does where a session leaves it to the layer."""
+    """What a layer does where a mode leaves it to the layer."""
 
     solver: Solver
     adjoint: Adjoint

@@ -114,9 +114,10 @@ def fit_adversarially(
             f"{type(batches).__name__}"
         )
     rules: dict[str, Any] = {
-        "max_grad_norm": max_grad_norm, "scheduler_interval": scheduler_interval,
+        "max_grad_norm": max_grad_norm,
+        "scheduler_interval": scheduler_interval,
         "restart_every": restart_every,
-    }  # fmt: skip
+    }
     kept = carry(training, batches, restart_every, carried)
     if kept is not None:
         own = kept.search.settings().items()
@@ -134,9 +135,14 @@ def fit_adversarially(
                 start = None if kept is None else kept.start(epoch, run.step, x, generator)
                 search = training if kept is None or start is None else kept.search
                 step = search(
-                    model, x, y, wrapped=wrapped, generator=generator, start=start,
+                    model,
+                    x,
+                    y,
+                    wrapped=wrapped,
+                    generator=generator,
+                    start=start,
                     ahead=kept is not None,
-                )  # fmt: skip
+                )
                 optimizer.zero_grad()
                 step.loss.backward()
                 if max_grad_norm is not None:
@@ -187,9 +193,7 @@ class _Run:
         self.model, self.training, self.batches = model, training, batches
         self.kept = kept
         self.path = None if checkpoint is None else Path(checkpoint)
-        settings = {
-            **training.settings(), **rules, "batches an epoch": len(batches), "seed": seed
-        }  # fmt: skip
+        settings = {**training.settings(), **rules, "batches an epoch": len(batches), "seed": seed}
         if self.path is not None and hasattr(batches, "settings"):
             settings.update(batches.settings())
         self.trained = Trained(model, optimizer, scheduler, settings)
@@ -272,9 +276,11 @@ class _Run:
         """A bar over all steps."""
         done = self.epoch * len(self.batches) + self.step
         return tqdm(
-            total=epochs * len(self.batches), initial=done, desc="adversarial training",
+            total=epochs * len(self.batches),
+            initial=done,
+            desc="adversarial training",
             disable=not verbose,
-        )  # fmt: skip
+        )
 
 
 def _warn_if_loose(run: _Run) -> None:

@@ -21,9 +21,9 @@ from jiio_plugins.envelope import (
     joint_solution,
     refiner,
 )
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import StateLayout
-from jiio_plugins.joint.modes import PenaltySession, SolveSession
+from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 from jiio_plugins.methods.base import Method, Progress
 from jiio_plugins.methods.joint import Joint
 
@@ -211,16 +211,22 @@ class AdversarialTraining:
         if start is None:
             start = self.start(x, generator, region)
         if self.trades is not None:
-            session = SolveSession()  # each layer's own solver and gradient rule
-            with running(session):
+            mode = SolveMode()  # each layer's own solver and gradient rule
+            with layer_mode(mode):
                 clean = outer(x)
-            state = FlatState(StateLayout(session.layouts), torch.cat(session.z, dim=1).detach())
+            state = FlatState(StateLayout(mode.layouts), torch.cat(mode.z, dim=1).detach())
         search = self.adversary(labels, None if clean is None else clean.detach())
         iterate = _RandomIterate(self.method.max_iter, generator) if self.jacobian_weight else None
         solution = joint_solution(
-            model, x, search, method=self.method, constraint=region, start=start, state=state,
+            model,
+            x,
+            search,
+            method=self.method,
+            constraint=region,
+            start=start,
+            state=state,
             callback=iterate,
-        )  # fmt: skip
+        )
         passed = _Passed(solution.x, region, x, self.eps) if ahead else None
         values, output, residual = envelope_pass(
             outer,
@@ -234,8 +240,8 @@ class AdversarialTraining:
         penalty = None
         if iterate is not None:
             states = solution.flat.layout.split(iterate.z)
-            pass_ = PenaltySession(states, self.jacobian_probes, generator)
-            with running(pass_):
+            pass_ = PenaltyMode(states, self.jacobian_probes, generator)
+            with layer_mode(pass_):
                 outer(iterate.x.reshape(x.shape))
             penalty = pass_.value
             total = total + self.jacobian_weight * penalty

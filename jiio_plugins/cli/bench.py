@@ -134,9 +134,16 @@ class Bench:
 
         def run() -> Tensor:
             found = attack(
-                self.model, self.x, self.y, norm=self.norm, eps=self.eps, lower=0.0, upper=1.0,
-                method=method, retry=retry,
-            )  # fmt: skip
+                self.model,
+                self.x,
+                self.y,
+                norm=self.norm,
+                eps=self.eps,
+                lower=0.0,
+                upper=1.0,
+                method=method,
+                retry=retry,
+            )
             assert isinstance(found.x, Tensor)
             return found.x
 
@@ -181,9 +188,19 @@ class Bench:
 
 
 def run_bench(
-    weights: str, model: str | None, dataset: str | None, data: Path, out: Path, images: int,
-    norm: str, eps: float | None, sweep: bool, repeats: int, threads: int | None, device: str,
-) -> dict[str, Any]:  # fmt: skip
+    weights: str,
+    model: str | None,
+    dataset: str | None,
+    data: Path,
+    out: Path,
+    images: int,
+    norm: str,
+    eps: float | None,
+    sweep: bool,
+    repeats: int,
+    threads: int | None,
+    device: str,
+) -> dict[str, Any]:
     """Measure, print the table and the verdict, write ``results.json`` and ``curve.png``."""
     if images < 1 or repeats < 1:
         raise ValueError(f"images and repeats must be at least 1, got {images} and {repeats}")
@@ -200,10 +217,17 @@ def run_bench(
     show(rows, warm)
     used = None if model and weights in CLASSIFIERS else weights  # the default is not for --model
     record = {
-        "weights": used, "model": model, "dataset": dataset, "norm": norm, "eps": radius,
-        "images": len(bench.x), **machine(), "rows": [asdict(r) for r in rows],
-        "warm": [asdict(r) for r in warm], "verdict": compare(rows, warm),
-    }  # fmt: skip
+        "weights": used,
+        "model": model,
+        "dataset": dataset,
+        "norm": norm,
+        "eps": radius,
+        "images": len(bench.x),
+        **machine(),
+        "rows": [asdict(r) for r in rows],
+        "warm": [asdict(r) for r in warm],
+        "verdict": compare(rows, warm),
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(out / "curve.png", rows, warm, f"{model or weights}, L{norm} ε = {radius:g}, pixel box")
@@ -214,9 +238,11 @@ def run_bench(
 def machine() -> dict[str, Any]:
     """What seconds depend on."""
     return {
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "machine": platform.machine(), "python": platform.python_version(),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
 
 
 def warm_settings() -> list[tuple[Row, Nested]]:
@@ -274,10 +300,12 @@ def compare(rows: Sequence[Row], warm: Sequence[Row]) -> dict[str, Any]:
     cold = [r for r in rows if r.family == "nested cold 0.001"]
     for reference in cold:
         equal = [
-            r for r in rows
-            if r.family.startswith("jiio") and r.accuracy <= reference.accuracy + 0.01
+            r
+            for r in rows
+            if r.family.startswith("jiio")
+            and r.accuracy <= reference.accuracy + 0.01
             and r.loss >= 0.97 * reference.loss
-        ]  # fmt: skip
+        ]
         if not equal:
             print(f"no JIIO run is as strong as: {reference.method}")
             continue
@@ -317,18 +345,22 @@ def plot(path: Path, rows: Sequence[Row], warm: Sequence[Row], title: str) -> No
         best = front(warm)
         axes.plot([r.cost for r in best], [r.loss for r in best], color="0.5", label="nested, warm")
     for family, marker, label in (
-        ("jiio", "o-", "JIIO"), ("jiio retry", "*", "JIIO with retry"),
+        ("jiio", "o-", "JIIO"),
+        ("jiio retry", "*", "JIIO with retry"),
         ("nested cold 0.001", "s", "nested, cold, tol 1e-3"),
-        ("nested cold 0.01", "D", "nested, cold, tol 1e-2"), ("art", "^", "ART PGD-20"),
+        ("nested cold 0.01", "D", "nested, cold, tol 1e-2"),
+        ("art", "^", "ART PGD-20"),
         ("torchattacks", "v", "torchattacks PGD-20"),
-    ):  # fmt: skip
+    ):
         some = [r for r in rows if r.family == family]
         if some:
             axes.plot([r.cost for r in some], [r.loss for r in some], marker, label=label)
     axes.set(
-        xscale="log", xlabel="f evaluations + VJPs per image", ylabel="cross-entropy, verified",
+        xscale="log",
+        xlabel="f evaluations + VJPs per image",
+        ylabel="cross-entropy, verified",
         title=title,
-    )  # fmt: skip
+    )
     ticks = (30, 50, 100, 200, 500)  # the default ones print over each other
     axes.set_xticks(ticks, labels=[str(t) for t in ticks])
     axes.minorticks_off()

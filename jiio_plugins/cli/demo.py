@@ -137,9 +137,14 @@ def _attack(
         from art.attacks.evasion import ProjectedGradientDescent
 
         pgd = ProjectedGradientDescent(
-            classifier, norm=norm, eps=eps, eps_step=2.5 * eps / steps, max_iter=steps,
-            batch_size=1024, verbose=False,
-        )  # fmt: skip
+            classifier,
+            norm=norm,
+            eps=eps,
+            eps_step=2.5 * eps / steps,
+            max_iter=steps,
+            batch_size=1024,
+            verbose=False,
+        )
         generate: Any = pgd.generate
     else:
         jiio = load_adapter("art").JIIOAttack(
@@ -172,10 +177,12 @@ def _print_table(rows: list[Row]) -> None:
         )
     strongest = [r for r in rows if r.attack == "ART PGD"][-1]
     equal = [
-        r for r in rows
-        if r.attack == "JIIO in ART" and r.accuracy <= strongest.accuracy + 0.01
+        r
+        for r in rows
+        if r.attack == "JIIO in ART"
+        and r.accuracy <= strongest.accuracy + 0.01
         and r.loss >= 0.97 * strongest.loss
-    ]  # fmt: skip
+    ]
     if equal:
         r = min(equal, key=lambda row: row.cost)
         print(
@@ -191,10 +198,14 @@ def _write_json(
     path: Path, rows: list[Row], dataset: str, images: int, norm: float, eps: float
 ) -> None:
     record = {
-        "dataset": dataset, "images": images, "norm": str(norm), "eps": eps,
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "dataset": dataset,
+        "images": images,
+        "norm": str(norm),
+        "eps": eps,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "rows": [asdict(r) for r in rows],
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -58,18 +58,32 @@ def run_evaluation(
         else:
             attacks = default_suite(eps=radius, norm=p, steps=steps, queries=queries, seed=seed)
         report = robust_accuracy(
-            network, x, y, attacks, eps=radius, norm=p, batch_size=batch_size,
+            network,
+            x,
+            y,
+            attacks,
+            eps=radius,
+            norm=p,
+            batch_size=batch_size,
             known=reports[-1].worst if reports else None,  # a smaller ball lies in this one
             audit=0 if reports else audit,
-        )  # fmt: skip
+        )
         print(f"\n{report}\n", flush=True)
         reports.append(report)
     out.mkdir(parents=True, exist_ok=True)
     record = {
-        "weights": weights, "model": model, "dataset": dataset, "suite": suite, "steps": steps,
-        "queries": queries, "batch_size": batch_size, "seed": seed, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "reports": [r.to_dict() for r in reports],
-    }  # fmt: skip
+        "weights": weights,
+        "model": model,
+        "dataset": dataset,
+        "suite": suite,
+        "steps": steps,
+        "queries": queries,
+        "batch_size": batch_size,
+        "seed": seed,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "reports": [r.to_dict() for r in reports],
+    }
     (out / "robustness.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_accuracy(out / "robustness.png", reports, f"{model or weights}, {len(x)} {dataset} images")
     print(f"numbers and plot: {out}/robustness.json, {out}/robustness.png")

@@ -81,10 +81,19 @@ class Sample:
         from jiio_plugins.generative.sample_run import sample_run
 
         sample_run(
-            self.run_folder, self.out, count=self.count, prior=self.prior, columns=self.columns,
-            seed=self.seed, measure=self.metrics, measured=self.measured, fits=self.fits,
-            features=self.features, folder=self.folder, latents=self.latents,
-        )  # fmt: skip
+            self.run_folder,
+            self.out,
+            count=self.count,
+            prior=self.prior,
+            columns=self.columns,
+            seed=self.seed,
+            measure=self.metrics,
+            measured=self.measured,
+            fits=self.fits,
+            features=self.features,
+            folder=self.folder,
+            latents=self.latents,
+        )
 
 
 @dataclass
@@ -109,6 +118,10 @@ class FitImages:
         from jiio_plugins.generative.fit_files import fit_files
 
         fit_files(
-            self.run_folder, self.images, self.out, self.iterations, self.latent_penalty,
+            self.run_folder,
+            self.images,
+            self.out,
+            self.iterations,
+            self.latent_penalty,
             self.resize,
-        )  # fmt: skip
+        )

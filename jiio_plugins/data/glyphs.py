@@ -87,10 +87,14 @@ def load_glyphs(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     faces = _find_faces(fonts)
     settings = {
-        "format": _FORMAT, "size": size, "samples": samples, "seed": seed, "jitter": jitter,
+        "format": _FORMAT,
+        "size": size,
+        "samples": samples,
+        "seed": seed,
+        "jitter": jitter,
         "min_faces": (4 if fonts is None else 2) if min_faces is None else min_faces,
         "faces": [(face.name, face.stat().st_size) for face in faces],
-    }  # fmt: skip
+    }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_folder(cache) / f"glyphs-{key}.safetensors"
     if not path.is_file():

@@ -104,9 +104,11 @@ def sample_tasks(
     images = torch.stack(x).float().div_(255)
     labels = torch.arange(ways)[None, :, None].expand(tasks, ways, per_class)
     return Tasks(
-        images[:, :, :shots].flatten(1, 2), labels[:, :, :shots].flatten(1, 2),
-        images[:, :, shots:].flatten(1, 2), labels[:, :, shots:].flatten(1, 2),
-    )  # fmt: skip
+        images[:, :, :shots].flatten(1, 2),
+        labels[:, :, :shots].flatten(1, 2),
+        images[:, :, shots:].flatten(1, 2),
+        labels[:, :, shots:].flatten(1, 2),
+    )
 
 
 class Sinusoids(Dataset[tuple[Tensor, Tensor]]):

@@ -1,9 +1,9 @@
 """The equilibrium layer: a fixed point inside an ordinary network.
 
 Outside an optimisation it solves ``z = cell(z, u)`` and attaches a gradient. Inside one it has a
-*joint mode*: a session (:mod:`jiio_plugins.joint.modes`) decides what a visit to the layer does.
-The session belongs to the running optimisation; nothing is ever stored in the module. A layer of
-another library has a joint mode as soon as it asks :func:`current_session` too.
+*joint mode*: a mode (:mod:`jiio_plugins.joint.modes`) decides what a call of the layer does.
+The mode belongs to the running optimisation; nothing is ever stored in the module. A layer of
+another library has a joint mode as soon as it asks :func:`current_mode` too.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Rules(Protocol):
-    """What a layer does where a session leaves it to the layer."""
+class LayerDefaults(Protocol):
+    """What a layer does where a mode leaves it to the layer."""
 
     solver: Solver
     adjoint: Adjoint
 
 
-class Session(Protocol):
+class Mode(Protocol):
     """Decides what an equilibrium layer answers while an optimisation runs."""
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """The state that ``layer`` returns; ``z0`` gives its initial state when called."""
 
 
-_session: ContextVar[Session | None] = ContextVar("jiio_session", default=None)
+_mode: ContextVar[Mode | None] = ContextVar("jiio_mode", default=None)
 
 
 @contextmanager
-def running(session: Session) -> Iterator[None]:
+def layer_mode(mode: Mode) -> Iterator[None]:
     """Put every equilibrium layer called in this block (and thread) into joint mode."""
-    token = _session.set(session)
+    token = _mode.set(mode)
     try:
         yield
     finally:
-        _session.reset(token)
+        _mode.reset(token)
 
 
-def current_session() -> Session | None:
-    """The session that decides here what equilibrium layers do; None outside an optimisation."""
-    return _session.get()
+def current_mode() -> Mode | None:
+    """The mode that decides here what equilibrium layers do; None outside an optimisation."""
+    return _mode.get()
 
 
 def full_precision_state(state: Any) -> Any:
@@ -124,9 +124,9 @@ class Equilibrium(EquilibriumLayer):
         start = full_precision_state(start)
         f = CellMap(self.cell, injection, Layout.of(start))
         f.check_rows(len(start[0] if f.layout.is_tuple else start))
-        session = current_session()
-        if session is not None:
-            return session.visit(self, f, start)
+        mode = current_mode()
+        if mode is not None:
+            return mode.on_layer(self, f, start)
         flat0 = f.layout.pack(start)
         if not flat0.is_floating_point():
             raise TypeError(f"the initial state must be floating point, got {flat0.dtype}")

@@ -429,9 +429,14 @@ class _Running:
         status.masked_fill_(self.converged, Status.CONVERGED)
         tiny = torch.finfo(self.scale.dtype).tiny
         return FlatSolution(
-            self.z_best, self.f_best, self.r_best / self.scale.clamp(min=tiny), self.evals, status,
-            self.r_best, self.r_first,
-        )  # fmt: skip
+            self.z_best,
+            self.f_best,
+            self.r_best / self.scale.clamp(min=tiny),
+            self.evals,
+            status,
+            self.r_best,
+            self.r_first,
+        )
 
 
 @torch.no_grad()

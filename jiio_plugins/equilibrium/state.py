@@ -112,7 +112,7 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
-def nowhere(mask: Tensor) -> bool:
+def surely_none(mask: Tensor) -> bool:
     """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
     return mask.device.type == "cpu" and not bool(mask.any())
 

@@ -3,9 +3,9 @@
 from jiio_plugins.evaluation.attack import Attack
 from jiio_plugins.evaluation.report import (
     AttackResult,
+    Finding,
     Interval,
     RobustnessReport,
-    Suspicion,
     paired_difference,
     paired_shares,
     wilson,
@@ -23,9 +23,9 @@ __all__ = [
     "Attack",
     "AttackResult",
     "Backpropagated",
+    "Finding",
     "Interval",
     "RobustnessReport",
-    "Suspicion",
     "default_suite",
     "engine_attack",
     "host_attack",

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from jiio_plugins.attacks import attack, attack_objective, is_adversarial
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.solvers import Anderson
-from jiio_plugins.evaluation.report import Suspicion, paired_shares, wilson
+from jiio_plugins.evaluation.report import Finding, paired_shares, wilson
 from jiio_plugins.joint.modes import layers_as
 from jiio_plugins.methods.backpropagated import (
     Backpropagated,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jiio_plugins.evaluation.judge import Verdict
     from jiio_plugins.solution import Solution
 
-Found = tuple[dict[str, Any], list[Suspicion]]
+Found = tuple[dict[str, Any], list[Finding]]
 
 _DIFFER = 0.02  # share of samples on which model and converged solve may give different losses
 _RESIDUAL = 1e-2  # relative residual, in the median, at which a model has not reached its state
@@ -46,9 +46,11 @@ _STEPS = (1, 3, 10)
 
 
 def passive(
-    history: Mapping[str, Verdict], suite: Sequence[Attack],
-    attempts: Mapping[str, tuple[Tensor, Tensor]], undecided: int = 0,
-) -> Found:  # fmt: skip
+    history: Mapping[str, Verdict],
+    suite: Sequence[Attack],
+    attempts: Mapping[str, tuple[Tensor, Tensor]],
+    undecided: int = 0,
+) -> Found:
     """What the suite's own results tell; ``undecided`` samples hang on an unverified example."""
     found = []
     differ = torch.cat([v.differ for v in history.values()])
@@ -64,7 +66,7 @@ def passive(
     }
     if share > _DIFFER:
         found.append(
-            Suspicion(
+            Finding(
                 "disagreement",
                 f"on {100 * share:.0f} % of the judged images the model's own answer differs from "
                 "that of a converged solve (loss by more than 1 %, or right against wrong): what "
@@ -74,7 +76,7 @@ def passive(
         )
     if not middle <= _RESIDUAL:
         found.append(
-            Suspicion(
+            Finding(
                 "inexact-solve",
                 f"the model stops at a relative residual of {middle:.2g} in the median (largest "
                 f"{float(residual.max()):.2g}): it is not at its fixed point, and gradients taken "
@@ -83,7 +85,7 @@ def passive(
         )
     if undecided:
         found.append(
-            Suspicion(
+            Finding(
                 "unverified",
                 f"{undecided} samples count as robust only because the verification of an example "
                 "that may break them did not converge: the accuracy is an upper bound. Raise "
@@ -91,18 +93,26 @@ def passive(
             )
         )
     for kinds, against, kind, words in (
-        (("unrolled", "intermediate"), ("implicit", "own"), "gradient-kind",
-         "gradients through unrolled or intermediate states"),
-        (("none",), ("implicit", "own", "unrolled", "intermediate"), "black-box",
-         "attacks that use no gradient"),
-    ):  # fmt: skip
+        (
+            ("unrolled", "intermediate"),
+            ("implicit", "own"),
+            "gradient-kind",
+            "gradients through unrolled or intermediate states",
+        ),
+        (
+            ("none",),
+            ("implicit", "own", "unrolled", "intermediate"),
+            "black-box",
+            "attacks that use no gradient",
+        ),
+    ):
         extra, asked = _only_broken_by(kinds, against, suite, attempts)
         if not asked:
             continue
         checks[f"only_broken_by_{kind}"] = [extra, asked]
         if wilson(extra, asked).low > _EXTRA:
             found.append(
-                Suspicion(
+                Finding(
                     kind,
                     f"{words} broke {extra} of {asked} images that withstood all attacks of the "
                     f"kinds {', '.join(against)} they were given to: those gradients are masked. "
@@ -113,9 +123,11 @@ def passive(
 
 
 def _only_broken_by(
-    kinds: Sequence[str], against: Sequence[str], suite: Sequence[Attack],
+    kinds: Sequence[str],
+    against: Sequence[str],
+    suite: Sequence[Attack],
     attempts: Mapping[str, tuple[Tensor, Tensor]],
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Samples given to both sides; those of them that only ``kinds`` broke."""
     tried: dict[bool, set[int]] = {True: set(), False: set()}
     broke: dict[bool, set[int]] = {True: set(), False: set()}
@@ -128,14 +140,18 @@ def _only_broken_by(
 
 
 def active(
-    model: nn.Module, x: Tensor, y: Tensor, verify: Solver, limits: Mapping[str, Any],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    verify: Solver,
+    limits: Mapping[str, Any],
     progress: bool,
-) -> Found:  # fmt: skip
+) -> Found:
     """The controlled experiment on correctly classified samples ``x``."""
     if len(x) < 8:
         return {"audit": f"skipped: only {len(x)} correctly classified samples"}, []
     checks: dict[str, Any] = {"audited": len(x)}
-    warnings: list[Suspicion] = []
+    warnings: list[Finding] = []
     with tqdm(total=8, desc="audit", unit="test", disable=not progress) as bar:
 
         def search(
@@ -150,7 +166,7 @@ def active(
         checks["gradient_cosine_median"] = cosine
         if not cosine >= _COSINE:
             warnings.append(
-                Suspicion(
+                Finding(
                     "inexact-gradient",
                     f"the model's own input gradient has a cosine of {cosine:.2f} (median) to the "
                     "exact one at the fixed point: attacks that use the model's backward pass "
@@ -188,7 +204,7 @@ def active(
             checks["accuracy_at_large_eps"] = float(survivors.double().mean())
             if bool(survivors.any()):
                 warnings.append(
-                    Suspicion(
+                    Finding(
                         "large-eps",
                         f"{int(survivors.sum())} of {len(x)} images withstand an attack that may "
                         "change every pixel to anything: the attack fails, the model does not "
@@ -224,7 +240,7 @@ def _gradient_cosine(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> 
     return float(cosine_similarity(own, exact, dim=1).nan_to_num(0.0).median())
 
 
-def _steps(paths: Mapping[int, Solution]) -> list[Suspicion]:
+def _steps(paths: Mapping[int, Solution]) -> list[Finding]:
     one, many = paths[_STEPS[0]].value, paths[_STEPS[-1]].value
     assert one is not None
     assert many is not None
@@ -233,11 +249,11 @@ def _steps(paths: Mapping[int, Solution]) -> list[Suspicion]:
     if 2 * rose > len(one):
         return []
     return [
-        Suspicion(
+        Finding(
             "steps",
             f"{_STEPS[-1]} gradient steps reach a higher loss than {_STEPS[0]} on only {rose} of "
             f"{len(one)} images: more steps do not strengthen the attack, so the gradients lead "
-            "nowhere",
+            "surely_none",
         )
     ]
 
@@ -252,7 +268,7 @@ def _paired(a: Solution, b: Solution) -> tuple[float, float]:
 
 def _kinds(
     own: Solution, others: Mapping[str, Solution], model: nn.Module, x: Tensor, y: Tensor
-) -> list[Suspicion]:
+) -> list[Finding]:
     with torch.no_grad():
         start = -attack_objective("cross-entropy", y)(model(x)).double().mean()
     rise = _mean_loss(own) - float(start)
@@ -269,7 +285,7 @@ def _kinds(
     if not better:
         return []
     return [
-        Suspicion(
+        Finding(
             "gradient-kind",
             f"with the same {_STEPS[-1]} steps as the model's own gradients, {'; '.join(better)}: "
             "its backward pass hides the direction",

@@ -91,9 +91,15 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
 
 
 def check_feasible(
-    name: str, found: Any, x: Tensor, *, norm: float, eps: float,
-    lower: float | Tensor | None, upper: float | Tensor | None,
-) -> Tensor:  # fmt: skip
+    name: str,
+    found: Any,
+    x: Tensor,
+    *,
+    norm: float,
+    eps: float,
+    lower: float | Tensor | None,
+    upper: float | Tensor | None,
+) -> Tensor:
     """What an attack returned, if it is images of the same shape within ball and box.
 
     The only slack is rounding: 1e-5 ε, and four units in the last place of every pixel.

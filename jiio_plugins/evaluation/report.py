@@ -160,7 +160,7 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class Suspicion:
+class Finding:
     """Something that smells of gradient obfuscation, or of an evaluation that cannot be trusted.
 
     Attributes:
@@ -190,7 +190,7 @@ class RobustnessReport:
         converged_accuracy: share on which that of the independent solve was never wrong.
         attacks: one line each.
         unverified: samples with an example whose independent solve did not converge.
-        warnings: see :class:`Suspicion`; empty for a sound model.
+        warnings: see :class:`Finding`; empty for a sound model.
         checks: what the warnings rest on, name -> figure.
         correct, robust: per sample.
         broken_by: per sample, the attack that broke it, "clean" or None.
@@ -211,7 +211,7 @@ class RobustnessReport:
     converged_accuracy: Interval
     attacks: tuple[AttackResult, ...]
     unverified: int
-    warnings: tuple[Suspicion, ...]
+    warnings: tuple[Finding, ...]
     checks: dict[str, Any]
     correct: tuple[bool, ...]
     robust: tuple[bool, ...]
@@ -259,7 +259,7 @@ class RobustnessReport:
 def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return dict(zip(value._fields, map(_plain, value), strict=True))
-    if isinstance(value, (AttackResult, Suspicion)):
+    if isinstance(value, (AttackResult, Finding)):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}

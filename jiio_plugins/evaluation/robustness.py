@@ -178,9 +178,14 @@ class _State:
 
 
 def _run(
-    attack: Attack, state: _State, rows: Tensor, limits: dict[str, Any], skip: bool,
-    progress: bool, known: Tensor | None,
-) -> AttackResult:  # fmt: skip
+    attack: Attack,
+    state: _State,
+    rows: Tensor,
+    limits: dict[str, Any],
+    skip: bool,
+    progress: bool,
+    known: Tensor | None,
+) -> AttackResult:
     verdicts, f_evals, vjps, seconds = [], 0.0, 0.0, 0.0
     with tqdm(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
         for batch in state.batches(rows) if len(rows) else ():
@@ -257,9 +262,15 @@ def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attac
 
 
 def _check_arguments(
-    x: Tensor, y: Tensor, eps: float, lower: Any, upper: Any, batch_size: int,
-    verify: Solver | None, audit: int,
-) -> None:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    lower: Any,
+    upper: Any,
+    batch_size: int,
+    verify: Solver | None,
+    audit: int,
+) -> None:
     check_input(x)
     if not len(x):
         raise ValueError("x holds no images: there is nothing to judge")

@@ -51,9 +51,17 @@ def engine_attack(
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         found = attack(
-            model, x, y, norm=norm, eps=eps, lower=lower, upper=upper, loss=loss, method=method,
+            model,
+            x,
+            y,
+            norm=norm,
+            eps=eps,
+            lower=lower,
+            upper=upper,
+            loss=loss,
+            method=method,
             random_starts=random_starts,
-        ).x  # fmt: skip
+        ).x
         assert isinstance(found, Tensor)
         return found
 
@@ -130,9 +138,16 @@ def default_suite(
 
 
 def host_attack(
-    name: str, gradient: str, kind: str, *, eps: float, norm: float, lower: float = 0.0,
-    upper: float = 1.0, **settings: Any,
-) -> Attack:  # fmt: skip
+    name: str,
+    gradient: str,
+    kind: str,
+    *,
+    eps: float,
+    norm: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    **settings: Any,
+) -> Attack:
     """Torchattacks' ``kind`` (APGD, Square, …) as a member of a suite.
 
     Args:

@@ -128,9 +128,15 @@ class TrainConfig:
         for name in ("out", "folder"):
             object.__setattr__(self, name, Path(getattr(self, name)))
         counts = (
-            "iterations", "epochs", "steps", "batch_size", "checkpoint_every", "pictures_every",
-            "latents_kept", "resize",
-        )  # fmt: skip
+            "iterations",
+            "epochs",
+            "steps",
+            "batch_size",
+            "checkpoint_every",
+            "pictures_every",
+            "latents_kept",
+            "resize",
+        )
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -102,10 +102,14 @@ def fit(
         made, _ = found.output
         parts.append(
             Fit(
-                found.x, made.detach(), psnr(made.detach(), y), found.status,
-                found.stats.f_evals, found.stats.vjps,
+                found.x,
+                made.detach(),
+                psnr(made.detach(), y),
+                found.status,
+                found.stats.f_evals,
+                found.stats.vjps,
             )
-        )  # fmt: skip
+        )
     return Fit(*(torch.cat([getattr(p, name) for p in parts]) for name in Fit.__annotations__))
 
 

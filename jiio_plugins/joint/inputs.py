@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.utils.checks import ordinary
+from jiio_plugins.utils.checks import outside_inference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
     if not bool(finite.all()):
         bad = int((~finite.reshape(len(x), -1).all(1)).nonzero()[0])
         raise ValueError(f"{name} holds NaN or Inf (first in sample {bad}): clean the input")
-    return ordinary(x)
+    return outside_inference(x)
 
 
 def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
@@ -69,7 +69,7 @@ def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
                 f"each tensor of given must have a row per sample, ({rows}, ...), got "
                 f"{tuple(t.shape)}: expand what is the same for all"
             )
-    return tuple(ordinary(t) for t in given)
+    return tuple(outside_inference(t) for t in given)
 
 
 def check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> Tensor:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import flatten
-from jiio_plugins.joint.modes import HeldSession, RecordSession, called_fewer
+from jiio_plugins.joint.modes import HeldMode, RecordMode, called_fewer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Linearization:
         z: flat state of each layer.
         image: whether what comes after a layer sees ``f(z, v)`` instead of z. At a fixed point that
             is the same; before, the loss and its gradient are those of a state one step further.
-        advance: of :class:`RecordSession`.
+        advance: of :class:`RecordMode`.
 
     Attributes:
         output: what the model returned.
@@ -37,26 +37,31 @@ class Linearization:
     own_jz_mu: Tensor
 
     def __init__(
-        self, call: Callable[[Tensor], Any], v: Tensor, z: Sequence[Tensor], *, image: bool,
+        self,
+        call: Callable[[Tensor], Any],
+        v: Tensor,
+        z: Sequence[Tensor],
+        *,
+        image: bool,
         advance: Advance | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._v = v.detach().requires_grad_()
-        session = RecordSession(z, image=image, advance=advance)
-        with torch.enable_grad(), running(session):
+        mode = RecordMode(z, image=image, advance=advance)
+        with torch.enable_grad(), layer_mode(mode):
             self.output = call(self._v)
-        session.open = False
-        if len(session.f) != len(z):
-            raise called_fewer(len(session.f), len(z))
-        self._session = session
-        self._leaves = [leaf for leaves in session.leaves for leaf in leaves]
-        self._answers = [leaf for leaves in session.answers for leaf in leaves]
-        self._f = [f for parts in session.f for f in parts]
-        self.f = session.flat.to(z[0].dtype)
+        mode.open = False
+        if len(mode.f) != len(z):
+            raise called_fewer(len(mode.f), len(z))
+        self._mode = mode
+        self._leaves = [leaf for leaves in mode.leaves for leaf in leaves]
+        self._answers = [leaf for leaves in mode.answers for leaf in leaves]
+        self._f = [f for parts in mode.f for f in parts]
+        self.f = mode.flat.to(z[0].dtype)
 
     @property
     def z(self) -> Tensor:
         """The state of the pass, flat ``(rows, n)``."""
-        z = self._session.z
+        z = self._mode.z
         return z[0] if len(z) == 1 else torch.cat(z, dim=1)
 
     @property
@@ -77,7 +82,7 @@ class Linearization:
                 "The model or the objective detaches it, computes it under torch.no_grad(), or "
                 "does not use the model's output"
             )
-        with running(self._session):
+        with layer_mode(self._mode):
             grads = torch.autograd.grad(
                 loss.sum(),
                 [*self._answers, self._v],
@@ -115,8 +120,8 @@ class Linearization:
         if not outputs:
             self.own_jz_mu = torch.zeros_like(mu)
             return self.own_jz_mu, [None] * len(more)
-        passed_on = self._answers if self._session.image and len(self._session.f) > 1 else []
-        with running(self._session):
+        passed_on = self._answers if self._mode.image and len(self._mode.f) > 1 else []
+        with layer_mode(self._mode):
             grads = torch.autograd.grad(
                 outputs,
                 [*self._leaves, *passed_on, *more],
@@ -152,11 +157,11 @@ class HeldLinearization(Linearization):
         self, call: Callable[[Tensor], Any], v: Tensor, rows: int, states: Sequence[Tensor]
     ) -> None:
         self._v = v.detach().requires_grad_()
-        self._held = HeldSession(states)
-        with torch.enable_grad(), running(self._held):
+        self._held = HeldMode(states)
+        with torch.enable_grad(), layer_mode(self._held):
             self.output = call(self._v)
-        if self._held.visits != len(states):
-            raise called_fewer(self._held.visits, len(states))
+        if self._held.calls != len(states):
+            raise called_fewer(self._held.calls, len(states))
         self.f = self.own_jz_mu = v.new_zeros(rows, 0)
 
     @property
@@ -176,11 +181,14 @@ class HeldLinearization(Linearization):
 
     def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """An empty ``∂ℓ/∂z`` and ``∂ℓ/∂v``."""
-        with running(self._held):
+        with layer_mode(self._held):
             (grad,) = torch.autograd.grad(
-                loss.sum(), [self._v], create_graph=create_graph, retain_graph=True,
+                loss.sum(),
+                [self._v],
+                create_graph=create_graph,
+                retain_graph=True,
                 allow_unused=True,
-            )  # fmt: skip
+            )
         return self.f, self._of_v(grad)
 
     def vjp(

@@ -1,6 +1,6 @@
 """Joint mode: what equilibrium layers do while an optimisation runs, and what is read off them.
 
-The network's own forward is called, nothing else. A *session* tells each equilibrium layer what to
+The network's own forward is called, nothing else. A *mode* tells each equilibrium layer what to
 return and keeps what it saw, in the order of the calls, so a model may hold several layers, in
 series or called twice. All states together form one flat matrix ``z`` ``(rows, n)``.
 """
@@ -18,7 +18,7 @@ from jiio_plugins.equilibrium.counting import (
     count,
     count_rows,
 )
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
 from jiio_plugins.equilibrium.state import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from jiio_plugins.equilibrium.cell import CellMap
-    from jiio_plugins.equilibrium.layer import Rules
+    from jiio_plugins.equilibrium.layer import LayerDefaults
     from jiio_plugins.equilibrium.solvers import FlatMap
 
     Advance = Callable[[FlatMap, Tensor], Tensor]
@@ -66,7 +66,7 @@ def called_fewer(calls: int, expected: int) -> RuntimeError:
     )
 
 
-class SolveSession:
+class SolveMode:
     """Every layer solves its fixed point, with a graph; what is not told is the layer's own.
 
     Args:
@@ -90,7 +90,7 @@ class SolveSession:
         self.results: list[FlatSolution] = []
         self.z: list[Tensor] = []
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """Solve; keep the state."""
         flat = f.layout.pack(z0) if self.start is None else self.start[len(self.layouts)]
         flat = self.solve(layer, f, flat)
@@ -98,13 +98,13 @@ class SolveSession:
         self.z.append(flat)
         return f.layout.unpack(flat.clone())  # the network may change it in place
 
-    def solve(self, layer: Rules, f: CellMap, flat: Tensor) -> Tensor:
+    def solve(self, layer: LayerDefaults, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
         rule = self.adjoint or layer.adjoint
         return rule.forward(f, flat, self.solver or layer.solver)
 
 
-class IterateSession(SolveSession):
+class IterateMode(SolveMode):
     """The same by one solver, without a graph and uncounted; ``results`` says how it ended.
 
     Attributes:
@@ -115,7 +115,7 @@ class IterateSession(SolveSession):
         super().__init__(solver, start=start)
         self.moved: list[Tensor] = []
 
-    def solve(self, layer: Rules, f: CellMap, flat: Tensor) -> Tensor:
+    def solve(self, layer: LayerDefaults, f: CellMap, flat: Tensor) -> Tensor:
         """The fixed point of ``f``, from ``flat``."""
         assert self.solver is not None
         result = iterate(f, flat, self.solver)
@@ -124,7 +124,7 @@ class IterateSession(SolveSession):
         return result.z
 
 
-class RecordSession:
+class RecordMode:
     """Every layer evaluates its cell once, at a given state or where ``advance`` takes it.
 
     Args:
@@ -146,7 +146,7 @@ class RecordSession:
         self.f: list[tuple[Tensor, ...]] = []
         self.open = True
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """Record ``cell(z, u)``, answer."""
         if not self.open or len(self.f) >= len(self.z):
             raise RuntimeError(CALLED_MORE)
@@ -171,7 +171,7 @@ def _as_leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
-class EnvelopeSession:
+class EnvelopeMode:
     """Every layer answers with ``f`` at a joint solution's state; backward passes its μ on.
 
     The pass ends in one value per row; :meth:`watch` learns the weight c with which each enters
@@ -191,7 +191,7 @@ class EnvelopeSession:
         refine: tuple[Solver | None, Solver | None] = (None, None),
     ) -> None:
         self.z, self.mu, self.jz_mu, self.refine = z, mu, jz_mu, refine
-        self.visits = 0
+        self.calls = 0
         self.weight: Tensor | None = None
         self.residuals: list[Tensor] = []
 
@@ -202,9 +202,9 @@ class EnvelopeSession:
 
     def watch(self, value: Tensor) -> None:
         """Note the gradient of ``value`` ``(rows,)``, which backward meets before any layer."""
-        if len(self.z) != self.visits:
+        if len(self.z) != self.calls:
             raise ValueError(
-                f"the model called {self.visits} equilibrium layers, the solution has the states "
+                f"the model called {self.calls} equilibrium layers, the solution has the states "
                 f"of {len(self.z)}: give the model that the solution comes from"
             )
 
@@ -214,10 +214,10 @@ class EnvelopeSession:
         if value.requires_grad:
             value.register_hook(note)
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """``f(z)``, connected to the graph of f through its adjoint."""
-        k, rows, width = self.visits, len(as_tensors(z0)[0]), sum(f.layout.sizes)
-        self.visits += 1
+        k, rows, width = self.calls, len(as_tensors(z0)[0]), sum(f.layout.sizes)
+        self.calls += 1
         if k >= len(self.z) or self.z[k].shape != (rows, width):
             raise ValueError(
                 f"the solution holds no state ({rows}, {width}) for call {k + 1} of an equilibrium "
@@ -246,7 +246,7 @@ class EnvelopeSession:
         return f.layout.unpack(implicit_gate(fz, z, f, solver, warm_start))
 
 
-class PenaltySession:
+class PenaltyMode:
     """Every layer answers with a given state and adds the Jacobian penalty of its cell there.
 
     Attributes:
@@ -255,13 +255,13 @@ class PenaltySession:
 
     def __init__(self, z: Sequence[Tensor], probes: int, generator: torch.Generator | None) -> None:
         self.z, self.probes, self.generator = z, probes, generator
-        self.visits = 0
+        self.calls = 0
         self.value = z[0].new_zeros(())
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """The state as it is."""
-        state = f.layout.unpack(self.z[self.visits])
-        self.visits += 1
+        state = f.layout.unpack(self.z[self.calls])
+        self.calls += 1
         penalty = jacobian_penalty(
             f.cell, state, *f.injection, probes=self.probes, generator=self.generator
         )
@@ -274,7 +274,7 @@ class PenaltySession:
         return tensors if f.layout.is_tuple else tensors[0]
 
 
-class HeldSession:
+class HeldMode:
     """Every layer answers with a given state and is not evaluated.
 
     Args:
@@ -282,14 +282,14 @@ class HeldSession:
     """
 
     def __init__(self, z: Sequence[Tensor]) -> None:
-        self.z, self.visits = z, 0
+        self.z, self.calls = z, 0
 
-    def visit(self, layer: Rules, f: CellMap, z0: Any) -> Any:
+    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """The state as it is."""
-        if self.visits >= len(self.z):
+        if self.calls >= len(self.z):
             raise RuntimeError(CALLED_MORE)
-        state = self.z[self.visits].clone()  # the network may change it in place
-        self.visits += 1
+        state = self.z[self.calls].clone()  # the network may change it in place
+        self.calls += 1
         return f.layout.unpack(state)
 
 
@@ -308,5 +308,5 @@ def layers_as(*, solver: Solver | None = None, adjoint: Adjoint | None = None) -
         >>> with layers_as(adjoint=Unrolled(steps=30)):
         ...     x_adv = torchattacks.PGD(model)(x, y)
     """
-    with running(SolveSession(solver, adjoint)):
+    with layer_mode(SolveMode(solver, adjoint)):
         yield

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.state import StateLayout
 from jiio_plugins.joint.guard import same_randomness
 from jiio_plugins.joint.linearization import HeldLinearization, Linearization
-from jiio_plugins.joint.modes import NO_LAYER, IterateSession, RecordSession, SolveSession
+from jiio_plugins.joint.modes import NO_LAYER, IterateMode, RecordMode, SolveMode
 from jiio_plugins.solution import Status
 
 if TYPE_CHECKING:
@@ -88,15 +88,15 @@ class Problem:
         ``solver=None`` lets every layer do what it does outside an optimisation.
         """
         parts = None if start is None or self.layout is None else self.layout.split(start)
-        session = SolveSession(start=parts) if solver is None else IterateSession(solver, parts)
-        with torch.no_grad(), running(session):
+        mode = SolveMode(start=parts) if solver is None else IterateMode(solver, parts)
+        with torch.no_grad(), layer_mode(mode):
             output = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
-        if not session.z:
+        if not mode.z:
             raise ValueError(NO_LAYER)
         if self.layout is None:
-            self.layout = StateLayout(session.layouts)
-        moved = session.moved if isinstance(session, IterateSession) else []
-        return Solved(output, torch.cat(session.z, dim=1), session.results, moved)
+            self.layout = StateLayout(mode.layouts)
+        moved = mode.moved if isinstance(mode, IterateMode) else []
+        return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
 
     def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
         """A state to start with: ``z_start`` or the initial one, and some evaluations of f from it.
@@ -122,18 +122,23 @@ class Problem:
     def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """``f(z, v)`` without a graph, for all rows or some (``z`` then holds those)."""
         assert self.layout is not None
-        session = RecordSession(self.layout.split(z), image=True)
-        with torch.no_grad(), running(session):
+        mode = RecordMode(self.layout.split(z), image=True)
+        with torch.no_grad(), layer_mode(mode):
             _ = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
-        return session.flat.to(z.dtype)
+        return mode.flat.to(z.dtype)
 
     def linearize(
-        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
+        self,
+        v: Tensor,
+        z: Tensor,
+        rows: Tensor | None = None,
+        *,
+        image: bool = True,
         advance: Advance | None = None,
-    ) -> Linearization:  # fmt: skip
+    ) -> Linearization:
         """One evaluation of f with its graph, for all rows or some (``z`` then holds those).
 
-        ``advance`` takes each layer's state on where the layer is visited, before that evaluation.
+        ``advance`` takes each layer's state on where the layer is called, before that evaluation.
         """
         assert self.layout is not None
 
@@ -190,9 +195,14 @@ class HeldProblem(Problem):
         return v.new_zeros(self.rows, 0)
 
     def linearize(
-        self, v: Tensor, z: Tensor, rows: Tensor | None = None, *, image: bool = True,
+        self,
+        v: Tensor,
+        z: Tensor,
+        rows: Tensor | None = None,
+        *,
+        image: bool = True,
         advance: Advance | None = None,
-    ) -> Linearization:  # fmt: skip
+    ) -> Linearization:
         """One pass of the rest of the network, for all rows."""
         return HeldLinearization(self.variable.call, v, self.rows, self.states)
 

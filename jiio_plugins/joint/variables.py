@@ -135,9 +135,13 @@ class ParameterVariable(Variable):
     rows_see_v_alone = False  # but their row of x too
 
     def __init__(
-        self, model: nn.Module, x: Tensor, names: Sequence[str], groups: Tensor | None,
+        self,
+        model: nn.Module,
+        x: Tensor,
+        names: Sequence[str],
+        groups: Tensor | None,
         given: Sequence[Tensor] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         parameters = dict(model.named_parameters())
         missing = [name for name in names if name not in parameters]
         if missing or not names:

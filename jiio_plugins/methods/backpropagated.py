@@ -16,9 +16,9 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Unrolled
 from jiio_plugins.equilibrium.counting import Counter, counting_into, open_counters
-from jiio_plugins.equilibrium.layer import running
+from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import StateLayout
-from jiio_plugins.joint.modes import NO_LAYER, SolveSession
+from jiio_plugins.joint.modes import NO_LAYER, SolveMode
 from jiio_plugins.methods.base import Method, Path, Progress, Tracker
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Backpropagated(Method):
                 leaf = v.detach().requires_grad_()
                 losses = []
                 for rule in self.views:
-                    view = SolveSession(self.solver, rule)
-                    with running(view):
+                    view = SolveMode(self.solver, rule)
+                    with layer_mode(view):
                         output = problem.variable.call(leaf)
                     if not view.z:
                         raise ValueError(NO_LAYER)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import HostFlag
-from jiio_plugins.equilibrium.state import nowhere, row_norm, surely_finite
+from jiio_plugins.equilibrium.state import row_norm, surely_finite, surely_none
 from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
@@ -178,9 +178,14 @@ class Tracker:
         self.first = True
 
     def see(
-        self, v: Tensor, loss_rows: Tensor, output: object, b: Tensor, residual: Tensor,
+        self,
+        v: Tensor,
+        loss_rows: Tensor,
+        output: object,
+        b: Tensor,
+        residual: Tensor,
         active: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Take in an iterate: its running loss, ``∂ℓ/∂z``, ``f(z) − z``, and who paid for it."""
         self.iterations = self.iterations + active
         loss = self.groups.sum(loss_rows.detach())
@@ -208,7 +213,7 @@ class Tracker:
 
     def settle(self, problems: Tensor) -> None:
         """These problems have converged: they stand still and cost nothing from now on."""
-        if not nowhere(problems):
+        if not surely_none(problems):
             self._hold(torch.where(problems, self.held.clamp(min=4.0), self.held))
 
     def _hold(self, held: Tensor) -> None:
@@ -216,7 +221,7 @@ class Tracker:
         self.holding = held > 0
         self.finished = held >= 4
         self.active = 1.0 - self.groups.spread(self.finished.float())
-        self.none_holds = nowhere(self.holding)
+        self.none_holds = surely_none(self.holding)
 
     def all_done(self) -> bool:
         """Whether every problem has finished (may lag on an accelerator)."""
@@ -236,11 +241,26 @@ class Tracker:
         return torch.where(self.groups.spread(self.finished)[:, None], now, after)
 
     def path(
-        self, v: Tensor, z: Tensor, mu: Tensor, jz_mu: Tensor, z_residual: Tensor,
+        self,
+        v: Tensor,
+        z: Tensor,
+        mu: Tensor,
+        jz_mu: Tensor,
+        z_residual: Tensor,
         mu_residual: Tensor,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """The record of the whole run."""
         return Path(
-            v, z, mu, jz_mu, self.v_best, self.loss_best, self.loss_first, self.loss_last,
-            self.doubt, self.iterations, z_residual, mu_residual,
-        )  # fmt: skip
+            v,
+            z,
+            mu,
+            jz_mu,
+            self.v_best,
+            self.loss_best,
+            self.loss_first,
+            self.loss_last,
+            self.doubt,
+            self.iterations,
+            z_residual,
+            mu_residual,
+        )

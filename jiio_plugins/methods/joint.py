@@ -159,7 +159,7 @@ class Joint(Method):
 
 
 class _StateSteps:
-    """Steps on z where a layer is visited, so that the rest of the network runs once for all.
+    """Steps on z where a layer is called, so that the rest of the network runs once for all.
 
     Attributes:
         sizes: of each layer, ‖f(z) − z‖ before the last of them, ``(rows,)``.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.state import nowhere, row_norm, surely_finite
+from jiio_plugins.equilibrium.state import row_norm, surely_finite, surely_none
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +53,13 @@ class Secants:
         return [past[:, : self.count] for past in self._d]
 
     def weights(
-        self, y: Blocks, d: Sequence[Tensor], t: Blocks, squares: Tensor,
+        self,
+        y: Blocks,
+        d: Sequence[Tensor],
+        t: Blocks,
+        squares: Tensor,
         forget: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Take in a difference, in the place of the oldest, and return γ.
 
         Args:
@@ -86,7 +90,7 @@ class Secants:
         with_y, with_t = torch.cat(products, dim=1).double().unbind(2)
         self._gram[:, :, slot, : self.count] = with_y
         self._gram[:, :, : self.count, slot] = with_y
-        if forget is not None and not nowhere(forget):
+        if forget is not None and not surely_none(forget):
             for past in (*self._y, *self._d, self._gram):
                 past.view(problems, -1).masked_fill_(forget[:, None], 0)
             with_t = with_t.masked_fill(forget[:, None, None], 0)
@@ -95,7 +99,7 @@ class Secants:
         gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(_LEAST)  # a forgotten one is 0: γ = 0
         factor, info = torch.linalg.cholesky_ex(gram)
         gamma = torch.cholesky_solve((with_t * share).sum(1)[:, :, None], factor).mT
-        if nowhere(info) and surely_finite(gamma):
+        if surely_none(info) and surely_finite(gamma):
             return gamma
         return torch.where((info == 0)[:, None, None] & _finite(gamma), gamma, 0.0)
 
@@ -162,10 +166,10 @@ class BlockAnderson(Mixing):
         along_y, along_v = torch.bmm(for_v, y_v), torch.bmm(for_v, d_v)
         turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
         along = along_v + step * along_y
-        if not nowhere(turned):
+        if not surely_none(turned):
             gamma, along = (torch.where(turned, 0.0, x) for x in (gamma, along))
         v = t[1] + step * r[1] - along
-        if not nowhere(back):
+        if not surely_none(back):
             v = torch.where(back[:, None, None], t[1], v)
         return _mixed(t[0] + r[0], gamma, d_zw), v
 
@@ -221,7 +225,7 @@ class QuasiNewton(Mixing):
         for kept, new in ((self.s, s), (self.y, y)):
             longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
             kept = torch.where(keep[:, None, None], longer, kept)
-            pairs.append(kept if nowhere(back) else kept.masked_fill(back[:, None, None], 0))
+            pairs.append(kept if surely_none(back) else kept.masked_fill(back[:, None, None], 0))
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def _capped(solver: Solver) -> Solver:
 
 
 class _Solving:
-    """A solve where a layer is visited, so that the rest of the network runs once a step.
+    """A solve where a layer is called, so that the rest of the network runs once a step.
 
     Attributes:
         evals: evaluations of f per row, all layers together.

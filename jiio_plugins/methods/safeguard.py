@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.state import full_precision, nowhere
+from jiio_plugins.equilibrium.state import full_precision, surely_none
 from jiio_plugins.methods.mixing import _REGROW, Blocks, Mixing
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Descent:
 
     def unless_worse(self, before: Tensor, now: Tensor) -> Tensor:
         """``now``, but ``before`` in rows whose iterate was taken back at the last call."""
-        if nowhere(self.again):
+        if surely_none(self.again):
             return now
         return torch.where(self.groups.spread(self.again)[:, None], before, now)
 
@@ -81,7 +81,7 @@ class Descent:
         before, before_home, before_step = self.anchor, self.home, self.step
         self.ceiling = (self.ceiling * _FORGIVE).clamp(max=1.0)
         self.step = torch.minimum(self.step * _REGROW, self.ceiling)
-        if nowhere(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
+        if surely_none(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
             # no problem is in question, as nearly always: what the other branch comes to then
             self.limit, self.anchor, self.home = high, now, sure
             self.before, self.before_home = before, before_home
@@ -127,9 +127,9 @@ class Descent:
 
 def _where(condition: Tensor, first: Iterate, second: Iterate) -> Iterate:
     """By problem."""
-    if nowhere(condition):
+    if surely_none(condition):
         return second
-    if nowhere(~condition):
+    if surely_none(~condition):
         return first
     chosen = condition[:, None, None]
     return tuple(torch.where(chosen, a, b) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]

@@ -16,7 +16,7 @@ def is_count(value: object, least: int) -> bool:
     return int(value) >= least
 
 
-def ordinary(tensor: Tensor) -> Tensor:
+def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd takes of one made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
 

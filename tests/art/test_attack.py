@@ -168,9 +168,10 @@ def test_restarts_keep_the_best_of_each_sample(trained: PyTorchClassifier, digit
     before, after = one.solution, three.solution
     assert not before.success.all()  # else there would be no second start
     assert (after.success >= before.success).all()
-    assert (after.value[after.success == before.success] <= before.value[
-        after.success == before.success
-    ] + 1e-6).all()  # fmt: skip
+    assert (
+        after.value[after.success == before.success]
+        <= before.value[after.success == before.success] + 1e-6
+    ).all()
     assert (after.value < before.value - 1e-3).any()
     # a sample that has succeeded is not started again
     np.testing.assert_array_equal(after.vjps[before.success], before.vjps[before.success])
@@ -201,11 +202,18 @@ def _settings(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         images = np.round(images)  # every pixel at a bound of the box
     return {
-        "x": images, "y": rng.integers(0, 10, rows), "mask": mask, "norm": norm, "eps": eps,
-        "targeted": draw(st.booleans()), "num_random_init": draw(st.integers(0, 2)),
-        "random_eps": draw(st.booleans()), "batch_size": draw(st.integers(1, 4)), "seed": seed,
+        "x": images,
+        "y": rng.integers(0, 10, rows),
+        "mask": mask,
+        "norm": norm,
+        "eps": eps,
+        "targeted": draw(st.booleans()),
+        "num_random_init": draw(st.integers(0, 2)),
+        "random_eps": draw(st.booleans()),
+        "batch_size": draw(st.integers(1, 4)),
+        "seed": seed,
         "eps_step": draw(st.sampled_from([None, 0.05])) if np.ndim(eps) == 0 else None,
-    }  # fmt: skip
+    }
 
 
 @given(case=_settings())

@@ -38,13 +38,17 @@ def classifier(seed: int = 0, *, optimizer: bool = True, **options: Any) -> PyTo
         torch.manual_seed(seed)
         model = ConvDEQClassifier(channels=4, groups=2).eval()
     return PyTorchClassifier(
-        model, **{
-            "loss": nn.CrossEntropyLoss(), "input_shape": (1, 8, 8), "nb_classes": 10,
-            "clip_values": (0.0, 1.0), "device_type": "cpu",
+        model,
+        **{
+            "loss": nn.CrossEntropyLoss(),
+            "input_shape": (1, 8, 8),
+            "nb_classes": 10,
+            "clip_values": (0.0, 1.0),
+            "device_type": "cpu",
             "optimizer": torch.optim.Adam(model.parameters(), lr=0.02) if optimizer else None,
             **options,
         },
-    )  # fmt: skip
+    )
 
 
 def trainer_of(target: PyTorchClassifier, **options: Any) -> JIIOAdversarialTrainer:
@@ -148,10 +152,13 @@ def test_any_scheduler_steps_once_an_epoch(build: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"ratio": 0.5}, {"trades": 2.0}, {"refine": 2}, {"jacobian_weight": 1.0},
+        {"ratio": 0.5},
+        {"trades": 2.0},
+        {"refine": 2},
+        {"jacobian_weight": 1.0},
         {"max_grad_norm": 1.0},
     ],
-)  # fmt: skip
+)
 def test_options_reach_the_training(options: dict[str, Any]) -> None:
     x, y = arrays("train", 30)
     plain, other = classifier(), classifier()
@@ -202,10 +209,12 @@ def test_preprocessing_and_autocast() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"weight": torch.arange(1.0, 11.0)}, {"reduction": "sum"}, {"ignore_index": 3},
+        {"weight": torch.arange(1.0, 11.0)},
+        {"reduction": "sum"},
+        {"ignore_index": 3},
         {"label_smoothing": 0.1, "weight": torch.arange(10.0)},
     ],
-)  # fmt: skip
+)
 def test_the_loss_is_the_classifiers_own(options: dict[str, Any]) -> None:
     """Without a ball a step is that of ``classifier.fit``."""
     x, y = arrays("train", 40)
@@ -268,9 +277,14 @@ def test_a_checkpoint_is_not_overwritten_and_not_taken_for_another_model(tmp_pat
         trainer_of(classifier(), checkpoint=path).fit(x, y, nb_epochs=1)
     model = load_pretrained("digits")
     other = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), (1, 8, 8), 10, torch.optim.Adam(model.parameters()),
-        clip_values=(0.0, 1.0), device_type="cpu",
-    )  # fmt: skip
+        model,
+        nn.CrossEntropyLoss(),
+        (1, 8, 8),
+        10,
+        torch.optim.Adam(model.parameters()),
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
     with pytest.raises(ValueError, match="another model"):
         trainer_of(other, checkpoint=path, resume=True).fit(x, y, nb_epochs=1)
     assert path.read_bytes() == before
@@ -313,11 +327,13 @@ def test_arts_metrics_take_our_attack() -> None:
     )
     found = [
         adversarial_accuracy(
-            target, x, y,
+            target,
+            x,
+            y,
             attack_crafter=JIIOAttack(target, norm=2, eps=eps, method=Joint(max_iter=10)),
         )
         for eps in (0.05, 0.6)
-    ]  # fmt: skip
+    ]
     assert found[0] > 0.8
     assert found[1] < 0.3
     assert loss_sensitivity(target, x[:4], np.eye(10, dtype=np.float32)[y[:4]]) > 0

@@ -109,9 +109,11 @@ def noise(name: str, batch: int) -> Any:
     if name == "PerSample":
         return kind.GaussianNoise(torch.tensor([0.1, 0.4])[:batch])
     more = {
-        "Laplace": kind.LaplaceNoise(0.1), "Rician": kind.RicianNoise(0.1),
-        "PoissonCounts": kind.PoissonNoise(0.1, normalize=False), "Zero": kind.ZeroNoise(),
-    }  # fmt: skip
+        "Laplace": kind.LaplaceNoise(0.1),
+        "Rician": kind.RicianNoise(0.1),
+        "PoissonCounts": kind.PoissonNoise(0.1, normalize=False),
+        "Zero": kind.ZeroNoise(),
+    }
     return more[name] if name in more else physics_tests.choose_noise(name)
 
 

@@ -384,8 +384,10 @@ def test_metrics() -> None:
     with torch.no_grad():
         found, metrics = model(y, physics, x_gt=x, compute_metrics=True)
     assert {name: [len(r) for r in rows] for name, rows in metrics.items()} == {
-        "psnr": [16, 16], "cost": [15, 15], "residual": [15, 15]
-    }  # fmt: skip
+        "psnr": [16, 16],
+        "cost": [15, 15],
+        "residual": [15, 15],
+    }
     assert metrics["psnr"][1][-1] == pytest.approx(float(dinv.metric.PSNR()(found, x)[1]), 1e-4)
     assert all(costs[-1] < costs[0] for costs in metrics["cost"])
     with torch.no_grad():

@@ -146,8 +146,11 @@ def test_a_few_disagreements_are_noise() -> None:
     one = verdict(100)
     for rows, expected in ((2, set()), (3, {"disagreement"})):
         model_loss = torch.where(torch.arange(100) < rows, 2.0, 1.0)
-        history = {"clean": Verdict(one.model_wrong, one.tight_wrong, one.converged, one.loss,
-                                    model_loss, one.residual)}  # fmt: skip
+        history = {
+            "clean": Verdict(
+                one.model_wrong, one.tight_wrong, one.converged, one.loss, model_loss, one.residual
+            )
+        }
         assert {w.kind for w in passive(history, [], {})[1]} == expected
 
 

@@ -93,9 +93,14 @@ def test_intermediate_states_are_those_of_the_iteration() -> None:
     (gradient,) = torch.autograd.grad(torch.stack(losses).mean(0).sum(), leaf)
     seen = []
     attack(
-        net, x, y, norm=2, eps=0.3, method=through_intermediate((1, 2, 4), max_iter=1),
+        net,
+        x,
+        y,
+        norm=2,
+        eps=0.3,
+        method=through_intermediate((1, 2, 4), max_iter=1),
         callback=lambda progress: seen.append(progress.gradient),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(seen[0].reshape(x.shape), gradient)
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, strategies as st
 from scipy.stats import binomtest
 
 from jiio_plugins.evaluation import (
+    Finding,
     Interval,
     RobustnessReport,
-    Suspicion,
     paired_difference,
     paired_shares,
     wilson,
@@ -88,13 +88,27 @@ def report(robust: list[bool], **kwargs: Any) -> RobustnessReport:
     n = len(robust)
     share = wilson(sum(robust), n)
     values: dict[str, Any] = {
-        "eps": 0.5, "norm": float("inf"), "images": n, "tolerance": 1e-5, "skip_broken": True,
-        "clean": wilson(n, n), "accuracy": share, "model_accuracy": share,
-        "converged_accuracy": share, "attacks": (), "unverified": 0, "warnings": (),
-        "checks": {"residual": float("nan")}, "correct": (True,) * n, "robust": tuple(robust),
-        "broken_by": (None,) * n, "worst_loss": (0.0,) * n, "seconds": 1.0, "fingerprint": "same",
+        "eps": 0.5,
+        "norm": float("inf"),
+        "images": n,
+        "tolerance": 1e-5,
+        "skip_broken": True,
+        "clean": wilson(n, n),
+        "accuracy": share,
+        "model_accuracy": share,
+        "converged_accuracy": share,
+        "attacks": (),
+        "unverified": 0,
+        "warnings": (),
+        "checks": {"residual": float("nan")},
+        "correct": (True,) * n,
+        "robust": tuple(robust),
+        "broken_by": (None,) * n,
+        "worst_loss": (0.0,) * n,
+        "seconds": 1.0,
+        "fingerprint": "same",
         "worst": torch.zeros(n, 1),
-    }  # fmt: skip
+    }
     return RobustnessReport(**{**values, **kwargs})
 
 
@@ -128,7 +142,7 @@ def test_paired_difference_refuses() -> None:
 
 
 def test_json_and_print(tmp_path: Path) -> None:
-    warned = report([True, False], warnings=(Suspicion("steps", "they do not help"),))
+    warned = report([True, False], warnings=(Finding("steps", "they do not help"),))
     warned.save(tmp_path / "report.json")
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert read["norm"] == "inf"

@@ -108,8 +108,13 @@ def test_batches_and_costs() -> None:
 
 
 def test_an_attack_that_has_nothing_left_to_do() -> None:
-    report = evaluate({"all": down_by(0.3), "more": down_by(0.3)}, eps=2.0, lower=None, upper=None,
-                      skip_broken=True)  # fmt: skip
+    report = evaluate(
+        {"all": down_by(0.3), "more": down_by(0.3)},
+        eps=2.0,
+        lower=None,
+        upper=None,
+        skip_broken=True,
+    )
     everything = robust_accuracy(
         Threshold(), X[:1], Y[:1], {"all": down_by(0.3), "more": down_by(0.3)}, **BALL, **QUIET
     )
@@ -294,10 +299,13 @@ def test_nothing_of_the_callers_is_changed() -> None:
             [None if p.grad is None else p.grad.clone() for p in model.parameters()],
             {k: v.clone() for k, v in model.state_dict().items()},
             (model.equilibrium.solver, model.equilibrium.adjoint),
-            torch.get_rng_state(), random.getstate(),
+            torch.get_rng_state(),
+            random.getstate(),
             np.random.get_state()[1].tolist(),  # noqa: NPY002
-            x.detach().clone(), x.requires_grad, y.clone(),
-        ]  # fmt: skip
+            x.detach().clone(),
+            x.requires_grad,
+            y.clone(),
+        ]
 
     before = snapshot()
     robust_accuracy(model, x, y, {"rude": rude}, **BALL, audit=8, progress=False)
@@ -313,10 +321,14 @@ def test_float32_images_on_the_shipped_classifier() -> None:
     x, y = load_digits("test")
     ball: dict[str, Any] = {"eps": 0.5, "norm": 2.0}
     report = robust_accuracy(
-        load_pretrained("digits"), x[:16], y[:16],
+        load_pretrained("digits"),
+        x[:16],
+        y[:16],
         [engine_attack("JIIO", Joint(max_iter=12), "implicit", **ball)],
-        verify=Anderson(max_iter=300, tol=1e-5), **ball, **QUIET,
-    )  # fmt: skip
+        verify=Anderson(max_iter=300, tol=1e-5),
+        **ball,
+        **QUIET,
+    )
     assert report.accuracy.value < 0.5 < report.clean.value
     assert report.unverified == 0
     assert report.warnings == ()

@@ -24,9 +24,16 @@ MODEL = load_pretrained("digits")  # building one draws from the global generato
 def evaluate(attacks: Any, norm: float) -> Any:
     x, y = load_digits("test")
     return robust_accuracy(
-        MODEL, x[:10], y[:10], attacks, eps=EPS[norm], norm=norm, audit=0, progress=False,
+        MODEL,
+        x[:10],
+        y[:10],
+        attacks,
+        eps=EPS[norm],
+        norm=norm,
+        audit=0,
+        progress=False,
         skip_broken=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("norm", [2.0, float("inf")])
@@ -36,9 +43,15 @@ def test_default_suite(norm: float) -> None:
     report = evaluate(suite, norm)
     assert torch.equal(torch.get_rng_state(), state)
     assert [a.name for a in report.attacks] == [
-        "JIIO", "JIIO, DLR", "PGD nested, tight", "APGD-CE", "APGD-DLR", "PGD unrolled",
-        "PGD intermediate", "Square",
-    ]  # fmt: skip
+        "JIIO",
+        "JIIO, DLR",
+        "PGD nested, tight",
+        "APGD-CE",
+        "APGD-DLR",
+        "PGD unrolled",
+        "PGD intermediate",
+        "Square",
+    ]
     assert report.accuracy.value < report.clean.value
     by_name = {a.name: a for a in report.attacks}
     assert by_name["Square"].vjps == 0

@@ -40,17 +40,37 @@ from jiio_plugins.utils import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Architecture(latent=(4,), channels=(4, 4), stride=1)
 OPTIONS = [
-    "--data=digits", "--batch-size=16", "--steps=12", "--iterations=3", "--warmup=2",
-    "--step-size=0.3", "--model.latent", "4", "--model.channels", "4", "4",
-    "--checkpoint-every=2", "--accelerator=cpu", "--latents-kept=64",
-]  # fmt: skip
+    "--data=digits",
+    "--batch-size=16",
+    "--steps=12",
+    "--iterations=3",
+    "--warmup=2",
+    "--step-size=0.3",
+    "--model.latent",
+    "4",
+    "--model.channels",
+    "4",
+    "4",
+    "--checkpoint-every=2",
+    "--accelerator=cpu",
+    "--latents-kept=64",
+]
 
 
 def config(out: Path, **kw: Any) -> TrainConfig:
     base = TrainConfig(
-        data="digits", out=out, model=SMALL, batch_size=16, steps=4, iterations=3, warmup=2,
-        step_size=0.3, accelerator="cpu", checkpoint_every=2, latents_kept=64,
-    )  # fmt: skip
+        data="digits",
+        out=out,
+        model=SMALL,
+        batch_size=16,
+        steps=4,
+        iterations=3,
+        warmup=2,
+        step_size=0.3,
+        accelerator="cpu",
+        checkpoint_every=2,
+        latents_kept=64,
+    )
     return replace(base, **kw)
 
 
@@ -121,9 +141,14 @@ def test_training_lowers_the_error_and_leaves_a_run(tmp_path: Path, latents: Any
     assert sum(errors[-5:]) < 0.9 * sum(errors[:5])
     names = {p.name for p in done.out.iterdir()}
     assert names >= {
-        "checkpoint.pt", "config.json", "generator.safetensors", "latents.safetensors",
-        "reconstructions.png", "samples.png", "interpolations.png",
-    }  # fmt: skip
+        "checkpoint.pt",
+        "config.json",
+        "generator.safetensors",
+        "latents.safetensors",
+        "reconstructions.png",
+        "samples.png",
+        "interpolations.png",
+    }
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert load_file(done.out / "latents.safetensors")["latents"].shape == (64, 4)
     again = load_generator(done.out)
@@ -409,9 +434,17 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
             seen.append((len(live), sum(t.nbytes for t in live)))
 
     settings = config(
-        tmp_path / "run", latents="table", batch_size=432, epochs=5, steps=None, iterations=1,
-        warmup=1, checkpoint_every=3, pictures_every=3, latents_kept=16,
-    )  # fmt: skip
+        tmp_path / "run",
+        latents="table",
+        batch_size=432,
+        epochs=5,
+        steps=None,
+        iterations=1,
+        warmup=1,
+        checkpoint_every=3,
+        pictures_every=3,
+        latents_kept=16,
+    )
     train(settings, on_step=look)
     assert len(seen) == 5
     assert len(set(seen[1:])) == 1  # the first epoch ends before the first checkpoint

@@ -179,7 +179,7 @@ def test_sample_and_fit_from_the_shell(
     with pytest.raises(SystemExit, match=r"makes 8×8 pixels, the images have 9×9: --resize"):
         main(["fit", str(folder), str(pictures / "0.png"), "--out", str(tmp_path / "fits")])
     with pytest.raises(SystemExit, match="there is no generator"):
-        main(["sample", str(tmp_path / "nowhere")])
+        main(["sample", str(tmp_path / "surely_none")])
 
 
 @pytest.mark.parametrize(

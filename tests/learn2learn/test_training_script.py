@@ -12,8 +12,21 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--steps", "3", "--tasks", "2", "--test-tasks", "1", "--iters", "4", "--first-order",
-         "--accelerator", "cpu", "--checkpoint-every", "1"]  # fmt: skip
+SMALL = [
+    "--steps",
+    "3",
+    "--tasks",
+    "2",
+    "--test-tasks",
+    "1",
+    "--iters",
+    "4",
+    "--first-order",
+    "--accelerator",
+    "cpu",
+    "--checkpoint-every",
+    "1",
+]
 
 
 def start(folder: Path, out: str, *extra: str, processes: int = 0) -> str:
@@ -21,8 +34,15 @@ def start(folder: Path, out: str, *extra: str, processes: int = 0) -> str:
     script = str(ROOT / "examples" / "train_fewshot.py")
     launch = [sys.executable, script]
     if processes:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                  "--nproc-per-node", str(processes), script]  # fmt: skip
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            script,
+        ]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]),
@@ -32,9 +52,14 @@ def start(folder: Path, out: str, *extra: str, processes: int = 0) -> str:
     }
     run = subprocess.run(
         [*launch, *SMALL, "--out", out, *extra],
-        cwd=folder, env=environment, timeout=300, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        timeout=300,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
     assert run.returncode == 0, run.stdout
     return run.stdout
 

@@ -139,9 +139,16 @@ def test_is_the_engines_attack(norm: str, loss: str) -> None:
     model, (images, labels) = net(), batch()
     adversarial = JIIO(model, norm=norm, eps=0.3, loss=loss, steps=7)(images, labels)
     direct = engine_attack(
-        model, images, labels, norm=ORDER[norm], eps=0.3, lower=0.0, upper=1.0,
-        loss="cross-entropy" if loss == "ce" else loss, method=Joint(max_iter=7),
-    )  # fmt: skip
+        model,
+        images,
+        labels,
+        norm=ORDER[norm],
+        eps=0.3,
+        lower=0.0,
+        upper=1.0,
+        loss="cross-entropy" if loss == "ce" else loss,
+        method=Joint(max_iter=7),
+    )
     assert torch.equal(adversarial, direct.x)
     assert not torch.equal(adversarial, images)
 
@@ -223,10 +230,14 @@ def test_inside_ball_and_box(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 4))
     images, labels = batch(rows, dtype, data.draw(st.integers(0, 99)), data.draw(st.booleans()))
     atk = JIIO(
-        net(dtype), norm=norm, eps=eps, steps=data.draw(st.integers(1, 6)),
+        net(dtype),
+        norm=norm,
+        eps=eps,
+        steps=data.draw(st.integers(1, 6)),
         loss=data.draw(st.sampled_from(["ce", "dlr", "margin"])),
-        random_starts=data.draw(st.integers(0, 2)), early_stop=data.draw(st.booleans()),
-    )  # fmt: skip
+        random_starts=data.draw(st.integers(0, 2)),
+        early_stop=data.draw(st.booleans()),
+    )
     mode = data.draw(st.sampled_from(["default", "label", "random", "least likely"]))
     if mode == "label":
         atk.set_mode_targeted_by_label(quiet=True)
@@ -239,9 +250,12 @@ def test_inside_ball_and_box(data: st.DataObject) -> None:
 
 @settings(deadline=None, max_examples=10)
 @given(
-    norm=st.sampled_from(["L2", "Linf"]), eps=st.floats(0, 4), seed=st.integers(0, 99),
-    random_starts=st.integers(0, 1), dtype=st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+    norm=st.sampled_from(["L2", "Linf"]),
+    eps=st.floats(0, 4),
+    seed=st.integers(0, 99),
+    random_starts=st.integers(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_inside_ball_and_box_when_normalised(
     norm: str, eps: float, seed: int, random_starts: int, dtype: torch.dtype
 ) -> None:

@@ -46,9 +46,12 @@ TIGHT = {
     f"{which}_{name}": value
     for which in "fb"
     for name, value in {
-        "solver": "anderson", "max_iter": 200, "tol": 1e-12, "stop_mode": "rel"
+        "solver": "anderson",
+        "max_iter": 200,
+        "tol": 1e-12,
+        "stop_mode": "rel",
     }.items()
-}  # fmt: skip
+}
 CORES = pytest.mark.parametrize("core", ["sliced", "indexing"])
 
 
@@ -346,9 +349,13 @@ def test_differentiable_results() -> None:
 
     def gradients(net: nn.Module) -> list[Tensor]:
         found = optimize_input(
-            net, x, lambda out: out.square().sum(1), differentiable=True,
-            constraint=L2Ball(0.3), method=Joint(max_iter=60),
-        )  # fmt: skip
+            net,
+            x,
+            lambda out: out.square().sum(1),
+            differentiable=True,
+            constraint=L2Ball(0.3),
+            method=Joint(max_iter=60),
+        )
         found.x.square().sum().backward()
         return [p.grad for p in net.parameters() if p.grad is not None]
 
@@ -459,9 +466,14 @@ def test_art(digits: nn.Module) -> None:
     x, y = (t[:50] for t in load_digits("test"))
     net = copy.deepcopy(digits)
     classifier = PyTorchClassifier(
-        net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1), device_type="cpu",
+        net,
+        nn.CrossEntropyLoss(),
+        (1, 8, 8),
+        10,
+        clip_values=(0, 1),
+        device_type="cpu",
         optimizer=torch.optim.Adam(net.parameters(), lr=1e-3),
-    )  # fmt: skip
+    )
     adversarial = JIIOAttack(classifier, norm=2, eps=0.6).generate(x.numpy(), y.numpy())
     attacked = accuracy(net, torch.from_numpy(adversarial), y)
     assert attacked < 0.7
