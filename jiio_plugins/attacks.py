@@ -22,7 +22,7 @@ from jiio_plugins.constraints import (
     L2Ball,
     LinfBall,
 )
-from jiio_plugins.equilibrium.counting import count
+from jiio_plugins.equilibrium.counting import Cost, count
 from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.optimize import optimize_input
@@ -168,11 +168,8 @@ def _with_verification_paid(found: Solution) -> Solution:
     """Counts its verification among the costs of the search."""
     stats = found.stats
     assert stats.verification_f_evals is not None  # there are samples
-    count(
-        f_evals=stats.verification_f_evals,
-        verification=-stats.verification_f_evals,
-        verification_seconds=-stats.verification_seconds,
-    )
+    spent, seconds = stats.verification_f_evals, stats.verification_seconds
+    count(Cost(f_evals=spent, verification_f_evals=-spent, verification_seconds=-seconds))
     paid = replace(
         stats,
         f_evals=stats.f_evals + stats.verification_f_evals,

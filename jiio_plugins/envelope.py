@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.constraints import FeasibleSet, check_constraint
-from jiio_plugins.equilibrium.counting import count, counting_into
+from jiio_plugins.equilibrium.counting import count
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson, Solver
-from jiio_plugins.joint.guard import undisturbed
-from jiio_plugins.joint.inputs import check_gradients_possible, check_input, unwrap
+from jiio_plugins.joint.inputs import check_gradients_possible, check_input, problem_of
 from jiio_plugins.joint.modes import EnvelopeMode
-from jiio_plugins.joint.problem import Problem
-from jiio_plugins.joint.variables import Variable
+from jiio_plugins.joint.problem import FlatState
+from jiio_plugins.methods.base import solve
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.utils.checks import is_count
 
 if TYPE_CHECKING:
     from jiio_plugins.constraints import Constraint
-    from jiio_plugins.equilibrium.state import StateLayout
     from jiio_plugins.joint.problem import Objective
     from jiio_plugins.methods.base import Callback, Method, Stop
 
@@ -37,23 +34,6 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 Refine = int | tuple[int, int] | Solver
-
-
-@dataclass(frozen=True)
-class FlatState:
-    """All layers' states side by side, for a later pass of the same rows.
-
-    Attributes:
-        layout: how they are packed.
-        z: ``(rows, n)``.
-        mu: ``(rows, n)``, or None where none is known.
-        jz_mu: ``J_zᵀ μ``, likewise.
-    """
-
-    layout: StateLayout
-    z: Tensor
-    mu: Tensor | None = None
-    jz_mu: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,47 +108,39 @@ def joint_solution(
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), sections 3.2 and 3.3.
     """
-    method, constraint = check_method(method), check_constraint(constraint)
-    model = unwrap(model)
+    method = check_method(method)
     check_gradients_possible("joint_solution")
-    x = check_input(x)
-    if not len(x):
+    problem = problem_of(
+        model,
+        x,
+        objective,
+        constraint=constraint,
+        start=_start(check_input(x), start),
+        state=start.flat if state is None and isinstance(start, JointSolution) else state,
+        training_mode=training_mode,
+    )
+    if not problem.rows:
         raise ValueError("x holds no samples: a training step needs at least one")
-    first = _start(x, start)
-    variable = Variable(model, x)
-    flat = x.detach().reshape(len(x), -1)
-    feasible = FeasibleSet(flat) if constraint is None else constraint.bind(x.detach()).detach()
-    v = feasible.project(first.reshape(len(x), -1).clone())  # a search may end in its start
-    problem = Problem(variable, objective, len(x), splits=not training_mode)
-    problem.starts_at(v)
-    if state is None and isinstance(start, JointSolution):
-        state = start.flat
-    if state is not None:
-        if len(state.z) != len(x):
-            raise ValueError(f"state must be of the rows of x, {len(x)}, got {len(state.z)}")
-        problem.layout, problem.z_start, problem.jz_mu_start = state.layout, state.z, state.jz_mu
-    with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
-        path = method.run(problem, feasible, v, stop, callback)
-    count(f_evals=problem.f_evals, vjps=problem.vjps, residual=path.z_residual)
-    assert problem.layout is not None
-    z, mu, jz_mu = path.z.detach(), path.mu.detach(), path.jz_mu.detach()
+    result = solve(problem, method, stop=stop, callback=callback)
+    count(problem.cost, result.z_residual)
+    z, mu, jz_mu = result.z.detach(), result.mu.detach(), result.jz_mu.detach()
     return JointSolution(
-        x=variable.unflatten(path.v),
+        x=problem.variable.unflatten(result.v),
         z=problem.layout.unpack(z),
         costate=problem.layout.unpack(mu),
-        loss=path.loss_last,
-        z_residual=path.z_residual,
-        costate_residual=path.mu_residual,
-        iterations=path.iterations,
+        loss=result.loss_last,
+        z_residual=result.z_residual,
+        costate_residual=result.mu_residual,
+        iterations=result.iterations,
         f_evals=problem.f_evals,
         vjps=problem.vjps,
         flat=FlatState(problem.layout, z, mu, jz_mu),
     )
 
 
-def _start(x: Tensor, start: Tensor | JointSolution | None) -> Tensor:
+def _start(x: Tensor, start: Tensor | JointSolution | None) -> Tensor | None:
     if start is None:
-        return x.detach()
+        return None
     tensor = start.x if isinstance(start, JointSolution) else start
     if not isinstance(tensor, Tensor):
         raise TypeError(f"start must be a tensor or a JointSolution, got {type(tensor).__name__}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
 from jiio_plugins.equilibrium.state import row_norm
 from jiio_plugins.solution import Residuals
@@ -29,10 +29,9 @@ from jiio_plugins.solution import Residuals
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.joint.variables import Groups
-    from jiio_plugins.methods.base import Path
+    from jiio_plugins.methods.base import MethodResult
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 LOOSEST = 0.5  # from which it is in any case
@@ -92,28 +91,28 @@ class Blocks:
 class JointMap:
     """F at the θ of ``problem``, for α = ``step`` ``(1 or problems, 1)``."""
 
-    def __init__(self, problem: Problem, feasible: FeasibleSet, step: Tensor) -> None:
-        self.problem, self.feasible, self.step = problem, feasible, step
+    def __init__(self, problem: Problem, step: Tensor) -> None:
+        self.problem, self.step = problem, step
 
     @torch.enable_grad()
     def evaluate(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
         """``F(z, μ, v)`` without a graph: one evaluation of f and one VJP."""
-        lin = self.problem.linearize(v, z, image=False)
-        b, direct = lin.gradient(self.problem.loss(lin.output))
-        jz_mu, jv_mu = lin.vjp(mu)
-        moved = v - self.step * (direct + jv_mu)
-        return lin.f, jz_mu + b, self.feasible.project(moved)
+        linearized = self.problem.linearize(v, z, answer_fz=False)
+        dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output))
+        jz_mu, jv_mu = linearized.vjp(mu)
+        moved = v - self.step * (dl_dv + jv_mu)
+        return linearized.fz, jz_mu + dl_dz, self.problem.feasible.project(moved)
 
     @torch.enable_grad()
     def linearize(self, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Parts, list[Tensor]]:
         """``F(z, μ, v)`` with its graph, and the leaves of z, μ and v in it."""
-        lin = self.problem.linearize(v, z, image=False)
+        linearized = self.problem.linearize(v, z, answer_fz=False)
         mu = mu.detach().requires_grad_()
-        b, direct = lin.gradient(self.problem.loss(lin.output), create_graph=True)
-        jz_mu, jv_mu = lin.vjp(mu, create_graph=True)
-        *z_leaves, v_leaf = lin.leaves
-        moved = v_leaf - self.step * (direct + jv_mu)
-        images = (lin.live_f, jz_mu + b, self.feasible.project_smoothly(moved))
+        dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output), create_graph=True)
+        jz_mu, jv_mu = linearized.vjp(mu, create_graph=True)
+        *z_leaves, v_leaf = linearized.leaves
+        moved = v_leaf - self.step * (dl_dv + jv_mu)
+        images = linearized.live_fz, jz_mu + dl_dz, self.problem.feasible.project_smoothly(moved)
         return images, [*z_leaves, mu, v_leaf]
 
 
@@ -136,101 +135,96 @@ def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tenso
 
     It is ``ℓ(z*)`` to second order: off by about the product of both residuals.
     """
-    lin = problem.linearize(v, z, image=False)
-    loss = problem.loss(lin.output)
-    b, direct = lin.gradient(loss)
-    jz_mu, jv_mu = lin.vjp(mu)
-    r = lin.f - z
+    linearized = problem.linearize(v, z, answer_fz=False)
+    loss = problem.loss(linearized.output)
+    dl_dz, dl_dv = linearized.gradient(loss)
+    jz_mu, jv_mu = linearized.vjp(mu)
+    r = linearized.fz - z
     value = problem.groups.sum(loss.detach() + (mu * r).sum(1))
-    doubt = problem.groups.sum(row_norm(r) * row_norm(jz_mu + b - mu))
-    return value, (direct + jv_mu).reshape(v.shape), doubt
+    error = problem.groups.sum(row_norm(r) * row_norm(jz_mu + dl_dz - mu))
+    return value, (dl_dv + jv_mu).reshape(v.shape), error
 
 
-def plain_step(
-    problem: Problem, feasible: FeasibleSet, start: Tensor, path: Path, step: Tensor
-) -> Tensor:
+def plain_step(problem: Problem, result: MethodResult, step: Tensor) -> Tensor:
     """α for F, ``(1 or problems, 1)``: ``step``, or with a ball one of the problem's own scale.
 
     Normalised steps have none. For a solution on the ball that is ``ε / ‖gradient‖``, for one
     inside it the inverse curvature, taken from the way here: ``‖v − v0‖² / 2 (φ(v0) − φ(v))``.
 
+    Args:
+        problem: that was solved.
+        result: where the method ended.
+        step: the method's last one, ``(1 or problems, 1)``.
+
     Raises:
         ValueError: a step of 0 without a ball.
     """
-    if feasible.radius is None:
+    radius = problem.feasible.radius
+    if radius is None:
         if not bool((step > 0).all()):  # every v would stand still
             raise ValueError("a differentiable solution needs a final_step_size above 0")
         return step
-    value, gradient, _ = _estimate(problem, path.z, path.mu, path.v)
+    value, gradient, _ = _estimate(problem, result.z, result.mu, result.v)
     problem.pay_passes(1, 1)
     tiny = torch.finfo(value.dtype).tiny
     size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    way = (path.v - start).square().sum(1, keepdim=True)
-    gain = (path.loss_first - value)[:, None]
+    way = (result.v - problem.v_start).square().sum(1, keepdim=True)
+    gain = (result.loss_first - value)[:, None]
     curved = torch.where((gain > 0) & (way > 0), way / (2 * gain).clamp(min=tiny), torch.inf)
-    return torch.minimum(feasible.radius / size.clamp(min=tiny), curved)
+    return torch.minimum(radius / size.clamp(min=tiny), curved)
 
 
 def settle(
-    problem: Problem,
-    feasible: FeasibleSet,
-    step: Tensor,
-    path: Path,
-    solver: Solver | None = None,
-) -> Path:
-    """Go on from the end of ``path`` with F, accelerated, until all three blocks stand still.
+    problem: Problem, result: MethodResult, step: Tensor, solver: Solver | None = None
+) -> MethodResult:
+    """Go on from where a method ended with F, accelerated, until all three blocks stand still.
 
-    A problem whose objective that would make worse beyond doubt keeps its end. Without a solver it
-    is Anderson with at most 300 iterations, to 1e-5 (1e-11 in float64).
+    A problem whose objective that would make worse beyond doubt keeps its end.
+
+    Args:
+        problem: that was solved.
+        result: where the method ended.
+        step: α, ``(1 or problems, 1)``.
+        solver: None: Anderson with at most 300 iterations, to 1e-5 (1e-11 in float64).
     """
-    blocks = Blocks(problem.groups, path.z.shape[1], path.v.shape[1])
-    blocks.measure(path.z, path.mu, path.v)
-    joint = _FlatJointMap(JointMap(problem, feasible, step), blocks)
+    blocks = Blocks(problem.groups, result.z.shape[1], result.v.shape[1])
+    blocks.measure(result.z, result.mu, result.v)
+    joint = _FlatJointMap(JointMap(problem, step), blocks)
     if solver is None:
-        tol = 1e-11 if path.v.dtype == torch.float64 else 1e-5
+        tol = 1e-11 if result.v.dtype == torch.float64 else 1e-5
         solver = Anderson(max_iter=300, memory=10, tol=tol)
-    found = iterate(joint, blocks.pack(path.z, path.mu, path.v), solver)
+    found = iterate(joint, blocks.pack(result.z, result.mu, result.v), solver)
     z, mu, v = blocks.unpack(found.z)
-    v = feasible.project(v)  # an accelerated iterate may lie outside of the set
-    before, _, doubt = _estimate(problem, path.z, path.mu, path.v)
+    v = problem.feasible.project(v)  # an accelerated iterate may lie outside of the set
+    before, _, error = _estimate(problem, result.z, result.mu, result.v)
     after, _, _ = _estimate(problem, z, mu, v)
     evals = problem.groups.spread(found.evals) + 2
     problem.pay_passes(evals, evals)
-    better = after <= before + 1e-3 * before.abs() + _AMPLIFY * doubt
+    better = after <= before + 1e-3 * before.abs() + _AMPLIFY * error
     better &= torch.isfinite(after)
     rows = problem.groups.spread(better)[:, None]
-    v = torch.where(better[:, None], v, path.v)
     return replace(
-        path,
-        z=torch.where(rows, z, path.z),
-        mu=torch.where(rows, mu, path.mu),
-        v=v,
-        loss_last=torch.where(better, after, path.loss_last),
+        result,
+        z=torch.where(rows, z, result.z),
+        mu=torch.where(rows, mu, result.mu),
+        v=torch.where(better[:, None], v, result.v),
+        loss_last=torch.where(better, after, result.loss_last),
     )
 
 
 def attach(
-    problem: Problem,
-    feasible: FeasibleSet,
-    step: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    v: Tensor,
-    *,
-    solver: Solver | None = None,
+    problem: Problem, result: MethodResult, step: Tensor, *, solver: Solver | None = None
 ) -> tuple[Tensor, Residuals]:
-    """``v`` ``(problems, d)`` as a differentiable function of θ, and how accurate its gradient is.
+    """The v ``(problems, d)`` as a function of θ, and how accurate its gradient is.
 
     Args:
-        problem: with every tensor of θ as it is to be differentiated.
-        feasible: likewise.
+        problem: that was solved; every tensor of θ is taken as its caller gave it.
+        result: the solution's v, z and μ.
         step: α, ``(1 or problems, 1)``; it only sets how fast the equation for λ converges.
-        z: state of the solution, ``(rows, n)``.
-        mu: its adjoint, ``(rows, n)``.
-        v: its variable.
         solver: for λ; None: :func:`adjoint_solver`.
     """
-    images, leaves = JointMap(problem, feasible, step).linearize(z, mu, v)
+    problem, (z, mu, v) = problem.live(), (result.z, result.mu, result.v)
+    images, leaves = JointMap(problem, step).linearize(z, mu, v)
     blocks = Blocks(problem.groups, z.shape[1], v.shape[1])
     with torch.no_grad():
         moved = [image.detach() - t for image, t in zip(images, (z, mu, v), strict=True)]
@@ -280,7 +274,7 @@ class _Adjoint:
         self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], problem: Problem
     ) -> None:
         self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, problem.rows
-        self.layers = 0 if problem.layout is None else len(problem.layout.layouts)
+        self.layers = len(problem.layout.layouts)
         self.live = [image.requires_grad for image in images]
 
     def __call__(self, flat: Tensor) -> Tensor:
@@ -360,12 +354,10 @@ class _Gate(torch.autograd.Function):
         (z, mu, v), found = ctx.equation.solve(g, ctx.solver)
         ctx.residuals.adjoint, ctx.residuals.adjoint_evals = found.residual, found.evals
         with counting_into(ctx.counters):
-            # one pass through F's graph differentiates f and its VJP: two products a row and
-            # layer, where there is an f and no layer is held
+            # one pass through F's graph differentiates f and its VJP: two products a row and layer
             rows = count_rows(ctx.equation.rows, g.device)
-            if ctx.equation.blocks.n:
-                per_row = ctx.equation.blocks.groups.spread(found.evals)
-                count(vjps=2 * ctx.equation.layers * (per_row + 1) * rows)
+            per_row = ctx.equation.blocks.groups.spread(found.evals)
+            count(Cost(vjps=2 * ctx.equation.layers * (per_row + 1) * rows))
         worst = float(found.residual.max())
         if not worst <= warn_above(ctx.solver):
             warnings.warn(

@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.constraints import Constraint, FeasibleSet, check_constraint
-from jiio_plugins.equilibrium.counting import count, counting_into
+from jiio_plugins.equilibrium.counting import Cost, count, counting_into
 from jiio_plugins.equilibrium.solvers import Solver, check_solver
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
-from jiio_plugins.joint.guard import undisturbed
-from jiio_plugins.joint.inputs import (
-    check_given,
-    check_gradients_possible,
-    check_groups,
-    check_input,
-    unwrap,
-)
-from jiio_plugins.joint.problem import Objective, Problem
-from jiio_plugins.joint.variables import ParameterVariable, Variable
+from jiio_plugins.joint.inputs import check_gradients_possible, problem_of
+from jiio_plugins.methods.base import solve
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.solution import Solution, Stats
 from jiio_plugins.verification import default_verifier, verified
@@ -29,7 +20,9 @@ from jiio_plugins.verification import default_verifier, verified
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jiio_plugins.methods.base import Callback, Method, Path, Stop
+    from jiio_plugins.constraints import Constraint
+    from jiio_plugins.joint.problem import Objective, Problem
+    from jiio_plugins.methods.base import Callback, Method, MethodResult, Stop
 
 
 def optimize_input(
@@ -105,63 +98,43 @@ def optimize_input(
             f"differentiable must be True, False, or a solver such as Anderson(...), got "
             f"{differentiable!r}"
         )
-    method, constraint = check_method(method), check_constraint(constraint)
-    model = unwrap(model)
+    method = check_method(method)
     check_gradients_possible("optimize_input")
-    x = check_input(x)
-    if isinstance(variables, str):
-        raise TypeError(f"variables must be a list of names, got the string {variables!r}")
-    implicit = differentiable if isinstance(differentiable, Solver) else None
-    given = check_given(given, len(x))
-    still = [t.detach() for t in given]  # no graph of theirs in every iteration
-    if groups is not None:
-        groups = check_groups(groups, variables, len(x))
-    if not len(x):
+    problem = problem_of(
+        model,
+        x,
+        objective,
+        constraint=constraint,
+        given=given,
+        variables=variables,
+        groups=groups,
+        training_mode=training_mode,
+    )
+    if not problem.rows:
         return _empty(x)
-    variable = (
-        Variable(model, x, still)
-        if variables is None
-        else ParameterVariable(model, x, list(variables), groups, still)
-    )
-    start = variable.start
-    flat = start.reshape(len(start), -1).clone()  # a search may end in its start
-    with torch.no_grad():
-        feasible = FeasibleSet(flat) if constraint is None else constraint.bind(start).detach()
-    v = feasible.project(flat)
-    problem = Problem(variable, objective, len(x), splits=not training_mode)
-    problem.starts_at(v)
-    # the problem keeps the costs per row; what its layers report one by one would count twice
-    with torch.enable_grad(), undisturbed(model, training_mode, variable), counting_into(()):
-        path = method.run(problem, feasible, v, stop, callback)
+    implicit = differentiable if isinstance(differentiable, Solver) else None
+    result = solve(problem, method, stop=stop, callback=callback)
+    with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
         if differentiable:
-            step = plain_step(problem, feasible, v, path, method.steps(feasible, v)[-1])
-            path = settle(problem, feasible, step, path, implicit)
-        solution, flat = verified(problem, path, v, verify or default_verifier(v.dtype))
+            final_step = method.steps(problem.feasible, problem.v_start)[-1]
+            step = plain_step(problem, result, final_step)
+            result = settle(problem, result, step, implicit)
+        solution, v = verified(problem, result, verify or default_verifier(x.dtype))
     if differentiable:
-        variable.given = given
-        with torch.enable_grad(), undisturbed(model, training_mode, variable, frozen=False):
-            live = feasible if constraint is None else constraint.bind(variable.origin)
-            solution = _attached(problem, live, step, replace(path, v=flat), solution, implicit)
-    count(
-        f_evals=problem.f_evals,
-        vjps=problem.vjps,
-        residual=solution.stats.z_residual,
-        verification=solution.stats.verification_f_evals,
-        verification_seconds=solution.stats.verification_seconds,
-    )
+        solution = _attached(problem, replace(result, v=v), step, solution, implicit)
+    stats = solution.stats
+    assert stats.verification_f_evals is not None
+    verifying = stats.verification_f_evals, stats.verification_seconds
+    count(Cost(stats.f_evals, stats.vjps, *verifying), stats.z_residual)
     return solution
 
 
 def _attached(
-    problem: Problem,
-    feasible: FeasibleSet,
-    step: Tensor,
-    path: Path,
-    solution: Solution,
-    solver: Solver | None,
+    problem: Problem, result: MethodResult, step: Tensor, solution: Solution, solver: Solver | None
 ) -> Solution:
     """The solution with x as a differentiable function of all that it was computed from."""
-    v, residuals = attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)
+    with torch.enable_grad(), problem.variable.guarded(freeze=False):
+        v, residuals = attach(problem, result, step, solver=solver)
     warn_if_loose(residuals, solver)
     problem.pay_passes(1, 1)
     stats = replace(solution.stats, implicit=residuals, f_evals=problem.f_evals, vjps=problem.vjps)

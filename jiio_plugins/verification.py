@@ -1,8 +1,9 @@
-"""The judge: values by independent solves."""
+"""The judge: values by independent solves, never from the state that an optimisation ended in."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,20 +15,14 @@ from jiio_plugins.equilibrium.state import row_norm
 from jiio_plugins.solution import Solution, Stats, Status
 
 if TYPE_CHECKING:
-    from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import Path
+    from jiio_plugins.joint.problem import Problem, Solved
+    from jiio_plugins.methods.base import MethodResult
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
-
-
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ; else the start is judged.
 _AMPLIFY = 10.0  # or this many times what the verification shows, where that is more
-
-
 _SLOWER = 3.0
-
-
 _CLEAR = 0.5
 
 
@@ -36,55 +31,155 @@ def default_verifier(dtype: torch.dtype) -> Solver:
     return Anderson(max_iter=200, tol=1e-9 if dtype == torch.float64 else 1e-5)
 
 
-def verified(
-    problem: Problem, path: Path, v_start: Tensor, verifier: Solver
-) -> tuple[Solution, Tensor]:
-    """Judge the end of ``path`` by independent solves; fall back where another point was better.
+@dataclass
+class Verdict:
+    """What two solves say of one candidate v per problem.
+
+    Attributes:
+        v: ``(problems, d)``.
+        value: the objective by the independent solve, ``(problems,)``.
+        model_value: by the model's own answer, likewise.
+        z: state of the independent solve, ``(rows, n)``.
+        model_z: the one that the model itself stops at.
+        residual: ‖f(z) − z‖ / ‖f(z)‖ of the former, ``(rows,)``.
+        converged: whether that solve reached its tolerance, likewise.
+        nonfinite: whether it met NaN or Inf, likewise.
+        output: the model's, by the independent solve.
+        model_output: by its own.
+    """
+
+    v: Tensor
+    value: Tensor
+    model_value: Tensor
+    z: Tensor
+    model_z: Tensor
+    residual: Tensor
+    converged: Tensor
+    nonfinite: Tensor
+    output: Any
+    model_output: Any
+
+
+class Judge:
+    """Evaluates candidates with the model's own solver, and by an independent solve.
+
+    Args:
+        problem: whose objective counts.
+        verifier: of the independent solve.
+        warm: start that one where the model's own ended; else from the layers' initial state.
+
+    Attributes:
+        f_evals: what judging has cost so far, ``(rows,)``.
+        amplification: of the last judgement of all problems, see
+            :attr:`jiio_plugins.joint.problem.Solved.amplification`.
+    """
+
+    amplification: Tensor
+
+    def __init__(self, problem: Problem, verifier: Solver, *, warm: bool = True) -> None:
+        self.problem, self.verifier, self.warm = problem, verifier, warm
+        self.f_evals = torch.zeros(problem.rows, device=problem.v_start.device)
+
+    def everything(self, v: Tensor) -> Verdict:
+        """All problems."""
+        with counting_into((counter := RowCounter(self.f_evals),)):
+            own = self.problem.solve(v)
+        tight = self.problem.solve(v, self.verifier, own.z if self.warm else None)
+        self.f_evals = counter.f_evals_by_row + tight.evals
+        self.amplification = tight.amplification
+        return self._verdict(v, _by_row(own, tight))
+
+    def some(self, v: Tensor, where: Tensor, base: Verdict) -> Verdict:
+        """The problems ``where``; the other rows are taken from ``base``."""
+        rows = self.problem.groups.spread(where).nonzero().squeeze(1)
+        if not self._splits(base.output) or not self.problem.row_separable:
+            return self.everything(v)
+        with counting_into((counter := RowCounter(self.f_evals[rows]),)):
+            own = self.problem.solve(v, rows=rows)
+        tight = self.problem.solve(v, self.verifier, own.z, rows=rows)
+        self.f_evals = self.f_evals.index_copy(0, rows, counter.f_evals_by_row + tight.evals)
+        parts = _by_row(own, tight).items()
+        return self._verdict(v, {k: getattr(base, k).index_copy(0, rows, t) for k, t in parts})
+
+    def take_better(self, best: Verdict, v: Tensor, where: Tensor) -> Verdict:
+        """``best``, with the candidate ``v`` for the problems ``where`` it is better."""
+        if not bool(where.any()):
+            return best
+        other = self.some(v, where, best)
+        finite = torch.isfinite(best.value), torch.isfinite(other.value)
+        better = where & ((other.value < best.value) | (~finite[0] & finite[1]))
+        rows = self.problem.groups.spread(better)
+        chosen = {}
+        for name in vars(best):
+            ours, theirs = getattr(best, name), getattr(other, name)
+            if name not in ("output", "model_output"):
+                choice = better if name in ("v", "value", "model_value") else rows
+            elif self._splits(best.output):
+                choice = rows
+            else:
+                chosen[name] = ours
+                continue
+            chosen[name] = torch.where(choice.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+        found = Verdict(**chosen)
+        if bool(better.any()) and not self._splits(best.output):
+            mixed = self.everything(found.v)  # only the model can put together what it returns
+            found.output, found.model_output = mixed.output, mixed.model_output
+        return found
+
+    def _splits(self, output: Any) -> bool:
+        """Whether what the model returned is one tensor with a row per row of the batch."""
+        return isinstance(output, Tensor) and output.ndim > 0 and len(output) == self.problem.rows
+
+    def _verdict(self, v: Tensor, by_row: dict[str, Any]) -> Verdict:
+        with torch.no_grad():
+            value, model_value = (
+                self.problem.groups.sum(self.problem.loss(by_row[name]))
+                for name in ("output", "model_output")
+            )
+        return Verdict(v=v, value=value, model_value=model_value, **by_row)
+
+
+def _by_row(own: Solved, tight: Solved) -> dict[str, Any]:
+    """What a verdict has of each row."""
+    names = ("z", "residual", "converged", "nonfinite", "output")
+    found = {name: getattr(tight, name) for name in names}
+    return {**found, "model_z": own.z, "model_output": own.output}
+
+
+def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[Solution, Tensor]:
+    """Judge where a method ended; fall back where another point was better.
 
     The flat v of the solution comes with it.
+
+    Args:
+        problem: that was solved.
+        result: where the method ended.
+        verifier: of the independent solves.
     """
-    groups, v = problem.groups, path.v
-    judge = _Judge(problem, verifier)
+    judge, v_start = Judge(problem, verifier), problem.v_start
     begin = time.perf_counter()
-    final = judge.everything(v)
+    final = judge.everything(result.v)
     seconds = time.perf_counter() - begin
     verification = judge.f_evals.clone()
-    amplified = _SLOWER * _amplification(problem, path, judge.amplification, final.z)
-
-    # a better candidate is looked for only where the running losses make one plausible
-    last = final.value if path.bounded else path.loss_last
-    promising = path.loss_best < last - 0.02 * last.abs()
-    final.take_better(judge, path.v_best, promising)
-    amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
-    doubt = _CLEAR * path.loss_first.abs() + amplified * path.doubt_first
-    unsafe = ~(final.value < path.loss_first - doubt)
-    unsafe &= (final.v != v_start).any(1)
-    final.take_better(judge, v_start, unsafe)
+    final = _never_worse(judge, result, final)
     problem.pay(f_evals=judge.f_evals - verification)
-
-    status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
-    status[(final.v == v_start).all(1)] = Status.NO_IMPROVEMENT
-    gap = (final.value - final.model_value).abs()
-    status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
-    status[groups.worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED
-    broken = groups.worst(final.nonfinite.float()) > 0
-    status[broken | ~torch.isfinite(final.value)] = Status.NONFINITE
+    status = _status(problem, final)
+    status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
         f_evals=problem.f_evals,
         vjps=problem.vjps,
-        iterations=path.iterations,
+        iterations=result.iterations,
         z_residual=final.residual,
-        costate_residual=path.mu_residual,
+        costate_residual=result.mu_residual,
         verification_f_evals=verification,
         verification_seconds=seconds,
         model_value=final.model_value,
         model_output=final.model_output,
     )
-    assert problem.layout is not None
     solution = Solution(
         x=problem.variable.unflatten(final.v),
         z=problem.layout.unpack(final.z),
-        costate=problem.layout.unpack(path.mu),
+        costate=problem.layout.unpack(result.mu),
         value=final.value,
         status=status,
         stats=stats,
@@ -93,130 +188,50 @@ def verified(
     return solution, final.v
 
 
-def _amplification(problem: Problem, path: Path, found: Tensor, solved: Tensor) -> Tensor:
+def _never_worse(judge: Judge, result: MethodResult, final: Verdict) -> Verdict:
+    """The end, or where that is better the best iterate or the start."""
+    problem, groups = judge.problem, judge.problem.groups
+    amplified = _SLOWER * _amplification(problem, result, judge.amplification, final.z)
+    # a better candidate is looked for only where the running losses make one plausible
+    last = final.value if result.bounded else result.loss_last
+    promising = result.loss_best < last - 0.02 * last.abs()
+    final = judge.take_better(final, result.v_best, promising)
+    amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
+    error = _CLEAR * result.loss_first.abs() + amplified * result.error_first
+    unsafe = ~(final.value < result.loss_first - error)
+    unsafe &= (final.v != problem.v_start).any(1)
+    return judge.take_better(final, problem.v_start, unsafe)
+
+
+def _status(problem: Problem, final: Verdict) -> Tensor:
+    """How far the values can be trusted, ``(problems,)``."""
+    worst = problem.groups.worst
+    status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
+    gap = (final.value - final.model_value).abs()
+    status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
+    status[worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED
+    broken = worst(final.nonfinite.float()) > 0
+    status[broken | ~torch.isfinite(final.value)] = Status.NONFINITE
+    return status
+
+
+def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved: Tensor) -> Tensor:
     """About ``1 / (1 − ρ)``: how far a residual leaves z from where it settles, ``(rows,)``.
 
-    The verification went on from the model's own solution to ``solved``, and ``found`` that; where
-    the model's was as tight (0), an evaluation of f at the end of the path tells.
+    The verification went on from the model's own solution to ``solved``, and ``found`` that. Where
+    the model's was as tight (0), an evaluation of f at the end of the run tells.
     """
     rows = (found == 0).nonzero().squeeze(1)
-    if not len(rows) or not path.z.shape[1]:
+    if not len(rows) or not result.z.shape[1]:
         return found
-    assert problem.layout is not None
-    z = path.z[rows]
-    if problem.splits:
-        image = problem.evaluate(path.v, z, rows)
+    z = result.z[rows]
+    if problem.row_separable:
+        fz = problem.evaluate(result.v, z, rows)
     else:  # in train mode fewer rows would draw another mask
-        image = problem.evaluate(path.v, path.z)[rows]
-    problem.pay_passes(torch.zeros_like(problem.f_evals).index_fill(0, rows, 1.0))
+        fz = problem.evaluate(result.v, result.z)[rows]
+    problem.pay_passes(torch.zeros(problem.rows, device=z.device).index_fill(0, rows, 1.0))
     tiny = torch.finfo(z.dtype).tiny
-    parts = (problem.layout.split(t) for t in (solved[rows] - z, image - z))
+    parts = (problem.layout.split(t) for t in (solved[rows] - z, fz - z))
     pairs = zip(*parts, strict=True)
     ratios = [row_norm(error) / row_norm(residual).clamp(min=tiny) for error, residual in pairs]
     return found.index_copy(0, rows, torch.stack(ratios).amax(0).to(found.dtype))
-
-
-class _Verdict:
-    """Verified values of one candidate per problem; outputs and states per row."""
-
-    def __init__(
-        self,
-        v: Tensor,
-        value: Tensor,
-        model_value: Tensor,
-        z: Tensor,
-        residual: Tensor,
-        converged: Tensor,
-        nonfinite: Tensor,
-        output: Any,
-        model_output: Any,
-    ) -> None:
-        self.v, self.value, self.model_value = v, value, model_value
-        self.z, self.residual = z, residual
-        self.converged, self.nonfinite = converged, nonfinite
-        self.output, self.model_output = output, model_output
-
-    def take_better(self, judge: _Judge, v: Tensor, where: Tensor) -> None:
-        """Judge the candidate ``v`` for the problems ``where``; keep it where it is better."""
-        problems = where.nonzero().squeeze(1)
-        if not len(problems):
-            return
-        other = judge.some(v, where, self)
-        better = where & (
-            (other.value < self.value) | (~torch.isfinite(self.value) & torch.isfinite(other.value))
-        )
-        rows = judge.problem.groups.spread(better)
-        self.v = torch.where(better[:, None], v, self.v)
-        for name in ("value", "model_value"):
-            setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))
-        for name in ("residual", "converged", "nonfinite"):
-            setattr(self, name, torch.where(rows, getattr(other, name), getattr(self, name)))
-        self.z = torch.where(rows[:, None], other.z, self.z)
-        if judge.by_row(self.output):
-            shape = (-1, *[1] * (self.output.ndim - 1))
-            for name in ("output", "model_output"):
-                chosen = torch.where(rows.reshape(shape), getattr(other, name), getattr(self, name))
-                setattr(self, name, chosen)
-        elif bool(better.any()):  # only the model can put together what it returns
-            mixed = judge.everything(self.v)
-            self.output, self.model_output = mixed.output, mixed.model_output
-
-
-class _Judge:
-    """Evaluates candidates with the model's own solver, then on to the verifier's tolerance."""
-
-    def __init__(self, problem: Problem, verifier: Solver) -> None:
-        self.problem, self.verifier = problem, verifier
-        self.f_evals = torch.zeros_like(problem.f_evals)
-
-    def by_row(self, output: Any) -> bool:
-        """Whether what the model returned is one tensor with a row per row of the batch."""
-        rows = self.problem.rows
-        return isinstance(output, Tensor) and output.ndim > 0 and len(output) == rows
-
-    def everything(self, v: Tensor) -> _Verdict:
-        """All problems."""
-        with counting_into((counter := RowCounter(self.f_evals),)):
-            own = self.problem.solve(v)
-        tight = self.problem.solve(v, self.verifier, own.z)
-        self.f_evals = counter.f_evals_by_row + tight.evals
-        self.amplification = tight.amplification
-        return self._verdict(
-            v, own.output, tight.output, tight.z, tight.residual, tight.converged, tight.nonfinite
-        )
-
-    def some(self, v: Tensor, where: Tensor, base: _Verdict) -> _Verdict:
-        """The problems ``where``; the other rows are taken from ``base``."""
-        rows = self.problem.groups.spread(where).nonzero().squeeze(1)
-        if not self.by_row(base.output) or not self.problem.splits:
-            return self.everything(v)
-        with counting_into((counter := RowCounter(self.f_evals[rows]),)):
-            own = self.problem.solve(v, rows=rows)
-        tight = self.problem.solve(v, self.verifier, own.z, rows=rows)
-        self.f_evals = self.f_evals.index_copy(0, rows, counter.f_evals_by_row + tight.evals)
-        return self._verdict(
-            v,
-            base.model_output.index_copy(0, rows, own.output),
-            base.output.index_copy(0, rows, tight.output),
-            base.z.index_copy(0, rows, tight.z),
-            base.residual.index_copy(0, rows, tight.residual),
-            base.converged.index_copy(0, rows, tight.converged),
-            base.nonfinite.index_copy(0, rows, tight.nonfinite),
-        )
-
-    def _verdict(
-        self,
-        v: Tensor,
-        model_output: Any,
-        output: Any,
-        z: Tensor,
-        residual: Tensor,
-        converged: Tensor,
-        nonfinite: Tensor,
-    ) -> _Verdict:
-        with torch.no_grad():
-            value = self.problem.groups.sum(self.problem.loss(output))
-            model_value = self.problem.groups.sum(self.problem.loss(model_output))
-        return _Verdict(
-            v, value, model_value, z, residual, converged, nonfinite, output, model_output
-        )

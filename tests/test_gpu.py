@@ -26,7 +26,6 @@ from jiio_plugins import (
     optimize_input,
     solve_fixed_point,
 )
-from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
@@ -70,10 +69,10 @@ def squared(y: Tensor) -> Tensor:
     return y.square().sum(1)
 
 
-def started(problem: Problem, feasible: FeasibleSet, v: Tensor) -> None:
+def started(problem: Problem) -> None:
     """Let the libraries allocate what they allocate once."""
-    Joint(max_iter=2).run(problem, feasible, v)
-    problem.solve(v)
+    Joint(max_iter=2).run(problem)
+    problem.solve(problem.v_start)
 
 
 def test_the_debug_mode_sees_a_synchronisation() -> None:
@@ -86,35 +85,32 @@ def test_the_debug_mode_sees_a_synchronisation() -> None:
 def test_the_joint_loop_never_waits(name: str, constraint: Any) -> None:
     model, x = NETWORKS[name]().cuda().eval(), (0.3 * rand(16, 5, seed=1)).clamp(-0.9, 0.9).cuda()
     variable = Variable(model.requires_grad_(False), x)
-    feasible = FeasibleSet(x) if constraint is None else constraint.bind(x)
-    problem = Problem(variable, squared, 16)
-    started(problem, feasible, x)
+    problem = Problem(variable, squared, constraint)
+    started(problem)
     with no_synchronisation():
-        path = Joint(max_iter=12).run(problem, feasible, x, lambda y: y[:, 0] > 100)
-    assert bool(torch.isfinite(path.v).all())
+        result = Joint(max_iter=12).run(problem, stop=lambda y: y[:, 0] > 100)
+    assert bool(torch.isfinite(result.v).all())
 
 
 def test_the_joint_loop_over_groups_never_waits() -> None:
     model, x = Context().cuda().eval().requires_grad_(False), rand(20, 4, seed=1).cuda()
     groups = torch.arange(4).repeat(5).cuda()
     variable = ParameterVariable(model, x, ["context"], groups)
-    v = variable.start
-    for feasible in (FeasibleSet(v), L2Ball(0.5).bind(v)):
-        problem = Problem(variable, squared, 20)
-        started(problem, feasible, v)
+    for constraint in (None, L2Ball(0.5)):
+        problem = Problem(variable, squared, constraint)
+        started(problem)
         with no_synchronisation():
-            Joint(max_iter=12).run(problem, feasible, v)
+            Joint(max_iter=12).run(problem)
 
 
 def test_the_joint_loop_on_digits_never_waits() -> None:
     x = load_digits("test")[0][:16].cuda()
     model = load_pretrained("digits").cuda().requires_grad_(False)
-    feasible = Intersection(L2Ball(1.0), Box(0.0, 1.0)).bind(x)
-    problem = Problem(Variable(model, x), lambda y: -y.logsumexp(1), 16)
-    v = x.flatten(1)
-    started(problem, feasible, v)
+    ball = Intersection(L2Ball(1.0), Box(0.0, 1.0))
+    problem = Problem(Variable(model, x), lambda y: -y.logsumexp(1), ball)
+    started(problem)
     with no_synchronisation():
-        Joint(max_iter=8).run(problem, feasible, v)
+        Joint(max_iter=8).run(problem)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()])

@@ -82,13 +82,13 @@ def statuses(solution: Solution) -> set[Status]:
 
 
 @every_network
-@pytest.mark.parametrize("image", [False, True])
-def test_the_adjoint_alone(name: str, image: bool) -> None:
+@pytest.mark.parametrize("answer_fz", [False, True])
+def test_the_adjoint_alone(name: str, answer_fz: bool) -> None:
     model, x = NETWORKS[name](), rand(4, 5, seed=1)
-    problem = Problem(Variable(model, x), squared, 4)
+    problem = Problem(Variable(model, x), squared)
     z = problem.warm_up(x, 2)
     mu = rand(*z.shape, seed=2)
-    lin = problem.linearize(x, z, image=image)
+    lin = problem.linearize(x, z, answer_fz=answer_fz)
     alone = lin.jz_mu(mu)
     assert torch.equal(alone, lin.vjp(mu)[0])
     assert float(alone.abs().max()) > 0
@@ -99,11 +99,11 @@ def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
     start = Joint(max_iter=1, warmup=2, adjoint_warmup=1)
     found = joint_solution(model, x, squared, method=start, constraint=L2Ball(0.5))
     z = found.flat.z  # after a step with ω = 1.5 from where the adjoint was evaluated
-    problem = Problem(Variable(model, x), squared, 4)
+    problem = Problem(Variable(model, x), squared)
     state = problem.warm_up(x, 2)
     lin = problem.linearize(x, state)
     b, _ = lin.gradient(problem.loss(lin.output))
-    assert torch.allclose(z, state + 1.5 * (lin.f - state))
+    assert torch.allclose(z, state + 1.5 * (lin.fz - state))
     assert torch.allclose(found.flat.mu, b + lin.jz_mu(b))
     assert torch.allclose(found.flat.jz_mu, lin.vjp(found.flat.mu)[0])
 

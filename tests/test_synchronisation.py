@@ -114,10 +114,10 @@ def test_the_joint_loop(name: str, constraint: Any) -> None:
     x = torch.zeros(16, 5, dtype=torch.float64)
     feasible = on_meta(FeasibleSet(x) if constraint is None else constraint.bind(x))
     model, x = NETWORKS[name]().to("meta").eval().requires_grad_(False), x.to("meta")
-    problem = Problem(Variable(model, x), squared, 16)
+    problem = Problem(Variable(model, x), squared, feasible)
     with NoHostCopies():
-        path = Joint(max_iter=8).run(problem, feasible, x, lambda y: y[:, 0] > 1)
-    assert path.v.is_meta
+        result = Joint(max_iter=8).run(problem, stop=lambda y: y[:, 0] > 1)
+    assert result.v.is_meta
 
 
 @pytest.mark.parametrize("constraint", [None, L2Ball(0.5)], ids=["free", "l2"])
@@ -130,19 +130,19 @@ def test_the_joint_loop_over_groups(constraint: Any) -> None:
     feasible = on_meta(FeasibleSet(v) if constraint is None else constraint.bind(v))
     variable.model, variable.x = model.to("meta"), variable.x.to("meta")
     variable.start, variable.groups.index = v.to("meta"), variable.groups.index.to("meta")
-    problem = Problem(variable, squared, 20)
+    problem = Problem(variable, squared, feasible)
     with NoHostCopies():
-        path = Joint(max_iter=8).run(problem, feasible, variable.start)
-    assert path.v.is_meta
+        result = Joint(max_iter=8).run(problem)
+    assert result.v.is_meta
 
 
 def test_the_joint_loop_on_a_multiscale_classifier() -> None:
     x = torch.zeros(4, 1, 8, 8)
     feasible = on_meta(Intersection(L2Ball(1.0), Box(0.0, 1.0)).bind(x))
     model, x = load_pretrained("digits").to("meta").requires_grad_(False), x.to("meta")
-    problem = Problem(Variable(model, x), lambda y: -y.logsumexp(1), 4)
+    problem = Problem(Variable(model, x), lambda y: -y.logsumexp(1), feasible)
     with NoHostCopies():
-        Joint(max_iter=4).run(problem, feasible, x.flatten(1))
+        Joint(max_iter=4).run(problem)
 
 
 @pytest.mark.parametrize("kind", [Picard, Anderson, Broyden])

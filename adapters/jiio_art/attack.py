@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from jiio_art import _inputs
-from jiio_art._model import Autocast, RawInput, undisturbed
+from jiio_art._model import RawInput
 from jiio_art._params import check_params
 from jiio_art.record import AttackRecord
 from jiio_plugins import Joint, attack
+from jiio_plugins.joint import guarded
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -188,7 +189,7 @@ class JIIOAttack(EvasionAttack):
         )
         adversarial = np.empty_like(images)
         records = []
-        with undisturbed(self.estimator):
+        with guarded(self.estimator._model, evaluate=False, freeze=False, randomness=True):
             labels = self._labels(images, y)
             starts = range(0, len(images), self.batch_size)
             bar = tqdm(starts, desc="JIIO - Batches", leave=False, disable=not self.verbose)
@@ -233,9 +234,8 @@ class JIIOAttack(EvasionAttack):
             method = replace(method, step_size=tensor(region.step))
         retry = self.retry
         if self.autocast is not None:
-            method = Autocast(inner=method, module=module, dtype=self.autocast)
-            if retry is not None:
-                retry = Autocast(inner=retry, module=module, dtype=self.autocast)
+            method = replace(method, precision=self.autocast)
+            retry = None if retry is None else replace(retry, precision=self.autocast)
         # seeded per batch, so that a batch does not depend on how many restarts another one needed
         seed = np.random.SeedSequence([self.seed, batch_id]).generate_state(1, np.uint64)[0]
         images, labels = torch.tensor(x, device=device), torch.tensor(y, device=device)

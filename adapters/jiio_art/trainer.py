@@ -16,7 +16,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from jiio_art import _inputs
-from jiio_art._model import Autocast, RawInput
+from jiio_art._model import RawInput
 from jiio_art._params import check_count, check_trainable
 from jiio_art.attack import JIIOAttack
 from jiio_plugins.adversarial.batches import TensorBatches
@@ -134,7 +134,7 @@ class JIIOAdversarialTrainer(Trainer):
         check_count("restart_every", restart_every, 1)
         if carried is not None and restart_every == 1:
             raise ValueError("carried= is of the searches between restarts: set restart_every")
-        self._training(RawInput(classifier))  # its errors now
+        self._training()  # its errors now
 
     def fit(
         self,
@@ -217,11 +217,11 @@ class JIIOAdversarialTrainer(Trainer):
                 "the classifier has no optimizer: PyTorchClassifier(..., optimizer=...)"
             )
         module = RawInput(self._classifier)
-        training = self._training(module)
+        training = self._training()
         carried = None
         if self.restart_every > 1:
             carried = training.carried()
-            carried = replace(carried, method=self._cast(self.carried or carried.method, module))
+            carried = replace(carried, method=self._cast(self.carried or carried.method))
         wrapped = RawInput(self._classifier, keep_wrapper=True)
         logger.info("Adversarial training with %r", self.attack)
         self.history = fit_adversarially(
@@ -246,7 +246,7 @@ class JIIOAdversarialTrainer(Trainer):
             verbose=self.verbose,
         )
 
-    def _training(self, module: RawInput) -> AdversarialTraining:
+    def _training(self) -> AdversarialTraining:
         """The engine's step, from what the attack says now."""
         attack = self.attack
         if not isinstance(attack, JIIOAttack):
@@ -260,7 +260,7 @@ class JIIOAdversarialTrainer(Trainer):
             method = replace(method, max_iter=attack.max_iter)
         if attack.eps_step is not None and attack.eps > 0:
             method = replace(method, step_size=float(attack.eps_step / attack.eps))
-        method = self._cast(method, module)
+        method = self._cast(method)
         clip = self._classifier.clip_values
         lower, upper = (None, None) if clip is None else clip
         return AdversarialTraining(
@@ -277,13 +277,9 @@ class JIIOAdversarialTrainer(Trainer):
             loss=RowLoss(self._classifier.loss),
         )
 
-    def _cast(self, method: Method, module: RawInput) -> Method:
+    def _cast(self, method: Method) -> Method:
         """The method, in the attack's autocast if it has one."""
-        if self.attack.autocast is None:
-            return method
-        return Autocast(
-            inner=method, module=module, dtype=self.attack.autocast, max_iter=method.max_iter
-        )
+        return replace(method, precision=self.attack.autocast or method.precision)
 
     def _bound(self, value: Any) -> float | Tensor | None:
         if value is None or np.ndim(value) == 0:

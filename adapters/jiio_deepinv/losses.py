@@ -8,15 +8,14 @@ import torch
 from deepinv.loss import Loss
 from torch import Tensor, nn
 
-from jiio_deepinv.reconstructor import JIIOReconstructor, evaluated
-from jiio_plugins.equilibrium.layer import layer_mode
-from jiio_plugins.joint.modes import PenaltyMode, SolveMode
+from jiio_deepinv.reconstructor import JIIOReconstructor
+from jiio_plugins.joint import PenaltyMode, SolveMode, guarded, layer_mode
 
 
 def contraction(generator: nn.Module, u: Tensor) -> Tensor:
     """``‖J_z‖²_F / n`` of the generator's cells where its states settle at latents u, a scalar."""
     solve = SolveMode()
-    with evaluated(generator):
+    with guarded(generator, freeze=False):
         with torch.no_grad(), layer_mode(solve):
             generator(u)
         penalty = PenaltyMode([z.detach() for z in solve.z], probes=1, generator=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +30,12 @@ from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson, check_solver
 from jiio_plugins.equilibrium.state import full_precision
-from jiio_plugins.joint.guard import turn_of
+from jiio_plugins.joint import guarded
 from jiio_plugins.methods.joint import Joint, check_method
 from jiio_plugins.optimize import optimize_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from deepinv.optim import DataFidelity, Prior
     from deepinv.physics import Physics
@@ -197,7 +196,7 @@ class JIIOReconstructor(Reconstructor):
         start, place = self._start(y, physics, init)
         exact: bool | Solver = True if self.implicit is None else self.implicit
         differentiable = torch.is_grad_enabled() and exact
-        with full_precision(start.device.type), evaluated(self.generator):
+        with full_precision(start.device.type), guarded(self.generator, freeze=False):
             model = Latents(self.generator, self.latent_shape)
             objective = Objective(
                 model,
@@ -277,19 +276,3 @@ class JIIOReconstructor(Reconstructor):
                     away = (start.flatten(1) - place.mean) / place.std
                     start = away.detach().reshape(wanted)
         return start, place
-
-
-@contextmanager
-def evaluated(module: nn.Module) -> Iterator[None]:
-    """In eval mode, as the fit is, so that the last pass shows the image that was fitted.
-
-    Threads that share the module take turns.
-    """
-    with turn_of(module):
-        flags = [(part, part.training) for part in module.modules()]
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in flags:
-                part.training = training

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from jiio_plugins.joint.problem import HeldProblem, Problem
-from jiio_plugins.joint.variables import Groups, Variable
+from jiio_plugins.joint import FlatState, Groups, Problem, Variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 
 class Slots:
@@ -120,6 +120,7 @@ class TaskVariable(Variable):
         states: of each equilibrium layer at the current v, flat; all rows belong to this one
             problem.
         module: what holds the slots.
+        repeatable: draw the same random numbers at every call.
     """
 
     rows_see_v_alone = False
@@ -132,6 +133,8 @@ class TaskVariable(Variable):
         reg: float,
         states: Sequence[Tensor],
         module: nn.Module,
+        *,
+        repeatable: bool = False,
     ) -> None:
         rows = len(states[0])
         if any(len(z) != rows for z in states):
@@ -139,16 +142,20 @@ class TaskVariable(Variable):
                 "the model's equilibrium layers see batches of different size, "
                 f"{[len(z) for z in states]}: the loss must come from one support batch"
             )
-        self.slots, self.loss, self.reg, self.module = slots, loss, reg, module
+        self._set(module, rows, (), repeatable)
+        self.slots, self.loss, self.reg = slots, loss, reg
         self.z = torch.cat(list(states), dim=1)
         self.anchor = _flat(anchor)
         now = slots.get()
         self.like = [(t.shape, t.dtype) for t in now]
-        self.start = _flat(now).detach()
+        self.origin = self.start = _flat(now).detach()
         self.groups = Groups(rows, torch.zeros(rows, dtype=torch.long, device=self.start.device))
 
-    def call(self, v: Tensor) -> Tensor:
-        """The task's objective at ``v``."""
+    def guarded(self, *, freeze: bool = True) -> AbstractContextManager[None]:
+        """All parameters but the adapted ones are constants; see :func:`frozen`."""
+        return frozen(self.model, self.slots)
+
+    def _call(self, v: Tensor, rows: Tensor | None) -> Tensor:
         self.slots.put(self.parts(v))
         # with reg = 0 the term still connects v to v0, whose gradient then is 0 and not None
         return self.loss() + 0.5 * self.reg * (v - self.anchor).square().sum()
@@ -161,19 +168,18 @@ class TaskVariable(Variable):
             for flat, (shape, dtype) in zip(flats, self.like, strict=True)
         ]
 
-    def problem(self, held: Sequence[Tensor] | None = None) -> Problem:
+    def problem(self, state: FlatState, fixed: Sequence[Tensor] | None = None) -> Problem:
         """The task as the engine takes it; its objective is one number for all rows.
 
-        ``held``: states of the layers, where v reaches none of them.
+        Args:
+            state: where the layers' states and adjoint start.
+            fixed: states of the layers, where v reaches none of them.
         """
-        rows = len(self.z)
 
         def objective(value: Tensor) -> Tensor:
-            return (value / rows).expand(rows)
+            return (value / self.rows).expand(self.rows)
 
-        if held is not None:
-            return HeldProblem(self, objective, rows, held)
-        return Problem(self, objective, rows)
+        return Problem(self, objective, state=state, fixed=fixed)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

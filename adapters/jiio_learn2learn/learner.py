@@ -23,25 +23,25 @@ from jiio_learn2learn._checks import (
     reaches,
     same_inputs,
 )
-from jiio_learn2learn._task import Slots, TaskVariable, frozen, kept
+from jiio_learn2learn._task import Slots, TaskVariable, kept
 from jiio_learn2learn.recording import Recorded, Tape
-from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.equilibrium.adjoints import Implicit
-from jiio_plugins.equilibrium.counting import count, count_evaluations, counting_into
-from jiio_plugins.equilibrium.layer import current_mode, layer_mode
-from jiio_plugins.equilibrium.solvers import Anderson
-from jiio_plugins.equilibrium.state import StateLayout
+from jiio_plugins.equilibrium import Anderson, Implicit, StateLayout, count, count_evaluations
 from jiio_plugins.implicit import adjoint_solver, attach, warn_if_loose
-from jiio_plugins.joint.guard import buffers_kept, same_randomness
-from jiio_plugins.joint.modes import NO_LAYER, SolveMode
-from jiio_plugins.methods.joint import Joint
-from jiio_plugins.utils.checks import is_count
+from jiio_plugins.joint import (
+    NO_LAYER,
+    FlatState,
+    SolveMode,
+    buffers_kept,
+    current_mode,
+    layer_mode,
+)
+from jiio_plugins.methods import Joint, solve
+from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jiio_plugins.equilibrium.solvers import Solver
-    from jiio_plugins.methods.base import Path
+    from jiio_plugins.equilibrium import Solver
     from jiio_plugins.solution import Residuals
 
 
@@ -244,51 +244,49 @@ class JIIOLearner(BaseLearner):
             self.allow_nograd if allow_nograd is None else allow_nograd,
         )
         anchor = [self._task.initial[name] for name in names]
-        states = [z.detach() for z in forward.mode.z]
-        variable = TaskVariable(slots.some(names), objective, anchor, self.reg, states, self.module)
+        variable = TaskVariable(
+            slots.some(names),
+            objective,
+            anchor,
+            self.reg,
+            [z.detach() for z in forward.mode.z],
+            self.module,
+            repeatable=has_dropout(self.module),  # one mask for all, or there is no optimum
+        )
         first_order = self.first_order if first_order is None else first_order
         if not self.lr and not first_order:
             raise ValueError(
                 "lr must be above 0: the gradient is that of the support loss's optimum, which "
                 "lr=0 never comes near. To learn without adaptation give first_order=True"
             )
-        if has_dropout(self.module):  # one mask for all iterations, or there is no optimum
-            variable.call = same_randomness(variable.call)  # type: ignore[method-assign]
         with buffers_kept(self.module):
             self._solve(variable, forward, first_order)
 
     def _solve(self, variable: TaskVariable, forward: _Forward, first_order: bool) -> None:
         """Run the joint iteration and put its end in the module, differentiable."""
-        task, z = forward.task, variable.z
-        held, held_residual = None, 0.0
+        task, fixed, fixed_residual = forward.task, None, 0.0
         if not any(any(reaches(state, variable.slots.get())) for state in forward.mode.z):
-            held, held_residual = self._fixed_points(variable, forward, first_order)
-        problem = variable.problem(held)
-        problem.layout = StateLayout(forward.mode.layouts)
-        feasible = FeasibleSet(variable.start)
-        if held is None:
-            problem.z_start, problem.jz_mu_start = z, task.jz_mu
-        with frozen(self.module, variable.slots), counting_into(()):
-            path: Path = self._method(z.dtype).run(problem, feasible, variable.start)
-        count(f_evals=problem.f_evals, vjps=problem.vjps)
+            fixed, fixed_residual = self._fixed_points(variable, forward, first_order)
+        state = FlatState(StateLayout(forward.mode.layouts), variable.z, jz_mu=task.jz_mu)
+        problem = variable.problem(state, fixed)
+        result = solve(problem, self._method(variable.z.dtype))
+        count(problem.cost)
         if first_order:
             self.residuals = None
-            found = path.v + (variable.anchor - variable.anchor.detach())
+            found = result.v + (variable.anchor - variable.anchor.detach())
         else:
-            step = path.v.new_full((1, 1), self.lr)
+            step = result.v.new_full((1, 1), self.lr)
             with kept(self.module):
-                found, self.residuals = attach(
-                    problem, feasible, step, path.z, path.mu, path.v, solver=self.adjoint
-                )
-            self.residuals.joint.clamp_(min=held_residual)
+                found, self.residuals = attach(problem, result, step, solver=self.adjoint)
+            self.residuals.joint.clamp_(min=fixed_residual)
             warn_if_loose(self.residuals)
         variable.slots.put(variable.parts(found))
         task.version += 1
         task.support = forward.inputs
-        if held is None:
-            task.z, task.jz_mu = problem.layout.split(path.z), path.jz_mu
+        if fixed is None:
+            task.z, task.jz_mu = problem.layout.split(result.z), result.jz_mu
         else:
-            task.z, task.jz_mu = [state.detach() for state in held], None
+            task.z, task.jz_mu = [state.detach() for state in fixed], None
 
     def _fixed_points(
         self, variable: TaskVariable, forward: _Forward, first_order: bool
@@ -310,7 +308,7 @@ class JIIOLearner(BaseLearner):
             count_evaluations() as counter,
             layer_mode(mode),
         ):
-            variable.call(variable.start)
+            variable(variable.start)
         return mode.z, counter.worst_residual
 
     def _tol(self, dtype: torch.dtype) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from jiio_plugins.attacks import attack
+from jiio_plugins.joint import guarded
 from jiio_plugins.methods.base import Method
 from jiio_plugins.methods.joint import Joint
-from jiio_plugins.utils.checks import is_count
+from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from jiio_plugins.attacks import Loss
     from jiio_plugins.solution import Solution
 
@@ -123,7 +121,7 @@ class JIIO(Attack):
         # The base class restores neither a frozen BatchNorm nor anything after an exception.
         normalization = self._normalization_applied
         try:
-            with _modes_kept(self.model):
+            with guarded(self.model, evaluate=False, freeze=False):
                 adversarial: Tensor = super().__call__(inputs, labels, *args, **kwargs)
         finally:
             self._set_normalization_applied(normalization)
@@ -264,17 +262,6 @@ class _Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.model(self.normalize(images))
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put the train/eval flag of each module back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_labels(name: str, labels: Tensor, images: Tensor) -> None:

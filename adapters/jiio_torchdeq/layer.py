@@ -17,12 +17,24 @@ from torch import Tensor, nn
 from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
-from jiio_plugins import Anderson, Implicit, Solver
-from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate
-from jiio_plugins.equilibrium.cell import CellMap
-from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
-from jiio_plugins.equilibrium.layer import EquilibriumLayer, current_mode, full_precision_state
-from jiio_plugins.equilibrium.state import Layout, as_tensors
+from jiio_plugins.equilibrium import (
+    Adjoint,
+    Anderson,
+    CellMap,
+    Cost,
+    EquilibriumLayer,
+    Implicit,
+    Layout,
+    Solver,
+    as_tensors,
+    count,
+    count_rows,
+    counting_into,
+    full_precision_state,
+    implicit_gate,
+    open_counters,
+)
+from jiio_plugins.joint import current_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +119,7 @@ class JointDEQ(EquilibriumLayer):
         """What the layer does by itself, counted; in eval mode with a gradient."""
         z_out, info = plain(_counted(func), z0)
         if isinstance(info, dict):
-            count(residual=info.get("rel_lowest"))
+            count(Cost(), info.get("rel_lowest"))
         plain_parts = as_tensors(z_out[-1])
         has_gradient = any(t.grad_fn is not None for t in plain_parts)
         if self.training or has_gradient or not torch.is_grad_enabled():
@@ -192,11 +204,11 @@ def _counted(func: Callable[..., Any]) -> Callable[..., Any]:
         out = func(*state, **kwargs)
         rows = count_rows(len(state[0]), state[0].device)
         with counting_into(counters):
-            count(f_evals=rows)
+            count(Cost(f_evals=rows))
 
         def report(_: Tensor) -> None:
             with counting_into(counters):
-                count(vjps=rows)
+                count(Cost(vjps=rows))
 
         live = [t for t in as_tensors(out) if t.requires_grad]
         if live and counters:  # once a backward pass, whichever of them it reaches
@@ -211,7 +223,7 @@ def _with_gradient(f: CellMap, z: Tensor, solver: Solver) -> Tensor:
     z = z.detach()
     leaf = z.clone().requires_grad_()
     fz = f(leaf)
-    count(f_evals=count_rows(len(z), z.device))
+    count(Cost(f_evals=count_rows(len(z), z.device)))
     if not fz.requires_grad:
         return z
     fz = implicit_gate(fz, leaf, f, solver)

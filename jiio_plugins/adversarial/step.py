@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from jiio_plugins.attacks import BALLS, as_norm, check_inside
 from jiio_plugins.constraints import Box, Constraint, Intersection
 from jiio_plugins.envelope import (
-    FlatState,
     JointSolution,
     Refine,
     envelope_pass,
@@ -24,6 +23,7 @@ from jiio_plugins.envelope import (
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import StateLayout
 from jiio_plugins.joint.modes import PenaltyMode, SolveMode
+from jiio_plugins.joint.problem import FlatState
 from jiio_plugins.methods.base import Method, Progress
 from jiio_plugins.methods.joint import Joint
 

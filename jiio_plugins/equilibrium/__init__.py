@@ -1,18 +1,41 @@
 """The equilibrium layer: cell, state, solvers, and how gradients pass the fixed point."""
 
-from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from jiio_plugins.equilibrium.adjoints import (
+    Adjoint,
+    Implicit,
+    JacobianFree,
+    Phantom,
+    Unrolled,
+    implicit_gate,
+)
 from jiio_plugins.equilibrium.cell import CellMap
-from jiio_plugins.equilibrium.counting import Counter, count_evaluations
-from jiio_plugins.equilibrium.layer import Equilibrium, EquilibriumLayer
+from jiio_plugins.equilibrium.counting import (
+    Cost,
+    Counter,
+    count,
+    count_evaluations,
+    count_rows,
+    counting_into,
+    open_counters,
+)
+from jiio_plugins.equilibrium.layer import Equilibrium, EquilibriumLayer, full_precision_state
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
-from jiio_plugins.equilibrium.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
-from jiio_plugins.equilibrium.state import Layout, StateLayout
+from jiio_plugins.equilibrium.solvers import (
+    Anderson,
+    Broyden,
+    Picard,
+    Solver,
+    check_solver,
+    solve_fixed_point,
+)
+from jiio_plugins.equilibrium.state import Layout, StateLayout, as_tensors, full_precision
 
 __all__ = [
     "Adjoint",
     "Anderson",
     "Broyden",
     "CellMap",
+    "Cost",
     "Counter",
     "Equilibrium",
     "EquilibriumLayer",
@@ -24,7 +47,16 @@ __all__ = [
     "Solver",
     "StateLayout",
     "Unrolled",
+    "as_tensors",
+    "check_solver",
+    "count",
     "count_evaluations",
+    "count_rows",
+    "counting_into",
+    "full_precision",
+    "full_precision_state",
+    "implicit_gate",
     "jacobian_penalty",
+    "open_counters",
     "solve_fixed_point",
 ]

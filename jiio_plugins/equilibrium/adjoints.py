@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium.counting import count, count_rows, counting_into, open_counters
+from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.solvers import FlatSolution, Solver, check_positive, iterate
 from jiio_plugins.utils.checks import check_counts
 
@@ -39,7 +39,7 @@ class Adjoint(abc.ABC):
 def solve_counted(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
     """Solve from the flat ``z0``, without a graph; open counters learn of it."""
     result = iterate(f, z0, solver)
-    count(f_evals=result.evals, residual=result.residual)
+    count(Cost(f_evals=result.evals), result.residual)
     return result
 
 
@@ -49,7 +49,7 @@ def _counting_backward(z: Tensor, steps: int) -> Tensor:
 
     def report(g: Tensor) -> None:
         with counting_into(counters):
-            count(vjps=steps * count_rows(len(g), g.device))
+            count(Cost(vjps=steps * count_rows(len(g), g.device)))
 
     if z.requires_grad:
         z.register_hook(report)
@@ -79,7 +79,7 @@ class Implicit(Adjoint):
             return solved.fz
         z = solved.z.detach().requires_grad_()
         fz = f(z)
-        count(f_evals=count_rows(len(z), z.device))
+        count(Cost(f_evals=count_rows(len(z), z.device)))
         if not fz.requires_grad:
             return fz
         out: Tensor = implicit_gate(fz, z, f, self.solver or solver)
@@ -114,7 +114,7 @@ class _AdjointMap:
         z = self.z[rows].detach().requires_grad_()
         with torch.enable_grad(), self.autocast():
             fz = f(z)
-        count(f_evals=count_rows(len(z), z.device))
+        count(Cost(f_evals=count_rows(len(z), z.device)))
         return _AdjointMap(f, fz, z, self.g[rows], self.autocast)
 
 
@@ -182,10 +182,10 @@ class _ImplicitGate(torch.autograd.Function):
         start = g if ctx.warm_start is None else ctx.warm_start(g)
         with counting_into(ctx.counters):
             if ctx.solver is None:
-                count(vjps=count_rows(len(g), g.device))
+                count(Cost(vjps=count_rows(len(g), g.device)))
                 return start, None, None, None, None
             result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), start, ctx.solver)
-            count(vjps=result.evals + 1)  # one more carries μ on to the injection
+            count(Cost(vjps=result.evals + 1))  # one more carries μ on to the injection
         # after a few steps from a warm start the last one's image counts; it costs nothing
         mu = result.z if ctx.warm_start is None else result.fz
         return mu, None, None, None, None
@@ -216,7 +216,7 @@ class Phantom(Adjoint):
         z = solve_counted(f, z0, solver).z.detach()
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping)
-        count(f_evals=self.steps * count_rows(len(z), z.device))
+        count(Cost(f_evals=self.steps * count_rows(len(z), z.device)))
         return _counting_backward(z, self.steps)
 
 
@@ -254,5 +254,5 @@ class Unrolled(Adjoint):
         z = z0
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)
-        count(f_evals=self.steps * count_rows(len(z), z.device))
+        count(Cost(f_evals=self.steps * count_rows(len(z), z.device)))
         return _counting_backward(z, self.steps)

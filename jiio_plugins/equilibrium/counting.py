@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class Cost(NamedTuple):
+    """What something took; numbers for a batch, or tensors with an entry per row.
+
+    Attributes:
+        f_evals: evaluations of f.
+        vjps: vector-Jacobian products.
+        verification_f_evals: evaluations of f in the final verification, which every method shares;
+            they are not in ``f_evals``.
+        verification_seconds: by the host's clock.
+    """
+
+    f_evals: Tensor | float = 0.0
+    vjps: Tensor | float = 0.0
+    verification_f_evals: Tensor | float = 0.0
+    verification_seconds: Tensor | float = 0.0
+
+    def plus(self, other: Cost) -> Cost:
+        """Both together."""
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def total(self) -> Cost:
+        """Summed over rows; nothing is read by the host."""
+        return Cost(*(t.detach().sum() if isinstance(t, Tensor) else t for t in self))
 
 
 class Counter:
@@ -20,48 +45,37 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        self._f_evals: list[Tensor] = []
-        self._verification: list[Tensor] = []
-        self.verification_seconds = 0.0
-        self._vjps: list[Tensor] = []
+        self._costs: list[Cost] = []
         self._residuals: list[Tensor] = []
 
     @property
     def f_evals(self) -> float:
         """Evaluations of f, summed over samples."""
-        return sum(float(t) for t in self._f_evals)
+        return sum(float(cost.f_evals) for cost in self._costs)
 
     @property
     def vjps(self) -> float:
         """Vector-Jacobian products, summed over samples."""
-        return sum(float(t) for t in self._vjps)
+        return sum(float(cost.vjps) for cost in self._costs)
 
     @property
     def verification_f_evals(self) -> float:
         """Evaluations in the final verification of ``optimize_input``; not in ``f_evals``."""
-        return sum(float(t) for t in self._verification)
+        return sum(float(cost.verification_f_evals) for cost in self._costs)
+
+    @property
+    def verification_seconds(self) -> float:
+        """What the final verifications took."""
+        return sum(float(cost.verification_seconds) for cost in self._costs)
 
     @property
     def worst_residual(self) -> float:
         """Largest relative residual of any forward solve so far (0 before the first)."""
         return max((float(t) for t in self._residuals), default=0.0)
 
-    def add(
-        self,
-        f_evals: Tensor | None = None,
-        vjps: Tensor | None = None,
-        residual: Tensor | None = None,
-        verification: Tensor | None = None,
-        verification_seconds: float = 0.0,
-    ) -> None:
+    def add(self, cost: Cost, residual: Tensor | None = None) -> None:
         """Take in per-row counts; nothing is read by the host until asked for."""
-        self.verification_seconds += verification_seconds
-        if verification is not None:
-            self._verification.append(verification.detach().sum())
-        if f_evals is not None:
-            self._f_evals.append(f_evals.detach().sum())
-        if vjps is not None:
-            self._vjps.append(vjps.detach().sum())
+        self._costs.append(cost.total())
         if residual is not None and residual.numel():
             self._residuals.append(residual.detach().max())
 
@@ -73,32 +87,18 @@ class RowCounter(Counter):
         super().__init__()
         self.f_evals_by_row = start
 
-    def add(
-        self,
-        f_evals: Tensor | None = None,
-        vjps: Tensor | None = None,
-        residual: Tensor | None = None,
-        verification: Tensor | None = None,
-        verification_seconds: float = 0.0,
-    ) -> None:
+    def add(self, cost: Cost, residual: Tensor | None = None) -> None:
         """Take in the counts of a solve of all these rows."""
-        if f_evals is not None:
-            self.f_evals_by_row = self.f_evals_by_row + f_evals
+        self.f_evals_by_row = self.f_evals_by_row + cost.f_evals
 
 
 _counters: ContextVar[tuple[Counter, ...]] = ContextVar("jiio_counters", default=())
 
 
-def count(
-    f_evals: Tensor | None = None,
-    vjps: Tensor | None = None,
-    residual: Tensor | None = None,
-    verification: Tensor | None = None,
-    verification_seconds: float = 0.0,
-) -> None:
-    """Report a cost to every open counter."""
+def count(cost: Cost, residual: Tensor | None = None) -> None:
+    """Report a cost, and how well a forward solve ended, to every open counter."""
     for counter in _counters.get():
-        counter.add(f_evals, vjps, residual, verification, verification_seconds)
+        counter.add(cost, residual)
 
 
 def open_counters() -> tuple[Counter, ...]:

@@ -253,7 +253,7 @@ def _steps(paths: Mapping[int, Solution]) -> list[Finding]:
             "steps",
             f"{_STEPS[-1]} gradient steps reach a higher loss than {_STEPS[0]} on only {rose} of "
             f"{len(one)} images: more steps do not strengthen the attack, so the gradients lead "
-            "surely_none",
+            "nowhere",
         )
     ]
 

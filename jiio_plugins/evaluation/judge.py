@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import random
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jiio_plugins.attacks import attack_objective
 from jiio_plugins.constraints import Box
-from jiio_plugins.equilibrium.state import row_norm
+from jiio_plugins.equilibrium.state import relative
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
+from jiio_plugins.verification import Judge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from jiio_plugins.equilibrium.solvers import Solver
 
 
@@ -67,26 +63,28 @@ class Verdict:
 
 @torch.no_grad()
 def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
-    """The model's own answer, and that of a solve with ``verify`` from the layers' initial state.
+    """The model's own answer, and that of a solve from the layers' initial state.
+
+    Args:
+        model: returns logits ``(batch, classes)``.
+        x: images ``(batch, ...)``.
+        y: true classes, integers ``(batch,)``.
+        verify: solver of that solve.
 
     Raises:
         ValueError: no equilibrium layer, logits of another shape, labels out of range.
     """
-    objective = attack_objective("cross-entropy", y)
-    problem = Problem(Variable(model, x), objective, len(x))
-    v = x.flatten(1)
-    own, tight = problem.solve(v), problem.solve(v, verify)
-    loss, model_loss = -problem.loss(tight.output), -problem.loss(own.output)
-    f = problem.evaluate(v, own.z)
-    residual = row_norm(f - own.z) / row_norm(f).clamp(min=torch.finfo(f.dtype).tiny)
-    finite = torch.isfinite(tight.output).all(1)
+    problem = Problem(Variable(model, x), attack_objective("cross-entropy", y))
+    found = Judge(problem, verify, warm=False).everything(problem.v_start)
+    f, own = problem.evaluate(found.v, found.model_z), found.model_output
+    finite = torch.isfinite(found.output).all(1)
     return Verdict(
-        (own.output.argmax(1) != y) | ~torch.isfinite(own.output).all(1),  # NaN is no right answer
-        (tight.output.argmax(1) != y) | ~finite,
-        tight.converged & finite,
-        loss,
-        model_loss,
-        residual,
+        (own.argmax(1) != y) | ~torch.isfinite(own).all(1),  # NaN is no right answer
+        (found.output.argmax(1) != y) | ~finite,
+        found.converged & finite,
+        -found.value,
+        -found.model_value,
+        relative(f - found.model_z, f),
     )
 
 
@@ -140,34 +138,3 @@ def check_feasible(
             f"{float(images.min()):g} to {float(images.max()):g}. Give it the same bounds"
         )
     return clipped
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters for a block; flags, buffers and global generators put back.
-
-    Whatever runs inside may be another library's: torchattacks seeds the global generator, and
-    leaves flags behind after an exception.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    model.eval()
-    for p, _, _ in parameters:
-        p.requires_grad_(False)
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for p, requires_grad, grad in parameters:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        for module, training in flags:
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

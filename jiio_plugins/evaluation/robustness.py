@@ -16,8 +16,9 @@ from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.attack import Attack, Run
-from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge, undisturbed
+from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
+from jiio_plugins.joint.guard import guarded
 from jiio_plugins.joint.inputs import check_input, unwrap
 from jiio_plugins.utils.checkpoint import fingerprint
 
@@ -92,7 +93,8 @@ def robust_accuracy(
         verify = Anderson(max_iter=300, tol=1e-9 if x.dtype == torch.float64 else 1e-5)
     x, y = x.detach(), y.long()
     limits: dict[str, Any] = {"norm": norm, "eps": eps, "lower": lower, "upper": upper}
-    with undisturbed(model):
+    # another library's code may seed global generators, and leave flags behind
+    with guarded(model, randomness=True):
         state = _State(model, x, y, verify, batch_size)
         given = [] if known is None else [Attack("known", lambda model, x, y: x)]
         results = []
@@ -190,7 +192,7 @@ def _run(
     with tqdm(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
         for batch in state.batches(rows) if len(rows) else ():
             x, y = state.x[batch], state.y[batch]
-            with count_evaluations() as counter, undisturbed(state.model):
+            with count_evaluations() as counter, guarded(state.model, randomness=True):
                 start = time.perf_counter()
                 try:
                     if known is None:

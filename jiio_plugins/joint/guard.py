@@ -1,23 +1,91 @@
-"""The guard: whatever runs inside, the caller's model is as it was afterwards."""
+"""The guard: whatever runs inside, the caller's model is as it was afterwards.
+
+:func:`guarded` is the whole of it. The parts are there for code that needs one alone, such as a
+training loop, which must move buffers and gradients.
+"""
 
 from __future__ import annotations
 
+import random
 import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from jiio_plugins.joint.variables import Variable
+
+@contextmanager
+def guarded(
+    model: nn.Module, *, evaluate: bool = True, freeze: bool = True, randomness: bool = False
+) -> Iterator[None]:
+    """Run a block on a model, and put everything back, also after an exception.
+
+    Train/eval flags, buffers, ``requires_grad`` and ``.grad`` are as before. Threads that share a
+    model take turns: its flags and buffers are one for all.
+
+    Args:
+        model: whose state is kept.
+        evaluate: put it into eval mode meanwhile.
+        freeze: its parameters are constants meanwhile.
+        randomness: put the global generators of torch, NumPy and Python back, too. Needed where
+            code of another library runs, which may seed them.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_turn_of(model))
+        for part in (flags_kept, gradients_kept, buffers_kept):
+            stack.enter_context(part(model))
+        if randomness:
+            stack.enter_context(_randomness_kept())
+        if evaluate:
+            model.eval()
+        if freeze:
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.requires_grad_(False)
+        yield
+
+
+_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def _turn_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model: of its first equilibrium layer, which wrappers of it share."""
+    layers = (module for module in model.modules() if isinstance(module, EquilibriumLayer))
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(next(layers, model), threading.RLock())
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Put the train/eval flag of every module back."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Put every parameter's ``requires_grad`` and ``.grad`` back."""
+    # what stands for a parameter may be a result, which has neither of its own
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters() if p.is_leaf]
+    try:
+        yield
+    finally:
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
 
 
 @contextmanager
@@ -45,75 +113,37 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 del owner._buffers[key]
 
 
-def same_randomness(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` with the same random numbers every time, the global generators left as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if devices else []
-
-    def replay(*args: Any) -> Any:
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(cpu)
-            if devices:
-                torch.cuda.set_rng_state_all(cuda)
-            return call(*args)
-
-    return replay
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
 
 @contextmanager
-def undisturbed(
-    model: nn.Module, training_mode: bool, variable: Variable, *, frozen: bool = True
-) -> Iterator[None]:
-    """Run with eval mode and constant parameters; put everything back, also after an exception.
-
-    Threads that share a model take turns: its flags and buffers are one for all.
-    """
-    with turn_of(model), _changed_back(model, training_mode, variable, frozen):
-        yield
-
-
-_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-
-
-_TURNS_LOCK = threading.Lock()
-
-
-def turn_of(model: nn.Module) -> threading.RLock:
-    """The lock of a model: of its first equilibrium layer, which wrappers of it share."""
-    layers = (module for module in model.modules() if isinstance(module, EquilibriumLayer))
-    with _TURNS_LOCK:
-        return _TURNS.setdefault(next(layers, model), threading.RLock())
-
-
-@contextmanager
-def _changed_back(
-    model: nn.Module, training_mode: bool, variable: Variable, frozen: bool
-) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    constants = [p for p in model.parameters() if p.requires_grad] if frozen else []
-    call, call_rows = variable.call, variable.call_rows
-    if training_mode:
-        if any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()
-        ):
-            warnings.warn(
-                "training_mode=True with BatchNorm in train mode: its batch statistics couple the "
-                "samples, so results depend on what else is in the batch",
-                stacklevel=6,
-            )
-        # setting instance attributes shadows the methods for this call only
-        variable.call = same_randomness(call)  # type: ignore[method-assign]
-        variable.call_rows = same_randomness(call_rows)  # type: ignore[method-assign]
-    else:
-        model.eval()
-    for p in constants:
-        p.requires_grad_(False)
+def _randomness_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state)
     try:
-        with buffers_kept(model):
+        with torch.random.fork_rng(_cuda_devices()):
             yield
     finally:
-        for p in constants:
-            p.requires_grad_(True)
-        for module, training in flags:
-            module.training = training
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Replay:
+    """torch's random numbers as they would be drawn now, again and again.
+
+    ``with replay():`` runs a block on them and leaves the global generators as they were.
+    """
+
+    def __init__(self) -> None:
+        self.devices = _cuda_devices()
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if self.devices else []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw them once more."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            if self.devices:
+                torch.cuda.set_rng_state_all(self.cuda)
+            yield

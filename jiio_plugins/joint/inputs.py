@@ -2,15 +2,79 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from jiio_plugins.constraints import check_constraint
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.utils.checks import outside_inference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from jiio_plugins.constraints import Constraint
+    from jiio_plugins.joint.problem import FlatState, Objective
+
+
+def problem_of(
+    model: nn.Module,
+    x: Tensor,
+    objective: Objective,
+    *,
+    constraint: Constraint | None = None,
+    given: Sequence[Tensor] = (),
+    variables: Sequence[str] | None = None,
+    groups: Tensor | None = None,
+    start: Tensor | None = None,
+    state: FlatState | None = None,
+    training_mode: bool = False,
+) -> Problem:
+    """The problem of optimising a model's input, or parameters of it, everything checked.
+
+    Args:
+        model: see :func:`jiio_plugins.optimize_input`.
+        x: likewise, ``(batch, ...)``.
+        objective: likewise.
+        constraint: likewise.
+        given: likewise.
+        variables: likewise.
+        groups: likewise.
+        start: where x starts, shaped like x; None: at x.
+        state: where z and μ start; None: from scratch.
+        training_mode: see :func:`jiio_plugins.optimize_input`.
+
+    Raises:
+        TypeError, ValueError: bad input; the message says what was given and what is accepted.
+    """
+    constraint = check_constraint(constraint)
+    model = unwrap(model)
+    x = check_input(x)
+    if isinstance(variables, str):
+        raise TypeError(f"variables must be a list of names, got the string {variables!r}")
+    given = check_given(given, len(x))
+    if groups is not None:
+        groups = check_groups(groups, variables, len(x))
+    parts = model.modules()
+    if training_mode and any(m.training and isinstance(m, _BatchNorm) for m in parts):
+        warnings.warn(
+            "training_mode=True with BatchNorm in train mode: its batch statistics couple the "
+            "samples, so results depend on what else is in the batch",
+            stacklevel=3,
+        )
+    if variables is None:
+        variable = Variable(model, x, given, repeatable=training_mode)
+    else:
+        names = list(variables)
+        variable = ParameterVariable(model, x, names, groups, given, repeatable=training_mode)
+    with torch.no_grad():
+        return Problem(
+            variable, objective, constraint, start=start, state=state, share_start=True
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

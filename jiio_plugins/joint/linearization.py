@@ -9,12 +9,11 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import flatten
-from jiio_plugins.joint.modes import HeldMode, RecordMode, called_fewer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jiio_plugins.joint.modes import Advance
+    from jiio_plugins.joint.modes import RecordMode
 
 
 class Linearization:
@@ -23,46 +22,36 @@ class Linearization:
     Args:
         call: the network as a function of v.
         v: flat variable.
-        z: flat state of each layer.
-        image: whether what comes after a layer sees ``f(z, v)`` instead of z. At a fixed point that
-            is the same; before, the loss and its gradient are those of a state one step further.
-        advance: of :class:`RecordMode`.
+        mode: what the layers do: :class:`RecordMode`. With ``answer_fz`` what comes after a layer
+            sees ``f(z, v)`` instead of z. At a fixed point that is the same; before, the loss and
+            its gradient are those of a state one step further. With ``fixed`` v reaches no layer:
+            there are no z and no μ to advance, both are ``(rows, 0)``.
 
     Attributes:
         output: what the model returned.
-        f: ``f(z, v)``, flat ``(rows, n)``.
+        z: the state of the pass, flat ``(rows, n)``.
+        fz: ``f(z, v)``, likewise.
         own_jz_mu: of the last VJP, what went through each layer's own state.
     """
 
     own_jz_mu: Tensor
 
-    def __init__(
-        self,
-        call: Callable[[Tensor], Any],
-        v: Tensor,
-        z: Sequence[Tensor],
-        *,
-        image: bool,
-        advance: Advance | None = None,
-    ) -> None:
-        self._v = v.detach().requires_grad_()
-        mode = RecordMode(z, image=image, advance=advance)
+    def __init__(self, call: Callable[[Tensor], Any], v: Tensor, mode: RecordMode) -> None:
+        self._v, self._mode = v.detach().requires_grad_(), mode
         with torch.enable_grad(), layer_mode(mode):
             self.output = call(self._v)
-        mode.open = False
-        if len(mode.f) != len(z):
-            raise called_fewer(len(mode.f), len(z))
-        self._mode = mode
-        self._leaves = [leaf for leaves in mode.leaves for leaf in leaves]
-        self._answers = [leaf for leaves in mode.answers for leaf in leaves]
-        self._f = [f for parts in mode.f for f in parts]
-        self.f = mode.flat.to(z[0].dtype)
-
-    @property
-    def z(self) -> Tensor:
-        """The state of the pass, flat ``(rows, n)``."""
-        z = self._mode.z
-        return z[0] if len(z) == 1 else torch.cat(z, dim=1)
+        mode.close()
+        z = torch.cat(mode.z, dim=1) if len(mode.z) > 1 else mode.z[0]
+        if mode.fixed:
+            self.z = z.detach()[:, :0]
+            self._f = [self.z]
+            self._leaves = self._answers = [self.z.clone().requires_grad_()]
+        else:
+            self.z = z
+            self._f = [f for parts in mode.f for f in parts]
+            self._leaves = [leaf for leaves in mode.leaves for leaf in leaves]
+            self._answers = [leaf for leaves in mode.answers for leaf in leaves]
+        self.fz = self.live_fz.detach()
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -70,9 +59,9 @@ class Linearization:
         return [*self._leaves, self._v]
 
     @property
-    def live_f(self) -> Tensor:
+    def live_fz(self) -> Tensor:
         """``f(z, v)`` with its graph, flat ``(rows, n)``."""
-        return flatten(self._f).to(self.f.dtype)
+        return flatten(self._f).to(self.z.dtype)
 
     def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """``∂ℓ/∂z`` ``(rows, n)`` and the direct ``∂ℓ/∂v``, with f held constant (head only)."""
@@ -97,8 +86,8 @@ class Linearization:
     ) -> tuple[Tensor, Tensor]:
         """``J_zᵀ μ`` ``(rows, n)`` and ``J_vᵀ μ``: one vector-Jacobian product.
 
-        With ``image`` a later layer's f depends on z through the answers of the earlier ones; what
-        arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
+        With ``answer_fz`` a later layer's f depends on z through the answers of the earlier ones.
+        What arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
         """
         jz_mu, of_v = self._products(mu, [self._v], not last, create_graph)
         return jz_mu, self._of_v(of_v[0])
@@ -120,7 +109,7 @@ class Linearization:
         if not outputs:
             self.own_jz_mu = torch.zeros_like(mu)
             return self.own_jz_mu, [None] * len(more)
-        passed_on = self._answers if self._mode.image and len(self._mode.f) > 1 else []
+        passed_on = self._answers if self._mode.answer_fz and len(self._mode.f) > 1 else []
         with layer_mode(self._mode):
             grads = torch.autograd.grad(
                 outputs,
@@ -141,62 +130,7 @@ class Linearization:
             torch.zeros_like(leaf) if grad is None else grad
             for grad, leaf in zip(grads, like, strict=True)
         ]
-        return flatten(filled).to(self.f.dtype)
+        return flatten(filled).to(self.z.dtype)
 
     def _of_v(self, grad: Tensor | None) -> Tensor:
         return torch.zeros_like(self._v) if grad is None else grad
-
-
-class HeldLinearization(Linearization):
-    """A pass of a network in which v reaches no layer: their states are given and stand still.
-
-    There are no z and no μ to advance, both are ``(rows, 0)``, and no f is evaluated.
-    """
-
-    def __init__(
-        self, call: Callable[[Tensor], Any], v: Tensor, rows: int, states: Sequence[Tensor]
-    ) -> None:
-        self._v = v.detach().requires_grad_()
-        self._held = HeldMode(states)
-        with torch.enable_grad(), layer_mode(self._held):
-            self.output = call(self._v)
-        if self._held.calls != len(states):
-            raise called_fewer(self._held.calls, len(states))
-        self.f = self.own_jz_mu = v.new_zeros(rows, 0)
-
-    @property
-    def z(self) -> Tensor:
-        """Empty."""
-        return self.f
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """An empty z, and v."""
-        return [self.f.clone().requires_grad_(), self._v]
-
-    @property
-    def live_f(self) -> Tensor:
-        """Empty."""
-        return self.f
-
-    def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """An empty ``∂ℓ/∂z`` and ``∂ℓ/∂v``."""
-        with layer_mode(self._held):
-            (grad,) = torch.autograd.grad(
-                loss.sum(),
-                [self._v],
-                create_graph=create_graph,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        return self.f, self._of_v(grad)
-
-    def vjp(
-        self, mu: Tensor, *, last: bool = True, create_graph: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Nothing passes through a layer."""
-        return self.f, torch.zeros_like(self._v)
-
-    def jz_mu(self, mu: Tensor) -> Tensor:
-        """Empty."""
-        return self.f

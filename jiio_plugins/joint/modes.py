@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate, solve_counted
 from jiio_plugins.equilibrium.counting import (
+    Cost,
     count,
     count_rows,
 )
@@ -24,7 +25,6 @@ from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, ite
 from jiio_plugins.equilibrium.state import (
     Layout,
     as_tensors,
-    flatten,
     relative,
     row_norm,
 )
@@ -56,14 +56,6 @@ CALLED_MORE = (
     "calls must not depend on the input, and activation checkpointing must not wrap the layer "
     "(wrap the encoder, the head or parts of the cell instead)"
 )
-
-
-def called_fewer(calls: int, expected: int) -> RuntimeError:
-    """The error for a pass in which fewer layers were called than in the first."""
-    return RuntimeError(
-        f"the model called {calls} equilibrium layers where its first pass called {expected}: its "
-        "calls must not depend on the input"
-    )
 
 
 class SolveMode:
@@ -129,42 +121,59 @@ class RecordMode:
 
     Args:
         z: flat state of each layer.
-        image: whether a layer answers with ``f(z)``, which is one step nearer to the fixed point
-            and costs nothing, instead of z; either as a leaf.
+        answer_fz: whether a layer answers with ``f(z)``, which is one step nearer to the fixed
+            point and costs nothing, instead of z; either as a leaf.
         advance: takes a layer's flat state on before it is evaluated; None: nothing does.
+        fixed: the states stand still, graphs and all, and no cell is evaluated.
 
     Attributes:
         z: as it was evaluated.
+        calls: of layers so far.
         leaves, answers: of each layer, what f was evaluated at and what the layer returned.
         f: of each layer, the evaluation with its graph.
     """
 
-    def __init__(self, z: Sequence[Tensor], *, image: bool, advance: Advance | None = None) -> None:
-        self.z, self.image, self.advance = list(z), image, advance
+    def __init__(
+        self,
+        z: Sequence[Tensor],
+        *,
+        answer_fz: bool = True,
+        advance: Advance | None = None,
+        fixed: bool = False,
+    ) -> None:
+        self.z, self.answer_fz, self.advance, self.fixed = list(z), answer_fz, advance, fixed
         self.leaves: list[tuple[Tensor, ...]] = []
         self.answers: list[tuple[Tensor, ...]] = []
         self.f: list[tuple[Tensor, ...]] = []
+        self.calls = 0
         self.open = True
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """Record ``cell(z, u)``, answer."""
-        if not self.open or len(self.f) >= len(self.z):
+        if not self.open or self.calls >= len(self.z):
             raise RuntimeError(CALLED_MORE)
-        k = len(self.f)
+        k = self.calls
+        self.calls += 1
+        if self.fixed:
+            return f.layout.unpack(self.z[k].clone())  # the network may change it in place
         if self.advance is not None:
             self.z[k] = self.advance(f, self.z[k])
         state = f.layout.unpack(self.z[k])
         leaves = _as_leaves(as_tensors(state))
         self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
         self.leaves.append(leaves)
-        self.answers.append(_as_leaves(self.f[-1]) if self.image else leaves)
+        self.answers.append(_as_leaves(self.f[-1]) if self.answer_fz else leaves)
         answer = tuple(t.clone() for t in self.answers[-1])  # the network may change it in place
         return answer if f.layout.is_tuple else answer[0]
 
-    @property
-    def flat(self) -> Tensor:
-        """``f`` of all layers, ``(rows, n)``."""
-        return flatten([f.detach() for parts in self.f for f in parts])
+    def close(self) -> None:
+        """End the pass: a layer called from now on, as in a recomputation, is an error."""
+        self.open = False
+        if self.calls != len(self.z):
+            raise RuntimeError(
+                f"the model called {self.calls} equilibrium layers where its first pass called "
+                f"{len(self.z)}: its calls must not depend on the input"
+            )
 
 
 def _as_leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -228,7 +237,7 @@ class EnvelopeMode:
             z = solve_counted(f, z, of_state).fz
         z = z.detach().requires_grad_()
         fz = f(z)
-        count(f_evals=count_rows(rows, z.device))
+        count(Cost(f_evals=count_rows(rows, z.device)))
         if of_state is not None:
             self.residuals.append(relative((fz - z).detach(), fz.detach()))
         # J_zᵀμ holds what other layers send here as well, and so does g: one layer's own share is
@@ -268,29 +277,10 @@ class PenaltyMode:
         self.value = self.value + penalty
         rows = count_rows(len(self.z[0]), self.z[0].device)
         # the gradient of a probe's VJP costs about one more
-        count(f_evals=rows, vjps=2 * self.probes * rows)
+        count(Cost(f_evals=rows, vjps=2 * self.probes * rows))
         # DistributedDataParallel looks for unused parameters from the output: it must find f's
         tensors = tuple(t + 0 * penalty for t in as_tensors(state))
         return tensors if f.layout.is_tuple else tensors[0]
-
-
-class HeldMode:
-    """Every layer answers with a given state and is not evaluated.
-
-    Args:
-        z: flat state of each layer.
-    """
-
-    def __init__(self, z: Sequence[Tensor]) -> None:
-        self.z, self.calls = z, 0
-
-    def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """The state as it is."""
-        if self.calls >= len(self.z):
-            raise RuntimeError(CALLED_MORE)
-        state = self.z[self.calls].clone()  # the network may change it in place
-        self.calls += 1
-        return f.layout.unpack(state)
 
 
 @contextmanager

@@ -1,18 +1,24 @@
-"""Model, objective and optimised variable as functions of flat tensors."""
+"""Model, objective, constraint and optimised variable as functions of flat tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from jiio_plugins.constraints import Constraint, FeasibleSet
+from jiio_plugins.equilibrium.counting import Cost
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson
-from jiio_plugins.equilibrium.state import StateLayout
-from jiio_plugins.joint.guard import same_randomness
-from jiio_plugins.joint.linearization import HeldLinearization, Linearization
+from jiio_plugins.equilibrium.state import StateLayout, flatten
+from jiio_plugins.joint.guard import Replay
+from jiio_plugins.joint.linearization import Linearization
 from jiio_plugins.joint.modes import NO_LAYER, IterateMode, RecordMode, SolveMode
 from jiio_plugins.solution import Status
 
@@ -21,43 +27,143 @@ if TYPE_CHECKING:
     from jiio_plugins.joint.modes import Advance
     from jiio_plugins.joint.variables import Variable
 
-
 Objective = Callable[[Any], Tensor]
 
 
-class Problem:
-    """What an optimisation method works on, and what it has cost so far.
+@dataclass(frozen=True)
+class FlatState:
+    """All layers' states side by side, for a later pass of the same rows.
 
     Attributes:
-        f_evals, vjps: cost per row, that of all layers together, ``(rows,)``.
-        layout: the layers' states in one flat matrix, known after the first pass.
-        splits: whether the model may be called on some of the rows; in train mode that would give
-            them another dropout mask or other batch statistics.
-        one_start: whether the state that a method starts with is the same for all rows.
-        z_start, jz_mu_start: where a method may start z and ``J_zᵀ μ``; None: from scratch.
+        layout: how they are packed.
+        z: ``(rows, n)``.
+        mu: ``(rows, n)``, or None where none is known.
+        jz_mu: ``J_zᵀ μ``, likewise.
+    """
+
+    layout: StateLayout
+    z: Tensor
+    mu: Tensor | None = None
+    jz_mu: Tensor | None = None
+
+
+class Problem:
+    """``min_v ℓ(h(z*))  s.t.  z* = f(z*, v),  v ∈ C``, and what it has cost so far.
+
+    Args:
+        variable: v, with the model that it enters.
+        objective: ℓ, ``objective(output) -> (rows,)``.
+        constraint: C around the variable's start, or a set that is bound already; None: no bounds.
+        start: where v starts, flat or as the variable; None: at the variable's own start.
+        state: where z and ``J_zᵀ μ`` start; None: from scratch.
+        share_start: look whether all rows start at one and the same input, as latents at zero do,
+            and then warm up one for all. The host waits for an accelerator once.
+        fixed: flat state of each layer, with its graph, where v reaches none of them. They stand
+            still: z and μ are ``(rows, 0)``, and no f is evaluated.
+
+    Attributes:
+        rows: of the batch.
+        groups: which problem each row belongs to.
+        feasible: C.
+        v_start: ``(problems, d)``, in C.
+        state: see above.
+        cost: per row, that of all layers together, ``(rows,)`` each.
     """
 
     def __init__(
-        self, variable: Variable, objective: Objective, rows: int, *, splits: bool = True
+        self,
+        variable: Variable,
+        objective: Objective,
+        constraint: Constraint | FeasibleSet | None = None,
+        *,
+        start: Tensor | None = None,
+        state: FlatState | None = None,
+        share_start: bool = False,
+        fixed: Sequence[Tensor] | None = None,
     ) -> None:
-        self.splits = splits
-        self.variable, self.objective, self.rows = variable, objective, rows
-        self.groups = variable.groups
-        self.layout: StateLayout | None = None
-        self.z_start: Tensor | None = None
-        self.jz_mu_start: Tensor | None = None
-        self.one_start = False
-        self.f_evals = torch.zeros(rows, device=variable.start.device)
-        self.vjps = torch.zeros_like(self.f_evals)
+        self.variable, self.objective, self.constraint = variable, objective, constraint
+        self.rows, self.groups = variable.rows, variable.groups
+        if state is not None and len(state.z) != self.rows:
+            raise ValueError(f"state must be of the rows of x, {self.rows}, got {len(state.z)}")
+        self.state, self.share_start, self.fixed = state, share_start, fixed
+        self._precision: torch.dtype | None = None
+        self._layout = None if state is None else state.layout
+        if fixed is not None:
+            self._layout = StateLayout(())
+        self.feasible = self._bound(variable.start).detach()
+        first = variable.start if start is None else start
+        flat = first.flatten(1).clone()  # a search may end in its start
+        self.v_start = self.feasible.project(flat)
+        nothing = torch.zeros(self.rows, device=variable.start.device)
+        self.cost = Cost(nothing, nothing)
+
+    def _bound(self, around: Tensor) -> FeasibleSet:
+        if isinstance(self.constraint, FeasibleSet):
+            return self.constraint
+        if self.constraint is None:
+            return FeasibleSet(around.detach().flatten(1))
+        return self.constraint.bind(around)
+
+    def live(self) -> Problem:
+        """The same with the graphs of all that the caller gave, to be differentiated."""
+        other = copy.copy(self)
+        other.variable = self.variable.live()
+        other.feasible = self._bound(self.variable.origin)
+        return other
+
+    @property
+    def layout(self) -> StateLayout:
+        """The layers' states in one flat matrix; the first pass tells."""
+        if self._layout is None:
+            raise RuntimeError("no layer has been called yet: solve or warm_up comes first")
+        return self._layout
+
+    @contextmanager
+    def in_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Call the model under autocast to ``dtype`` meanwhile; None: as it is."""
+        before, self._precision = self._precision, dtype
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def call(self, v: Tensor, rows: Tensor | None = None) -> Any:
+        """The model's output at ``v``, for all rows or some."""
+        if self._precision is None:
+            return self.variable(v, rows)
+        with torch.autocast(v.device.type, dtype=self._precision):
+            output = self.variable(v, rows)
+        return tree_map(lambda t: t.float() if _is_half(t) else t, output)
+
+    @property
+    def row_separable(self) -> bool:
+        """Whether the model may be called on some of the rows."""
+        return not self.variable.repeatable
+
+    def _one_start(self) -> bool:
+        """Whether one row can be warmed up for all."""
+        alone = self.variable.rows_see_v_alone and self.row_separable
+        if not self.share_start or not alone:
+            return False
+        return all(bool((t == t[:1]).all()) for t in (self.v_start, *self.variable.given))
+
+    @property
+    def f_evals(self) -> Tensor:
+        """Evaluations of f so far, ``(rows,)``."""
+        return torch.as_tensor(self.cost.f_evals)
+
+    @property
+    def vjps(self) -> Tensor:
+        """Vector-Jacobian products so far, ``(rows,)``."""
+        return torch.as_tensor(self.cost.vjps)
 
     def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
         """Add to the cost per row, which is the sum of all layers'."""
-        self.f_evals = self.f_evals + f_evals
-        self.vjps = self.vjps + vjps
+        self.cost = self.cost.plus(Cost(f_evals, vjps))
 
     def pay_passes(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
         """The same where every layer is evaluated as often."""
-        layers = 1 if self.layout is None else len(self.layout.layouts)
+        layers = len(self.layout.layouts)
         self.pay(layers * f_evals, layers * vjps)
 
     def loss(self, output: Any) -> Tensor:
@@ -76,6 +182,16 @@ class Problem:
             )
         return value
 
+    def run_layers(self, mode: SolveMode, v: Tensor, rows: Tensor | None = None) -> Any:
+        """The model's output, its layers solving as ``mode`` says."""
+        with layer_mode(mode):
+            output = self.call(v, rows)
+        if not mode.z:
+            raise ValueError(NO_LAYER)
+        if self._layout is None:
+            self._layout = StateLayout(mode.layouts)
+        return output
+
     def solve(
         self,
         v: Tensor,
@@ -85,47 +201,44 @@ class Problem:
     ) -> Solved:
         """Solve all layers at ``v``, for all rows or some.
 
-        ``solver=None`` lets every layer do what it does outside an optimisation.
+        Args:
+            v: ``(problems, d)``.
+            solver: of all layers; None: every layer does what it does outside an optimisation.
+            start: flat state to start from; None: the layers' own.
+            rows: indices of the rows to solve; None: all.
         """
-        parts = None if start is None or self.layout is None else self.layout.split(start)
+        parts = None if start is None else self.layout.split(start)
         mode = SolveMode(start=parts) if solver is None else IterateMode(solver, parts)
-        with torch.no_grad(), layer_mode(mode):
-            output = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
-        if not mode.z:
-            raise ValueError(NO_LAYER)
-        if self.layout is None:
-            self.layout = StateLayout(mode.layouts)
+        with torch.no_grad():
+            output = self.run_layers(mode, v, rows)
         moved = mode.moved if isinstance(mode, IterateMode) else []
         return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
 
     def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
-        """A state to start with: ``z_start`` or the initial one, and some evaluations of f from it.
+        """A state to start with: that of ``state`` or the initial one, and some steps on from it.
 
-        At most ``max_iter``; a row that reaches 1e-2 needs fewer. With ``one_start`` one row is
-        solved for all.
+        At most ``max_iter``; a row that reaches 1e-2 needs fewer. Where all rows start at the same
+        input, one is solved for all.
         """
-        if self.z_start is not None and not max_iter:
-            return self.z_start
+        if self.fixed is not None:
+            return v.new_zeros(self.rows, 0)
+        known = None if self.state is None else self.state.z
+        if known is not None and not max_iter:
+            return known
         solver = Anderson(max_iter=max(1, max_iter), tol=1e-2)
-        shared = self.one_start and self.z_start is None
+        shared = known is None and self._one_start()
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
-        found = self.solve(v, solver, self.z_start, rows)
+        found = self.solve(v, solver, known, rows)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
-        z = torch.where(torch.isfinite(found.image), found.image, found.z)
+        z = torch.where(torch.isfinite(found.fz), found.fz, found.z)
         return z.expand(self.rows, -1).contiguous()
-
-    def starts_at(self, v: Tensor) -> None:
-        """Note whether all rows start at one and the same input, as latents at zero do."""
-        alone = self.variable.rows_see_v_alone and self.splits
-        self.one_start = alone and all(bool((t == t[:1]).all()) for t in (v, *self.variable.given))
 
     def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """``f(z, v)`` without a graph, for all rows or some (``z`` then holds those)."""
-        assert self.layout is not None
-        mode = RecordMode(self.layout.split(z), image=True)
+        mode = RecordMode(self.layout.split(z))
         with torch.no_grad(), layer_mode(mode):
-            _ = self.variable.call(v) if rows is None else self.variable.call_rows(v, rows)
-        return mode.flat.to(z.dtype)
+            self.call(v, rows)
+        return flatten([f.detach() for parts in mode.f for f in parts]).to(z.dtype)
 
     def linearize(
         self,
@@ -133,78 +246,54 @@ class Problem:
         z: Tensor,
         rows: Tensor | None = None,
         *,
-        image: bool = True,
+        answer_fz: bool = True,
         advance: Advance | None = None,
     ) -> Linearization:
-        """One evaluation of f with its graph, for all rows or some (``z`` then holds those).
+        """One evaluation of f with its graph.
 
-        ``advance`` takes each layer's state on where the layer is called, before that evaluation.
+        Args:
+            v: ``(problems, d)``.
+            z: flat state of the rows.
+            rows: indices of the rows; None: all.
+            answer_fz: see :class:`jiio_plugins.joint.RecordMode`.
+            advance: takes each layer's state on where the layer is called, before the evaluation.
         """
-        assert self.layout is not None
-
-        def call(leaf: Tensor) -> Any:
-            return self.variable.call(leaf) if rows is None else self.variable.call_rows(leaf, rows)
-
-        def repeatably(f: FlatMap, z: Tensor) -> Tensor:
-            assert advance is not None
-            return advance(_Repeatable(f), z)
-
-        steps = advance if advance is None or self.splits else repeatably
-        return Linearization(call, v, self.layout.split(z), image=image, advance=steps)
+        if self.fixed is not None:
+            mode = RecordMode(self.fixed, fixed=True)
+        else:
+            steps = advance
+            if advance is not None and not self.row_separable:
+                steps = _repeatably(advance)
+            mode = RecordMode(self.layout.split(z), answer_fz=answer_fz, advance=steps)
+        return Linearization(lambda leaf: self.call(leaf, rows), v, mode)
 
 
-class _Repeatable:
-    """A map that draws the same random numbers at every evaluation, and leaves them as they were.
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _repeatably(advance: Advance) -> Advance:
+    """``advance`` with the same random numbers at every evaluation, which are left as they were.
 
     What comes after, the evaluation with the graph among it, then draws them too.
     """
 
+    def advance_repeatably(f: FlatMap, z: Tensor) -> Tensor:
+        return advance(_Repeated(f), z)
+
+    return advance_repeatably
+
+
+class _Repeated:
     def __init__(self, f: FlatMap) -> None:
-        self._call = same_randomness(f)
+        self.f, self.replay = f, Replay()
 
     def __call__(self, z: Tensor) -> Tensor:
-        image: Tensor = self._call(z)
-        return image
+        with self.replay():
+            return self.f(z)
 
     def restrict(self, rows: Tensor) -> None:
         return None
-
-
-class HeldProblem(Problem):
-    """A problem whose variable reaches no layer: the states are given and stand still.
-
-    z and μ are ``(rows, 0)``, and iterations evaluate no f. For :class:`jiio_plugins.Joint` and
-    :mod:`jiio_plugins.implicit`.
-
-    Args:
-        variable, objective, rows: of :class:`Problem`.
-        states: flat state of each layer, with its graph.
-    """
-
-    def __init__(
-        self, variable: Variable, objective: Objective, rows: int, states: Sequence[Tensor]
-    ) -> None:
-        super().__init__(variable, objective, rows)
-        self.states = states
-
-    def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """Nothing: a pass is one of the rest of the network."""
-
-    def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
-        """An empty state."""
-        return v.new_zeros(self.rows, 0)
-
-    def linearize(
-        self,
-        v: Tensor,
-        z: Tensor,
-        rows: Tensor | None = None,
-        *,
-        image: bool = True,
-        advance: Advance | None = None,
-    ) -> Linearization:
-        """One pass of the rest of the network, for all rows."""
-        return HeldLinearization(self.variable.call, v, self.rows, self.states)
 
 
 class Solved(NamedTuple):
@@ -248,6 +337,6 @@ class Solved(NamedTuple):
         return torch.where((ratios > 0).all(0), ratios.amax(0), 0.0)
 
     @property
-    def image(self) -> Tensor:
+    def fz(self) -> Tensor:
         """F at the state: one step further, for free."""
         return torch.cat([r.fz for r in self.results], dim=1)

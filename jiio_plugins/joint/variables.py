@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from jiio_plugins.joint.guard import Replay, guarded
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Self
 
 
 class Groups:
@@ -25,7 +31,7 @@ class Groups:
         self.index = index
         counts = None if index is None else torch.bincount(index)
         self.problems = rows if counts is None else len(counts)
-        self.width = 1 if counts is None else int(counts.max())
+        self.width = 1 if counts is None or not len(counts) else int(counts.max())
 
     def sum(self, per_row: Tensor) -> Tensor:
         """``(rows, ...) -> (problems, ...)``, summed."""
@@ -101,26 +107,55 @@ def _own(*inputs: Tensor) -> tuple[Tensor, ...]:
 class Variable:
     """The optimised variable, flat ``(problems, d)``: the model's input.
 
+    Args:
+        model: what is called.
+        x: its input, ``(rows, ...)``.
+        given: what else it is called with, tensors ``(rows, ...)``.
+        repeatable: draw the same random numbers at every call, one dropout mask for all. The model
+            is then always called on all rows: fewer would draw another mask.
+
     Attributes:
-        given: what else the model is called with, a row per row.
-        rows_see_v_alone: whether v and that are all that the output of a row depends on.
+        rows: of the batch.
+        origin: v with its graph, where it has one, in its own shape.
+        start: the same without.
+        groups: which problem each row belongs to.
+        rows_see_v_alone: whether v and ``given`` are all that the output of a row depends on.
     """
 
     rows_see_v_alone = True
 
-    def __init__(self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = ()) -> None:
-        self.model, self.shape = model, x.shape
-        self.given = tuple(given)
-        self.groups = Groups(len(x))
-        self.origin = x  # with its graph, where it has one
-        self.start = x.detach()
+    def __init__(
+        self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = (), *, repeatable: bool = False
+    ) -> None:
+        self._set(model, len(x), given, repeatable)
+        self.shape, self.groups = x.shape, Groups(len(x))
+        self.origin, self.start = x, x.detach()
 
-    def call(self, v: Tensor) -> Any:
-        """The model's output at ``v``."""
-        return self.model(*_own(v.reshape(self.shape), *self.given))
+    def _set(self, model: nn.Module, rows: int, given: Sequence[Tensor], repeatable: bool) -> None:
+        self.model, self.rows, self.repeatable = model, rows, repeatable
+        self._replay: Callable[[], AbstractContextManager[Any]]
+        self._replay = Replay() if repeatable else nullcontext
+        self._live_given = tuple(given)
+        self.given = tuple(t.detach() for t in given)  # no graph of theirs in every iteration
 
-    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
-        """The output for some rows only."""
+    def live(self) -> Self:
+        """The same with the graphs of what was given."""
+        other = copy.copy(self)
+        other.given = self._live_given
+        return other
+
+    def guarded(self, *, freeze: bool = True) -> AbstractContextManager[None]:
+        """What an optimisation runs in: see :func:`jiio_plugins.joint.guarded`."""
+        return guarded(self.model, evaluate=not self.repeatable, freeze=freeze)
+
+    def __call__(self, v: Tensor, rows: Tensor | None = None) -> Any:
+        """The model's output at ``v``, for all rows or some."""
+        with self._replay():
+            return self._call(v, rows)
+
+    def _call(self, v: Tensor, rows: Tensor | None) -> Any:
+        if rows is None:
+            return self.model(*_own(v.reshape(self.shape), *self.given))
         given = [t[rows] for t in self.given]
         return self.model(*_own(v[rows].reshape(len(rows), *self.shape[1:])), *given)
 
@@ -130,7 +165,16 @@ class Variable:
 
 
 class ParameterVariable(Variable):
-    """Named parameters of the model; with several problems each row sees its problem's copy."""
+    """Named parameters of the model; with several problems each row sees its problem's copy.
+
+    Args:
+        model: see :class:`Variable`.
+        x: likewise; it stands still.
+        names: of ``model.named_parameters()``.
+        groups: problem of each row, ``(rows,)`` integers ``0 … P−1``; None: one for all.
+        given: see :class:`Variable`.
+        repeatable: likewise.
+    """
 
     rows_see_v_alone = False  # but their row of x too
 
@@ -141,6 +185,8 @@ class ParameterVariable(Variable):
         names: Sequence[str],
         groups: Tensor | None,
         given: Sequence[Tensor] = (),
+        *,
+        repeatable: bool = False,
     ) -> None:
         parameters = dict(model.named_parameters())
         missing = [name for name in names if name not in parameters]
@@ -149,12 +195,11 @@ class ParameterVariable(Variable):
                 f"variables must name parameters of the model; {missing or 'an empty list'} given, "
                 f"there are {', '.join(parameters)}"
             )
-        self.model, self.x, self.names = model, x, tuple(names)
-        self.given = tuple(given)
-        self.groups = Groups(
-            len(x),
-            torch.zeros(len(x), dtype=torch.long, device=x.device) if groups is None else groups,
-        )
+        self._set(model, len(x), given, repeatable)
+        self.x, self.names = x, tuple(names)
+        if groups is None:
+            groups = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.groups = Groups(len(x), groups)
         chosen = [parameters[name] for name in self.names]
         problems = self.groups.problems
         if problems > 1:
@@ -171,24 +216,19 @@ class ParameterVariable(Variable):
         self.origin = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
         self.start = self.origin.detach()
 
-    def _replace(self, v: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
         parts = v.split([shape.numel() for shape in self.shapes], dim=1)
         return {
             name: part.reshape(len(v), *shape) if self.groups.problems > 1 else part.reshape(shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
-    def call(self, v: Tensor) -> Any:
-        """The model's output with its parameters replaced."""
+    def _call(self, v: Tensor, rows: Tensor | None) -> Any:
         spread = self.groups.spread(v) if self.groups.problems > 1 else v
-        return functional_call(self.model, self._replace(spread), _own(self.x, *self.given))
-
-    def call_rows(self, v: Tensor, rows: Tensor) -> Any:
-        """The output for some rows only."""
-        spread = self.groups.spread(v)[rows] if self.groups.problems > 1 else v
-        inputs = tuple(t[rows] for t in (self.x, *self.given))
-        return functional_call(self.model, self._replace(spread), inputs)
-
-    def unflatten(self, v: Tensor) -> Mapping[str, Tensor]:
-        """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
-        return self._replace(v)
+        if rows is None:
+            inputs = _own(self.x, *self.given)
+        else:
+            spread = spread[rows] if self.groups.problems > 1 else v
+            inputs = tuple(t[rows] for t in (self.x, *self.given))
+        return functional_call(self.model, self.unflatten(spread), inputs)

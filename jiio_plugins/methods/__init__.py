@@ -1,8 +1,36 @@
 """Ways to move the variable: the one loop, and what each method does between two of its steps."""
 
-from jiio_plugins.methods.backpropagated import Backpropagated
-from jiio_plugins.methods.base import Callback, Method, Progress, Stop
-from jiio_plugins.methods.joint import Joint
+from jiio_plugins.methods.backpropagated import (
+    Backpropagated,
+    through_intermediate,
+    through_unrolled,
+)
+from jiio_plugins.methods.base import (
+    Callback,
+    Evaluation,
+    Iteration,
+    Method,
+    MethodResult,
+    Progress,
+    Stop,
+    solve,
+)
+from jiio_plugins.methods.joint import Joint, check_method
 from jiio_plugins.methods.nested import Nested
 
-__all__ = ["Backpropagated", "Callback", "Joint", "Method", "Nested", "Progress", "Stop"]
+__all__ = [
+    "Backpropagated",
+    "Callback",
+    "Evaluation",
+    "Iteration",
+    "Joint",
+    "Method",
+    "MethodResult",
+    "Nested",
+    "Progress",
+    "Stop",
+    "check_method",
+    "solve",
+    "through_intermediate",
+    "through_unrolled",
+]

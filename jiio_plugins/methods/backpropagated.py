@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Unrolled
-from jiio_plugins.equilibrium.counting import Counter, counting_into, open_counters
-from jiio_plugins.equilibrium.layer import layer_mode
-from jiio_plugins.equilibrium.state import StateLayout
-from jiio_plugins.joint.modes import NO_LAYER, SolveMode
-from jiio_plugins.methods.base import Method, Path, Progress, Tracker
+from jiio_plugins.equilibrium.counting import Counter, counting_into
+from jiio_plugins.joint.modes import SolveMode
+from jiio_plugins.methods.base import Evaluation, Iteration, Method
 
 if TYPE_CHECKING:
-    from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.equilibrium.solvers import Solver
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import Callback, Stop
+    from jiio_plugins.methods.base import BestSoFar, MethodResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,44 +54,39 @@ class Backpropagated(Method):
         if not self.views or not all(v is None or isinstance(v, Adjoint) for v in self.views):
             raise ValueError(f"views must hold gradient rules or None, got {self.views!r}")
 
-    def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
+    def start(self, problem: Problem) -> Iteration:
         """See :class:`Method`."""
-        counter = Counter()
-        track = Tracker(problem, v, stop)
-        with counting_into((*open_counters(), counter)):
-            for k, step in enumerate(self.steps(feasible, v)):
-                leaf = v.detach().requires_grad_()
-                losses = []
-                for rule in self.views:
-                    view = SolveMode(self.solver, rule)
-                    with layer_mode(view):
-                        output = problem.variable.call(leaf)
-                    if not view.z:
-                        raise ValueError(NO_LAYER)
-                    losses.append(problem.loss(output))
-                loss = torch.stack(losses).mean(0)
-                (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-                z = torch.cat(view.z, dim=1).detach()
-                unknown = torch.full_like(z[:, :1], torch.inf)  # no residual: the start is judged
-                track.see(v, loss, output, unknown, unknown, track.active)
-                if callback is not None:
-                    callback(Progress(k, v, gradient, loss.detach(), unknown[:, 0], z))
-                v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
-                v = track.move(v, v_next)
-                if track.all_done():
-                    break
-        problem.layout = StateLayout(view.layouts)
-        problem.pay(counter.f_evals / problem.rows, counter.vjps / problem.rows)
-        mu = torch.zeros_like(z)
-        none = torch.zeros(problem.rows, device=v.device)
-        return track.path(v, z, mu, mu, none, none)
+        return _BackpropagatedIteration(self, problem)
+
+
+class _BackpropagatedIteration(Iteration):
+    """One pass forward and back for each view; nothing is kept from one v to the next."""
+
+    def __init__(self, method: Backpropagated, problem: Problem) -> None:
+        self.method, self.problem = method, problem
+        self.counter = Counter()
+        self.mu_residual = torch.zeros(problem.rows, device=problem.v_start.device)
+
+    def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
+        """See :class:`Iteration`."""
+        problem, leaf, losses = self.problem, v.detach().requires_grad_(), []
+        with counting_into((self.counter,)):  # here autograd solves, and reports to counters
+            for rule in self.method.views:
+                view = SolveMode(self.method.solver, rule)
+                output = problem.run_layers(view, leaf)
+                losses.append(problem.loss(output))
+            loss = torch.stack(losses).mean(0)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        self.z = torch.cat(view.z, dim=1).detach()
+        self.mu = self.jz_mu = torch.zeros_like(self.z)
+        unknown = torch.full_like(self.z[:, :1], torch.inf)  # no residual: the start is judged
+        return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown)
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """See :class:`Iteration`; autograd treats a batch as a whole, so rows share the cost."""
+        counter, rows = self.counter, self.problem.rows
+        self.problem.pay(counter.f_evals / rows, counter.vjps / rows)
+        return super().finish(at, v, best)
 
 
 def through_unrolled(steps: int = 30, *, max_iter: int = 20) -> Backpropagated:

@@ -1,8 +1,7 @@
-"""What optimises an input: :class:`Joint` (JIIO), and what it shares with the nested loop.
+"""The one loop over the variable, and what all methods share.
 
-That one, :class:`jiio_plugins.Nested`, takes the same steps on the variable v (the input x,
-or parameters), by the same schedule; they differ in what they do about the state z and the adjoint
-μ between two steps.
+A method takes steps on the variable v (the input x, or parameters). What it does about the state z
+and the adjoint μ between two of them is its :class:`Iteration`.
 """
 
 from __future__ import annotations
@@ -11,22 +10,34 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.counting import counting_into
 from jiio_plugins.equilibrium.solvers import HostFlag
-from jiio_plugins.equilibrium.state import row_norm, surely_finite, surely_none
+from jiio_plugins.equilibrium.state import relative, row_norm, surely_finite, surely_none
 from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
     from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.joint.problem import Problem
 
+Stop = Callable[[object], Tensor]
+
 
 class Progress(NamedTuple):
-    """What a callback sees after every step."""
+    """What a callback sees after every evaluation.
+
+    Attributes:
+        iteration: from 0 on.
+        v: the variable, flat ``(problems, d)``.
+        gradient: of the objective by v, likewise.
+        loss: running objective, ``(rows,)``.
+        z_residual: ‖f(z) − z‖ / ‖f(z)‖, ``(rows,)``.
+        z: flat state, ``(rows, n)``.
+    """
 
     iteration: int
     v: Tensor
@@ -36,8 +47,38 @@ class Progress(NamedTuple):
     z: Tensor
 
 
+Callback = Callable[[Progress], None]
+
+
+class Evaluation(NamedTuple):
+    """What a method knows at one v.
+
+    Attributes:
+        loss: running objective, ``(rows,)``.
+        output: what the model returned.
+        gradient: of the objective by v, ``(problems, d)``.
+        z: flat state, ``(rows, n)``.
+        r: ``f(z) − z``, likewise; ``(rows, 1)`` of Inf where it is not known.
+        fz: ``f(z)``, likewise.
+        dl_dz: ``∂ℓ/∂z``, likewise.
+    """
+
+    loss: Tensor
+    output: Any
+    gradient: Tensor
+    z: Tensor
+    r: Tensor
+    fz: Tensor
+    dl_dz: Tensor
+
+    @property
+    def z_residual(self) -> Tensor:
+        """‖f(z) − z‖ / ‖f(z)‖, ``(rows,)``."""
+        return relative(self.r, self.fz)
+
+
 @dataclass
-class Path:
+class MethodResult:
     """Where a method ended. Flat tensors; losses are unverified.
 
     Attributes:
@@ -47,7 +88,7 @@ class Path:
             gain was beyond doubt, and a bound on its objective.
         bounded: whether ``loss_best`` is such a bound.
         loss_first, loss_last: running loss at the start and at the last iterate, ``(problems,)``.
-        doubt_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
+        error_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
         iterations: per row.
         z_residual, mu_residual: relative residuals of z and of the adjoint equation before the last
             step on v, ``(rows,)``.
@@ -61,22 +102,70 @@ class Path:
     loss_best: Tensor
     loss_first: Tensor
     loss_last: Tensor
-    doubt_first: Tensor
+    error_first: Tensor
     iterations: Tensor
     z_residual: Tensor
     mu_residual: Tensor
     bounded: bool = False
 
 
-Stop = Callable[[object], Tensor]
+class Iteration(abc.ABC):
+    """One run of a method: what it does about z and μ between two steps on v.
 
+    Attributes:
+        z: flat state, ``(rows, n)``.
+        mu: adjoint, likewise.
+        jz_mu: ``J_zᵀ μ``, likewise.
+        mu_residual: ‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖ at the last evaluation, ``(rows,)``.
+    """
 
-Callback = Callable[[Progress], None]
+    z: Tensor
+    mu: Tensor
+    jz_mu: Tensor
+    mu_residual: Tensor
+
+    @abc.abstractmethod
+    def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
+        """Take z and μ on at ``v``, and tell the loss and its gradient there.
+
+        Args:
+            k: number of the iteration.
+            v: ``(problems, d)``.
+            active: 1 for the rows that still cost something, ``(rows,)``.
+        """
+
+    def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
+        """Take z and μ along with v, which a plain step would take to ``v_next``; the next v.
+
+        Args:
+            at: the evaluation at ``v``.
+            v: where the step starts.
+            v_next: where it ends, in the constraint set.
+            best: which problems still move.
+        """
+        return v_next
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """The record of the whole run, which ended at ``v`` after the evaluation ``at``."""
+        return MethodResult(
+            v=v,
+            z=self.z,
+            mu=self.mu,
+            jz_mu=self.jz_mu,
+            v_best=best.v,
+            loss_best=best.loss,
+            loss_first=best.loss_first,
+            loss_last=best.loss_last,
+            error_first=best.error_first,
+            iterations=best.iterations,
+            z_residual=at.z_residual,
+            mu_residual=self.mu_residual,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
-    """Common part: the steps on v.
+    """The steps on v, and the loop that takes them.
 
     With a ball of norm p and radius ε the step is ``v⁺ = Π(v + α_k ε · d)``, d the steepest descent
     direction of unit p-norm and α_k falling from ``step_size`` to ``final_step_size`` on a cosine.
@@ -85,19 +174,23 @@ class Method(abc.ABC):
     Args:
         max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
             evaluated: the last of them is not taken.
-        step_size: α_0, in units of ε (one value, or one per problem); without a ball α, in units
+        step_size: α_0, in units of ε (one value, or one per problem). Without a ball α, in units
             of v² / objective. None: 2.0 with a ball, 0.1 without.
         final_step_size: α at the last step, same units. None: with a ball 0.8 / max_iter of
             step_size, so that a short run ends in a long step; without one step_size.
-        warmup: forward-only evaluations of f before the first step, at most; a row that reaches
+        warmup: forward-only evaluations of f before the first step, at most. A row that reaches
             1e-2 needs fewer. The adjoint at a state far from the fixed point is noise. 0 is for a
-            state to start with that is a fixed point already; without a state it counts as 1.
+            state to start with that is a fixed point already. Without a state it counts as 1.
+        precision: dtype in which the loop runs the model under autocast, such as
+            ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
+            verification. None: as the model is.
     """
 
     max_iter: int = 30
     step_size: float | Tensor | None = None
     final_step_size: float | Tensor | None = None
     warmup: int = 5
+    precision: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, max_iter=1, warmup=0)
@@ -106,17 +199,43 @@ class Method(abc.ABC):
             steps = torch.as_tensor(0.0 if value is None else value)
             if not bool(((steps >= 0) & (steps < math.inf)).all()):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.precision not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"precision must be torch.bfloat16, torch.float16 or None, got {self.precision!r}"
+            )
 
     @abc.abstractmethod
+    def start(self, problem: Problem) -> Iteration:
+        """What goes on between the steps of one run on ``problem``."""
+
+    @final
     def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
-        """Optimise from ``v`` ``(problems, d)``."""
+        self, problem: Problem, *, stop: Stop | None = None, callback: Callback | None = None
+    ) -> MethodResult:
+        """Optimise from ``problem.v_start``.
+
+        Args:
+            problem: see :class:`jiio_plugins.joint.Problem`.
+            stop: ``stop(output) -> (rows,)`` booleans; a problem for which it holds four
+                evaluations in a row is finished.
+            callback: called with a :class:`Progress` after every evaluation.
+        """
+        feasible, v = problem.feasible, problem.v_start
+        best = BestSoFar(problem, stop)
+        with problem.in_precision(self.precision):
+            iteration = self.start(problem)
+            for k, step in enumerate(self.steps(feasible, v)):
+                at = iteration.evaluate(k, v, best.active)
+                best.update(v, at)
+                if callback is not None:
+                    loss = at.loss.detach()
+                    callback(Progress(k, v, at.gradient, loss, at.z_residual, at.z))
+                direction = feasible.descent_direction(at.gradient, v)
+                v_next = feasible.project(v + step * direction)
+                v = best.move(v, iteration.advance(at, v, v_next, best))
+                if best.all_finished():
+                    break
+        return iteration.finish(at, v, best)
 
     def restrict(self, rows: Tensor) -> Self:
         """The same method for some of the problems: theirs of the steps given one per problem."""
@@ -157,110 +276,103 @@ def _column(value: float | Tensor, like: Tensor) -> Tensor:
     return like.new_full((1, 1), value)
 
 
-class Tracker:
-    """Best iterate, stopping and NaN handling, shared by the methods.
+def solve(
+    problem: Problem,
+    method: Method,
+    *,
+    stop: Stop | None = None,
+    callback: Callback | None = None,
+) -> MethodResult:
+    """Run a method where nothing of the caller's is disturbed.
+
+    The problem keeps the costs per row. What its layers would report one by one counts twice, so
+    open counters are told nothing here.
+
+    Args:
+        problem: what to optimise.
+        method: how.
+        stop: see :meth:`Method.run`.
+        callback: likewise.
+    """
+    with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
+        return method.run(problem, stop=stop, callback=callback)
+
+
+class BestSoFar:
+    """Best iterate, stopping and NaN handling.
 
     Attributes:
-        holding: problems whose v stands still because the stop condition holds, ``(problems,)``.
-        finished: problems that have met it for four evaluations in a row while z moved on.
+        v, loss: iterate of least running loss, and that loss.
         active: 1 for the rows that still cost something, ``(rows,)``.
-        none_holds: whether no problem is holding; may be False all the same.
+        paused: problems whose v stands still because the stop condition holds, ``(problems,)``.
+        finished: problems that have met it for four evaluations in a row while z moved on.
+        none_paused: whether no problem is paused; may be False all the same.
     """
 
-    def __init__(self, problem: Problem, v: Tensor, stop: Stop | None) -> None:
-        self.groups, self.stop, self.problem = problem.groups, stop, problem
-        self.v_best = v
-        self.loss_best = v.new_full((len(v),), torch.inf)
-        self.loss_first = self.loss_last = self.doubt = self.loss_best
-        self._hold(torch.zeros(len(v), device=v.device))
+    def __init__(self, problem: Problem, stop: Stop | None) -> None:
+        self.groups, self.stop = problem.groups, stop
+        v = self.v = problem.v_start
+        self.loss = v.new_full((len(v),), torch.inf)
+        self.loss_first = self.loss_last = self.error_first = self.loss
+        self._pause(torch.zeros(len(v), device=v.device))
         self.iterations = torch.zeros(problem.rows, device=v.device)
-        self.done = HostFlag(v.device)
+        self.flag = HostFlag(v.device)
         self.first = True
 
-    def see(
-        self,
-        v: Tensor,
-        loss_rows: Tensor,
-        output: object,
-        b: Tensor,
-        residual: Tensor,
-        active: Tensor,
-    ) -> None:
-        """Take in an iterate: its running loss, ``∂ℓ/∂z``, ``f(z) − z``, and who paid for it."""
-        self.iterations = self.iterations + active
-        loss = self.groups.sum(loss_rows.detach())
-        better = loss < self.loss_best
-        self.v_best = torch.where(better[:, None], v, self.v_best)
-        self.loss_best = torch.where(better, loss, self.loss_best)
+    def update(self, v: Tensor, at: Evaluation) -> None:
+        """Take in what was found at ``v``."""
+        self.iterations = self.iterations + self.active
+        loss = self.groups.sum(at.loss.detach())
+        better = loss < self.loss
+        self.v = torch.where(better[:, None], v, self.v)
+        self.loss = torch.where(better, loss, self.loss)
         self.loss_last = loss
         if self.first:
             self.loss_first, self.first = loss, False
-            self.doubt = self.groups.sum(row_norm(b) * row_norm(residual))
+            self.error_first = self.groups.sum(row_norm(at.dl_dz) * row_norm(at.r))
         if self.stop is not None:
-            reached = self.stop(output)
-            if not isinstance(reached, Tensor) or reached.dtype != torch.bool:
-                raise TypeError(
-                    "stop(output) must return a tensor of booleans, one per row, got "
-                    f"{getattr(reached, 'dtype', type(reached).__name__)}"
-                )
-            if reached.shape != active.shape:
-                raise ValueError(
-                    f"stop(output) must return one boolean per row, shape {tuple(active.shape)}, "
-                    f"got {tuple(reached.shape)}"
-                )
-            met = self.groups.worst((~reached).float()) == 0
-            self._hold(torch.where(met, self.held + 1, torch.where(self.finished, self.held, 0.0)))
+            met = self.groups.worst((~self._reached(self.stop, at.output)).float()) == 0
+            self._pause(torch.where(met, self.met + 1, torch.where(self.finished, self.met, 0.0)))
 
-    def settle(self, problems: Tensor) -> None:
+    def _reached(self, stop: Stop, output: object) -> Tensor:
+        reached, shape = stop(output), self.active.shape
+        if not isinstance(reached, Tensor) or reached.dtype != torch.bool:
+            raise TypeError(
+                "stop(output) must return a tensor of booleans, one per row, got "
+                f"{getattr(reached, 'dtype', type(reached).__name__)}"
+            )
+        if reached.shape != shape:
+            raise ValueError(
+                f"stop(output) must return one boolean per row, shape {tuple(shape)}, "
+                f"got {tuple(reached.shape)}"
+            )
+        return reached
+
+    def finish(self, problems: Tensor) -> None:
         """These problems have converged: they stand still and cost nothing from now on."""
         if not surely_none(problems):
-            self._hold(torch.where(problems, self.held.clamp(min=4.0), self.held))
+            self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
 
-    def _hold(self, held: Tensor) -> None:
-        self.held = held
-        self.holding = held > 0
-        self.finished = held >= 4
+    def _pause(self, met: Tensor) -> None:
+        self.met = met
+        self.paused = met > 0
+        self.finished = met >= 4
         self.active = 1.0 - self.groups.spread(self.finished.float())
-        self.none_holds = surely_none(self.holding)
+        self.none_paused = surely_none(self.paused)
 
-    def all_done(self) -> bool:
+    def all_finished(self) -> bool:
         """Whether every problem has finished (may lag on an accelerator)."""
-        return self.done(self.finished.all())
+        return self.flag(self.finished.all())
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
-        """``v_next`` where it is finite and the problem is not holding."""
-        if self.none_holds and surely_finite(v_next):
+        """``v_next`` where it is finite and the problem is not paused."""
+        if self.none_paused and surely_finite(v_next):
             return v_next
-        ok = torch.isfinite(v_next).all(1) & ~self.holding
+        ok = torch.isfinite(v_next).all(1) & ~self.paused
         return torch.where(ok[:, None], v_next, v)
 
     def keep(self, now: Tensor, after: Tensor) -> Tensor:
         """``after``, but ``now`` in the rows of problems that have finished."""
-        if self.none_holds:
+        if self.none_paused:
             return after
         return torch.where(self.groups.spread(self.finished)[:, None], now, after)
-
-    def path(
-        self,
-        v: Tensor,
-        z: Tensor,
-        mu: Tensor,
-        jz_mu: Tensor,
-        z_residual: Tensor,
-        mu_residual: Tensor,
-    ) -> Path:
-        """The record of the whole run."""
-        return Path(
-            v,
-            z,
-            mu,
-            jz_mu,
-            self.v_best,
-            self.loss_best,
-            self.loss_first,
-            self.loss_last,
-            self.doubt,
-            self.iterations,
-            z_residual,
-            mu_residual,
-        )

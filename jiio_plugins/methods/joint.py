@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from jiio_plugins.constraints import FeasibleSet
 from jiio_plugins.equilibrium.state import relative, row_norm
-from jiio_plugins.joint.problem import Problem
-from jiio_plugins.methods.base import Callback, Method, Path, Progress, Stop, Tracker
+from jiio_plugins.methods.base import Evaluation, Iteration, Method, MethodResult
 from jiio_plugins.methods.mixing import MIXINGS
-from jiio_plugins.methods.safeguard import Descent
+from jiio_plugins.methods.safeguard import Safeguard
 from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.equilibrium.solvers import FlatMap
     from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.methods.base import BestSoFar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class Joint(Method):
     Anderson's method on all three at once as in the paper
     (:class:`jiio_plugins.methods.mixing.BlockAnderson`), which settles to more digits where z and μ
     converge slowly. An iterate that makes a problem's objective worse is taken back
-    (:class:`jiio_plugins.methods.safeguard.Descent`).
+    (:class:`jiio_plugins.methods.safeguard.Safeguard`).
 
     Args:
         state_steps: evaluations of f an iteration; one where there is mixing.
@@ -86,76 +83,113 @@ class Joint(Method):
             raise ValueError(f"tol must not be negative, got {self.tol}")
         check_counts(self, state_steps=1, adjoint_warmup=0, acceleration=0)
 
-    def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
+    def start(self, problem: Problem) -> Iteration:
         """See :class:`Method`."""
-        z = problem.warm_up(v, self.warmup)
-        mix = None
-        if feasible.radius is None and self.acceleration:
-            mix = Descent(MIXINGS[self.mixing](self.acceleration), problem.groups)
-        relaxation = self.relaxation if mix is None else 1.0
+        if problem.feasible.radius is None and self.acceleration:
+            return _Mixed(self, problem)
+        return _Relaxed(self, problem)
+
+
+class _JointIteration(Iteration):
+    """One evaluation of f with its graph and one VJP an iteration, warm from the last one.
+
+    Attributes:
+        jz_mu: ``J_zᵀμ``, which the adjoint is carried on by.
+        mu: the last adjoint.
+    """
+
+    def __init__(self, method: Joint, problem: Problem) -> None:
+        self.method, self.problem = method, problem
+        self.z = problem.warm_up(problem.v_start, method.warmup)
+        known = None if problem.state is None else problem.state.jz_mu
+        self.jz_mu = torch.zeros_like(self.z) if known is None else known
+        self.vjp_twice = 0  # iterations at the beginning that take a second VJP
+
+    def state_steps(self, k: int) -> _StateSteps | None:
+        """Steps on z before the evaluation with the graph."""
+        return None
+
+    def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
+        """See :class:`Iteration`."""
+        problem = self.problem
+        self.before = self.state_steps(k)
+        if self.before is not None:
+            problem.pay_passes(f_evals=self.before.steps * active)
+        linearized = self.linearized = problem.linearize(v, self.z, advance=self.before)
+        self.z = linearized.z
+        loss = problem.loss(linearized.output)
+        dl_dz, dl_dv = linearized.gradient(loss)
+        self.mu = self.jz_mu + dl_dz
+        if k < self.vjp_twice:
+            self.jz_mu = _finite(linearized.jz_mu(self.mu), self.jz_mu)
+            self.mu = self.jz_mu + dl_dz
+            problem.pay_passes(vjps=active)
+        self.jz_mu_next, jv_mu = linearized.vjp(self.mu)
+        self.mu_residual = relative(self.jz_mu_next - self.jz_mu, self.mu)
+        gradient = (dl_dv + jv_mu).reshape(v.shape)
+        problem.pay_passes(f_evals=active, vjps=active)
+        r = linearized.fz - self.z
+        return Evaluation(loss, linearized.output, gradient, self.z, r, linearized.fz, dl_dz)
+
+
+class _Relaxed(_JointIteration):
+    """z by over-relaxed steps, whose length ω is halved in a row where it proves too long."""
+
+    def __init__(self, method: Joint, problem: Problem) -> None:
+        super().__init__(method, problem)
+        self.vjp_twice = method.adjoint_warmup
         # with one state step there is no second residual at the same v that could halve it
-        longest = 1.0 if self.state_steps == 1 else 2.0
-        omega = torch.full_like(z[:, :1], min(relaxation, longest))
-        track = Tracker(problem, v, stop)
-        w = torch.zeros_like(z) if problem.jz_mu_start is None else problem.jz_mu_start
-        mu_accepted = torch.zeros_like(z)
-        for k, step in enumerate(self.steps(feasible, v)):
-            active = track.active
-            before = None
-            if k > 0 and mix is None and self.state_steps > 1 and z.shape[1]:
-                before = _StateSteps(self.state_steps - 1, omega)
-                problem.pay_passes(f_evals=before.steps * active)
-            lin = problem.linearize(v, z, advance=before)
-            z = z if before is None else lin.z
-            loss = problem.loss(lin.output)
-            b, direct = lin.gradient(loss)
-            mu = w + b
-            if mix is None and k < self.adjoint_warmup:
-                w = _finite(lin.jz_mu(mu), w)
-                mu = w + b
-                problem.pay_passes(vjps=active)
-            jz_mu, jv_mu = lin.vjp(mu)
-            gradient = (direct + jv_mu).reshape(v.shape)
-            problem.pay_passes(f_evals=active, vjps=active)
-            r = lin.f - z
-            track.see(v, loss, lin.output, b, r, active)
-            if callback is not None:
-                callback(Progress(k, v, gradient, loss.detach(), relative(r, lin.f), z))
-            w_before = w
-            v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
-            if mix is None:
-                size = row_norm(r)
-                if before is not None:
-                    assert problem.layout is not None
-                    shrank = before.shrank(problem.layout.split(r))
-                    omega = torch.where(shrank, omega, (omega / 2).clamp(min=0.1))
-                z = _step(z, omega, r, size)
-                w = _finite(jz_mu, w)
-            else:
-                change = jz_mu - w
-                value = problem.groups.sum(loss.detach() + (lin.own_jz_mu * r).sum(1))
-                doubt = problem.groups.sum(row_norm(change) * row_norm(r))
-                z_next, w_next, v_next = mix((z, w, v), (r, change, v_next - v), value, doubt)
-                mu_accepted = mix.unless_worse(mu_accepted, mu)
-                track.settle(mix.below(self.tol))
-                z, w = track.keep(z, z_next), track.keep(w, w_next)
-                v_next = feasible.project(v_next)
-            v = track.move(v, v_next)
-            if track.all_done():
-                break
-        z_residual, mu_residual = relative(r, lin.f), relative(jz_mu - w_before, mu)
-        if mix is not None:  # the last trial has not been evaluated: it may be worse
-            z, w, v = mix.accepted
-            path = track.path(v, z, mu_accepted, w, z_residual, mu_residual)
-            return replace(path, v_best=mix.safe_v, loss_best=mix.safe_limit, bounded=True)
-        return track.path(v, z, mu, w, z_residual, mu_residual)
+        longest = 1.0 if method.state_steps == 1 else 2.0
+        self.omega = torch.full_like(self.z[:, :1], min(method.relaxation, longest))
+
+    def state_steps(self, k: int) -> _StateSteps | None:
+        """None in the first iteration, after the warm-up."""
+        if k == 0 or self.method.state_steps == 1 or not self.problem.layout.layouts:
+            return None
+        return _StateSteps(self.method.state_steps - 1, self.omega)
+
+    def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
+        """See :class:`Iteration`."""
+        size = row_norm(at.r)
+        if self.before is not None:
+            shrank = self.before.shrank(self.problem.layout.split(at.r))
+            self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
+        self.z = _step(self.z, self.omega, at.r, size)
+        self.jz_mu = _finite(self.jz_mu_next, self.jz_mu)
+        return v_next
+
+
+class _Mixed(_JointIteration):
+    """z, μ and v together by a mixing over the history, safeguarded by the objective."""
+
+    def __init__(self, method: Joint, problem: Problem) -> None:
+        super().__init__(method, problem)
+        self.mixing = Safeguard(MIXINGS[method.mixing](method.acceleration), problem.groups)
+        self.mu_accepted = torch.zeros_like(self.z)
+
+    def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
+        """See :class:`Iteration`."""
+        sum_rows, mixing = self.problem.groups.sum, self.mixing
+        change = self.jz_mu_next - self.jz_mu
+        merit = sum_rows(at.loss.detach() + (self.linearized.own_jz_mu * at.r).sum(1))
+        error = sum_rows(row_norm(change) * row_norm(at.r))
+        iterate, residuals = (self.z, self.jz_mu, v), (at.r, change, v_next - v)
+        z, jz_mu, v_next = mixing(iterate, residuals, merit, error)
+        self.mu_accepted = mixing.unless_rejected(self.mu_accepted, self.mu)
+        best.finish(mixing.below(self.method.tol))
+        self.z, self.jz_mu = best.keep(self.z, z), best.keep(self.jz_mu, jz_mu)
+        return self.problem.feasible.project(v_next)
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """The last accepted iterate: the last trial has not been evaluated, it may be worse."""
+        self.z, self.jz_mu, v = self.mixing.accepted
+        return replace(
+            super().finish(at, v, best),
+            mu=self.mu_accepted,
+            v_best=self.mixing.incumbent_v,
+            loss_best=self.mixing.incumbent_limit,
+            bounded=True,
+        )
 
 
 class _StateSteps:

@@ -23,7 +23,7 @@ _RIDGE = 1e-3  # of the least squares, relative to their diagonal
 _CURVED = 0.1  # least cosine between a step of v and the change of its gradient
 
 
-_REGROW = 1.2  # of the step, each time an iterate is accepted
+REGROW = 1.2  # of the step, each time an iterate is accepted
 
 
 _LEAST = 1e-300  # of a square that something is divided by
@@ -208,7 +208,7 @@ class QuasiNewton(Mixing):
         length = row_norm(dv)
         share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
         dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
-        self.reach = torch.where((share < 1) & ~back, _REGROW * self.reach, self.reach)
+        self.reach = torch.where((share < 1) & ~back, REGROW * self.reach, self.reach)
         squares = torch.cat([squares[:, :2], _squares(dv)], dim=1)
         gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (zw_r, dv), squares)
         return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv

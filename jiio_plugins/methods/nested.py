@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import Anderson, FlatMap, Solver, iterate
-from jiio_plugins.equilibrium.state import relative
-from jiio_plugins.methods.base import Method, Progress, Tracker
+from jiio_plugins.methods.base import Evaluation, Iteration, Method
 
 if TYPE_CHECKING:
-    from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import Callback, Path, Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,53 +36,47 @@ class Nested(Method):
     warm_start: bool = False
     max_iter: int = 20
 
-    def run(
-        self,
-        problem: Problem,
-        feasible: FeasibleSet,
-        v: Tensor,
-        stop: Stop | None = None,
-        callback: Callback | None = None,
-    ) -> Path:
+    def start(self, problem: Problem) -> Iteration:
         """See :class:`Method`."""
-        adjoint_solver = self.adjoint_solver or self.solver
-        z: Tensor | None = None
-        mu: Tensor | None = None
-        if self.warm_start:
-            z = problem.warm_up(v, self.warmup)
-        track = Tracker(problem, v, stop)
-        mu_residual = torch.zeros(problem.rows, device=v.device)
-        for k, step in enumerate(self.steps(feasible, v)):
-            active = track.active
-            solving = None
-            if z is None:
-                solved = problem.solve(v, _capped(self.solver))
-                problem.pay(f_evals=solved.evals * active)
-                z = solved.image
-            elif self.solver.max_iter > 1:
-                solving = _Solving(_capped(self.solver))
-            lin = problem.linearize(v, z, advance=solving)
-            if solving is not None:
-                problem.pay(f_evals=solving.evals * active)
-            z_start = lin.z
-            loss = problem.loss(lin.output)
-            b, direct = lin.gradient(loss)
-            equation = _AdjointEquation(problem, lin, v, z_start, b)
-            outcome = iterate(equation, b if mu is None else mu, adjoint_solver)
-            problem.pay_passes(active * (1 + equation.f_evals), outcome.evals * active)
-            r = lin.f - z_start
-            track.see(v, loss, lin.output, b, r, active)
-            gradient = (direct + equation.jv_mu).reshape(v.shape)
-            mu_residual = outcome.residual
-            if callback is not None:
-                callback(Progress(k, v, gradient, loss.detach(), relative(r, lin.f), z_start))
-            v_next = feasible.project(v + step * feasible.descent_direction(gradient, v))
-            v = track.move(v, v_next)
-            last_z, last_mu = lin.f, outcome.fz
-            z, mu = (last_z, last_mu) if self.warm_start else (None, None)
-            if track.all_done():
-                break
-        return track.path(v, last_z, last_mu, last_mu - b, relative(r, lin.f), mu_residual)
+        return _NestedIteration(self, problem)
+
+
+class _NestedIteration(Iteration):
+    """Both solves, at every v."""
+
+    def __init__(self, method: Nested, problem: Problem) -> None:
+        self.method, self.problem = method, problem
+        self.warm: Tensor | None = None  # where the next solve for z starts; None: from scratch
+        self.mu_start: Tensor | None = None
+        if method.warm_start:
+            self.warm = problem.warm_up(problem.v_start, method.warmup)
+
+    def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
+        """See :class:`Iteration`."""
+        problem, solver, solving = self.problem, self.method.solver, None
+        if self.warm is None:
+            solved = problem.solve(v, _capped(solver))
+            problem.pay(f_evals=solved.evals * active)
+            self.warm = solved.fz
+        elif solver.max_iter > 1:
+            solving = _Solving(_capped(solver))
+        linearized = problem.linearize(v, self.warm, advance=solving)
+        if solving is not None:
+            problem.pay(f_evals=solving.evals * active)
+        z = linearized.z
+        loss = problem.loss(linearized.output)
+        dl_dz, dl_dv = linearized.gradient(loss)
+        equation = _AdjointEquation(problem, linearized, v, z, dl_dz)
+        start = dl_dz if self.mu_start is None else self.mu_start
+        found = iterate(equation, start, self.method.adjoint_solver or solver)
+        problem.pay_passes(active * (1 + equation.f_evals), found.evals * active)
+        gradient = (dl_dv + equation.jv_mu).reshape(v.shape)
+        self.z, self.mu, self.jz_mu = linearized.fz, found.fz, found.fz - dl_dz
+        self.mu_residual = found.residual
+        warm = self.method.warm_start
+        self.warm, self.mu_start = (self.z, self.mu) if warm else (None, None)
+        r = linearized.fz - z
+        return Evaluation(loss, linearized.output, gradient, z, r, linearized.fz, dl_dz)
 
 
 def _capped(solver: Solver) -> Solver:
@@ -113,35 +104,35 @@ class _Solving:
 
 
 class _AdjointEquation:
-    """``μ -> J_zᵀμ + b`` at one ``(z, v)``; keeps ``J_vᵀμ`` of the last μ of every row."""
+    """``μ -> J_zᵀμ + ∂ℓ/∂z`` at one ``(z, v)``; keeps ``J_vᵀμ`` of the last μ of every row."""
 
     # restricting evaluates f anew, so it must save more than in a forward solve
     compact_below = 0.5
 
     def __init__(
-        self, problem: Problem, lin: Linearization, v: Tensor, z: Tensor, b: Tensor
+        self, problem: Problem, linearized: Linearization, v: Tensor, z: Tensor, dl_dz: Tensor
     ) -> None:
-        self.problem, self.lin, self.v, self.z, self.b = problem, lin, v, z, b
+        self.problem, self.linearized, self.v, self.z, self.dl_dz = problem, linearized, v, z, dl_dz
         self.rows: Tensor | None = None
         self.jv_mu = torch.zeros_like(v)
         self.f_evals = torch.zeros(problem.rows, device=v.device)
 
     def __call__(self, mu: Tensor) -> Tensor:
-        jz_mu, jv_mu = self.lin.vjp(mu, last=False)
+        jz_mu, jv_mu = self.linearized.vjp(mu, last=False)
         jv_mu = jv_mu.reshape(self.v.shape)
         if self.rows is None:
             self.jv_mu.copy_(jv_mu)
         else:
             self.jv_mu[self.rows] = jv_mu[self.rows]
-        return jz_mu + self.b
+        return jz_mu + self.dl_dz
 
     def restrict(self, rows: Tensor) -> _AdjointEquation | None:
-        if self.problem.groups.index is not None or not self.problem.splits:
+        if self.problem.groups.index is not None or not self.problem.row_separable:
             return None  # rows that share a variable or a dropout mask stay together
         smaller = object.__new__(_AdjointEquation)
         smaller.__dict__.update(self.__dict__)
         smaller.rows = rows if self.rows is None else self.rows[rows]
-        smaller.z, smaller.b = self.z[rows], self.b[rows]
-        smaller.lin = self.problem.linearize(self.v, smaller.z, smaller.rows)
+        smaller.z, smaller.dl_dz = self.z[rows], self.dl_dz[rows]
+        smaller.linearized = self.problem.linearize(self.v, smaller.z, smaller.rows)
         self.f_evals[smaller.rows] += 1
         return smaller

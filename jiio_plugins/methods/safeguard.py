@@ -8,120 +8,132 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.state import full_precision, surely_none
-from jiio_plugins.methods.mixing import _REGROW, Blocks, Mixing
+from jiio_plugins.methods.mixing import REGROW, Blocks, Mixing
 
 if TYPE_CHECKING:
     from jiio_plugins.joint.variables import Groups
 
 
 Iterate = tuple[Tensor, Tensor, Tensor, Tensor]  # blocks and their residuals
-
-
-ZWV = tuple[Tensor, Tensor, Tensor]  # z and w ``(rows, n)``, v ``(problems, d)``
-
+Flat = tuple[Tensor, Tensor, Tensor]  # z and J_zᵀμ ``(rows, n)``, v ``(problems, d)``
 
 _FORGIVE = 1.05  # how fast the step may grow back over where z could not follow v
+_NOISE = 2.0  # times the product of the residuals: how wrong the merit may be
+_SURE = 0.1  # of the gain: an error below it does not put the gain in question
 
 
-_NOISE = 2.0  # times the product of the residuals: how wrong the estimate of the objective may be
+class Safeguard:
+    """A :class:`Mixing` that rejects every iterate whose objective got worse.
 
+    The objective at v is ``φ(v) = ℓ(z*)``. At a state that is not yet z* the loss may rise while φ
+    falls, so the merit is an estimate of φ, ``ℓ(f) + μᵀ J_z (f(z, v) − z)``. It is free, and exact
+    up to products of the residuals of z and μ. A problem whose merit has risen beyond those goes
+    back to its last accepted v with half the plain step and no history, moves z and J_zᵀμ there
+    once, and goes on.
 
-_SURE = 0.1  # of the gain: a doubt below it does not put the gain in question
+    Where v outran z, a merit can be far too low, and the v that it spoke for be accepted. Coming
+    back to such a v shows it. The problem then returns to the one accepted before, and from there,
+    if need be, to the incumbent: the last whose gain was beyond doubt. It returns to that one at
+    once from an iterate that is worse than it beyond doubt.
 
+    Attributes:
+        rejected: problems whose last iterate was, so that the accepted one is evaluated once more.
+        incumbent_limit: a bound on the incumbent's objective, ``(problems,)``.
 
-class Descent:
-    """A :class:`Mixing` that takes back every iterate whose objective got worse.
-
-    The objective at v is ``φ(v) = ℓ(z*)``; at a state that is not yet z* the loss may rise while φ
-    falls. Its estimate ``ℓ(f) + μᵀ J_z (f(z, v) − z)`` is free, and exact up to products of the
-    residuals of z and μ. A problem whose estimate has risen beyond those goes back to its last
-    accepted v with half the plain step and no history, moves z and w there once, and goes on.
-
-    Where v outran z, an estimate can be far too low, and the v that it spoke for be accepted.
-    Coming back to such a v shows it: the problem then returns to the one accepted before, and from
-    there, if need be, to the last whose gain was beyond doubt. It returns to that one at once from
-    an iterate that is worse than it beyond doubt.
+    Source: a non-monotone watchdog as in Chamberlain, Powell, Lemarechal and Pedersen (1982).
     """
 
-    def __init__(self, mix: Mixing, groups: Groups) -> None:
-        self.mix, self.groups = mix, groups
+    def __init__(self, mixing: Mixing, groups: Groups) -> None:
+        self.mixing, self.groups = mixing, groups
         self.first = True
 
-    def unless_worse(self, before: Tensor, now: Tensor) -> Tensor:
-        """``now``, but ``before`` in rows whose iterate was taken back at the last call."""
-        if surely_none(self.again):
+    def unless_rejected(self, before: Tensor, now: Tensor) -> Tensor:
+        """``now``, but ``before`` in rows whose iterate was rejected at the last call."""
+        if surely_none(self.rejected):
             return now
-        return torch.where(self.groups.spread(self.again)[:, None], before, now)
+        return torch.where(self.groups.spread(self.rejected)[:, None], before, now)
 
     def below(self, tol: float) -> Tensor:
         """Problems whose last accepted iterate has a residual below ``tol``, ``(problems,)``."""
-        assert self.mix.size is not None
-        return self.mix.size < tol
+        assert self.mixing.size is not None
+        return self.mixing.size < tol
 
-    def __call__(self, t: ZWV, r: ZWV, value: Tensor, doubt: Tensor) -> ZWV:
+    def __call__(self, iterate: Flat, residuals: Flat, merit: Tensor, merit_error: Tensor) -> Flat:
         """The next iterate.
 
         Args:
-            t: iterate (z, w, v), z and w ``(rows, n)``, v ``(problems, d)``.
-            r: its residuals, that of v being its plain step.
-            value: estimate of φ, ``(problems,)``.
-            doubt: by how much it may be wrong, ``(problems,)``.
+            iterate: (z, J_zᵀμ, v), the first two ``(rows, n)``, v ``(problems, d)``.
+            residuals: of each, that of v being its plain step.
+            merit: estimate of φ, ``(problems,)``.
+            merit_error: by how much it may be wrong, ``(problems,)``.
         """
-        now = (*self._join(t), *self._join(r))
+        now = (*self._join(iterate), *self._join(residuals))
         if self.first:
-            self.anchor = self.before = self.safe = now
-            self.limit = self.safe_limit = torch.full_like(value, torch.inf)
-            # whether the anchor is evaluated once more; whether it, or the one before, is the safe
-            self.again = self.home = self.before_home = torch.ones_like(value, dtype=torch.bool)
-            self.step = self.ceiling = torch.ones_like(t[2][:, :1, None])
+            self._accepted = self._previous = self._incumbent = now
+            self._limit = self.incumbent_limit = torch.full_like(merit, torch.inf)
+            self.rejected = torch.ones_like(merit, dtype=torch.bool)
+            # whether the accepted iterate, or the one before it, is the incumbent
+            self._is_incumbent = self._previous_is = self.rejected
+            self._step = self._max_step = torch.ones_like(iterate[2][:, :1, None])
             self.first = False
-        doubt = torch.add(_NOISE * doubt, value.abs(), alpha=10 * torch.finfo(value.dtype).eps)
-        low, high = value - doubt, value + doubt
-        sure = doubt <= _SURE * (self.safe_limit - value)
-        before, before_home, before_step = self.anchor, self.home, self.step
-        self.ceiling = (self.ceiling * _FORGIVE).clamp(max=1.0)
-        self.step = torch.minimum(self.step * _REGROW, self.ceiling)
-        if surely_none(~(low <= torch.minimum(self.limit, self.safe_limit)) | self.again):
+        rounding = 10 * torch.finfo(merit.dtype).eps
+        error = torch.add(_NOISE * merit_error, merit.abs(), alpha=rounding)
+        low, high = merit - error, merit + error
+        sure = error <= _SURE * (self.incumbent_limit - merit)
+        step, accepted, was_incumbent = self._step, self._accepted, self._is_incumbent
+        self._max_step = (self._max_step * _FORGIVE).clamp(max=1.0)
+        self._step = torch.minimum(step * REGROW, self._max_step)
+        fine = low <= torch.minimum(self._limit, self.incumbent_limit)
+        if surely_none(~fine | self.rejected):
             # no problem is in question, as nearly always: what the other branch comes to then
-            self.limit, self.anchor, self.home = high, now, sure
-            self.before, self.before_home = before, before_home
+            self._limit, self._accepted, self._is_incumbent = high, now, sure
+            self._previous, self._previous_is = accepted, was_incumbent
         else:
-            worse = ~(low <= self.limit) & ~self.again
-            betrayed = ~(low <= self.safe_limit) & self.again & ~self.home
-            lost = ~(low <= self.safe_limit) & ~self.again & ~worse
-            undone = betrayed | lost  # of an anchor that was there before
-            back, new = worse | undone, ~worse & ~lost & ~self.again
-            sure = ~back & (sure | (self.again & self.home))
-            self.limit = torch.where(back, self.limit, high)
-            self.anchor = _where(betrayed, self.before, _where(worse, self.anchor, now))
-            self.anchor = _where(lost, self.safe, self.anchor)
-            self.home = torch.where(new, sure, self.home | sure)
-            self.home = torch.where(betrayed, self.before_home, self.home) | lost
-            self.before = _where(undone, self.safe, _where(new, before, self.before))
-            self.before_home = torch.where(new, before_home, self.before_home) | undone
-            halved = before_step / 2
-            self.ceiling = torch.where(undone[:, None, None], halved, self.ceiling)
-            self.step = torch.where(back[:, None, None], halved, self.step)
-            self.again = back
-        self.safe_limit = torch.where(sure, high, self.safe_limit)
-        self.safe = _where(sure, now, self.safe)
-        with full_precision(value.device.type):  # products of iterates, not of layers
-            return self._part(self.mix(self.anchor[:2], self.anchor[2:], self.step, self.again))
+            sure = self._decide(now, low, high, sure, step / 2)
+        self.incumbent_limit = torch.where(sure, high, self.incumbent_limit)
+        self._incumbent = _where(sure, now, self._incumbent)
+        with full_precision(merit.device.type):  # products of iterates, not of layers
+            point, residual = self._accepted[:2], self._accepted[2:]
+            return self._part(self.mixing(point, residual, self._step, self.rejected))
+
+    def _decide(
+        self, now: Iterate, low: Tensor, high: Tensor, sure: Tensor, halved: Tensor
+    ) -> Tensor:
+        """Accept or reject by problem; whether what is accepted now is beyond doubt."""
+        accepted, was_incumbent = self._accepted, self._is_incumbent
+        worse = ~(low <= self._limit) & ~self.rejected
+        below_incumbent = ~(low <= self.incumbent_limit)
+        misjudged = below_incumbent & self.rejected & ~self._is_incumbent
+        lost = below_incumbent & ~self.rejected & ~worse
+        undone = misjudged | lost  # of an iterate that had been accepted
+        back, new = worse | undone, ~worse & ~lost & ~self.rejected
+        sure = ~back & (sure | (self.rejected & self._is_incumbent))
+        self._limit = torch.where(back, self._limit, high)
+        self._accepted = _where(misjudged, self._previous, _where(worse, accepted, now))
+        self._accepted = _where(lost, self._incumbent, self._accepted)
+        self._is_incumbent = torch.where(new, sure, was_incumbent | sure)
+        self._is_incumbent = torch.where(misjudged, self._previous_is, self._is_incumbent) | lost
+        self._previous = _where(undone, self._incumbent, _where(new, accepted, self._previous))
+        self._previous_is = torch.where(new, was_incumbent, self._previous_is) | undone
+        self._max_step = torch.where(undone[:, None, None], halved, self._max_step)
+        self._step = torch.where(back[:, None, None], halved, self._step)
+        self.rejected = back
+        return sure
 
     @property
-    def accepted(self) -> ZWV:
-        """The last accepted iterate (z, w, v)."""
-        return self._part(self.anchor[:2])
+    def accepted(self) -> Flat:
+        """The last accepted iterate (z, J_zᵀμ, v)."""
+        return self._part(self._accepted[:2])
 
     @property
-    def safe_v(self) -> Tensor:
+    def incumbent_v(self) -> Tensor:
         """The last v whose gain was beyond doubt, ``(problems, d)``."""
-        return self.safe[1][:, 0]
+        return self._incumbent[1][:, 0]
 
-    def _join(self, t: ZWV) -> Blocks:
+    def _join(self, t: Flat) -> Blocks:
         return self.groups.join(t[0], t[1]), t[2][:, None]
 
-    def _part(self, blocks: Blocks) -> ZWV:
+    def _part(self, blocks: Blocks) -> Flat:
         return (*self.groups.part(blocks[0]), blocks[1][:, 0])
 
 
