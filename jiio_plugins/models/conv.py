@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class ConvCell(nn.Module):
-    """``f(z, u) = GN(relu(z + GN(u + conv(relu(GN(conv z))))))``."""
+    """``f(z, u) = GN(relu(z + GN(u + conv(relu(GN(conv z))))))``, GN a GroupNorm.
+
+    Args:
+        channels: channels of state and injection.
+        groups: groups of every GroupNorm, a divisor of ``channels``.
+    """
 
     def __init__(self, channels: int, groups: int = 4) -> None:
         super().__init__()
@@ -28,21 +33,30 @@ class ConvCell(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """``(rows, channels, h, w)`` for both."""
+        """One evaluation of f.
+
+        Args:
+            z: state, ``(rows, channels, h, w)``.
+            u: injection, of the same shape.
+
+        Returns:
+            ``f(z, u)``, of the same shape.
+        """
         out = self.conv2(torch.relu(self.norm1(self.conv1(z))))
         mixed: Tensor = self.norm3(torch.relu(z + self.norm2(u + out)))
         return mixed
 
 
 class ConvDEQClassifier(nn.Module):
-    """Strided stem → :class:`ConvCell` equilibrium → pooled linear head; returns logits.
+    """Strided stem → :class:`ConvCell` equilibrium → pooled linear head. It returns logits.
 
     Args:
         in_channels: image channels.
         classes: number of classes.
         channels: channels of the state.
-        stride: of the stem.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        stride: of the stem. The state has about ``h / stride × w / stride`` sites.
+        groups: of :class:`ConvCell`.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, classes)``.

@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 
 
 class MDEQDecoder(nn.Module):
-    """Generator ``u → σ(h(z*))`` with ``z* = f(z*, inject(u))``; images in [0, 1].
+    """Generator ``u → σ(h(z*))`` with ``z* = f(z*, inject(u))``. Its images lie in [0, 1].
 
-    The latent becomes a map: a vector through a linear layer at the coarsest scale; a spatial one
-    through a 3×3 convolution and a pixel shuffle at the finest scale, for an upsampling that treats
-    all places alike could not draw anything smaller than a site of the latent. A 1×1 convolution
-    and bilinear resizing bring the map to every scale of the :class:`MDEQCell`, so coarse and fine
-    states both see it. The image is read off the finest scale.
+    The latent becomes a map first. A vector goes through a linear layer, at the coarsest scale. A
+    spatial latent goes through a 3×3 convolution and a pixel shuffle, at the finest scale: an
+    upsampling that treats all places alike could not draw anything smaller than a site of the
+    latent. A 1×1 convolution and bilinear resizing bring the map to every scale of the
+    :class:`MDEQCell`, so coarse and fine states both see it. The image is read off the finest
+    scale.
 
     Args:
         latent_shape: ``d`` for a vector, or ``(c, h, w)`` for a spatial latent.
-        image_shape: ``(channels, height, width)``.
-        channels: channels of each scale; ``(32, 64, 128, 256)`` with ``latent_shape=128``,
-            ``image_shape=(3, 64, 64)`` and ``stride=1`` is the paper's generator.
-        stride: the finest scale has ``height / stride`` pixels; the head doubles it back by a
-            pixel shuffle.
+        image_shape: ``(channels, height, width)``, in pixels.
+        channels: channels of each scale, the finest first. The paper's generator is
+            ``(32, 64, 128, 256)`` with ``latent_shape=128``, ``image_shape=(3, 64, 64)`` and
+            ``stride=1``.
+        stride: the finest scale has ``height / stride × width / stride`` sites. A pixel shuffle in
+            the head makes pixels of them.
         expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Attributes:
         latent_shape: shape of one latent, a tuple.
@@ -47,7 +49,7 @@ class MDEQDecoder(nn.Module):
     Raises:
         ValueError: sizes that do not divide, or latents of another shape.
 
-    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1; the cell is that of
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1. The cell is that of
     Bai, Koltun and Kolter (NeurIPS 2020).
     """
 
@@ -106,7 +108,14 @@ class MDEQDecoder(nn.Module):
         )
 
     def injection(self, u: Tensor) -> tuple[Tensor, ...]:
-        """What the cell sees of the latents at each scale: ``(rows, channels[s], h_s, w_s)``."""
+        """What the cell sees of the latents ``(rows, *latent_shape)``.
+
+        Returns:
+            One tensor a scale, ``(rows, channels[s], h_s, w_s)``.
+
+        Raises:
+            ValueError: latents of another shape.
+        """
         if u.shape[1:] != self.latent_shape:
             raise ValueError(
                 f"latents must have shape (rows, {', '.join(map(str, self.latent_shape))}), "
@@ -119,7 +128,7 @@ class MDEQDecoder(nn.Module):
         )
 
     def decode(self, z: tuple[Tensor, ...]) -> Tensor:
-        """The image of a state."""
+        """The head h: images ``(rows, *image_shape)`` of a state, read off its finest scale."""
         image: Tensor = self.head(z[0])
         return image
 
@@ -128,6 +137,6 @@ class MDEQDecoder(nn.Module):
         return self.decode(self.equilibrium(*self.injection(u)))
 
     def zeros(self, rows: int) -> Tensor:
-        """``rows`` latents at zero, on the model's device: where a fit starts."""
+        """``rows`` latents at zero, on the model's device and in its dtype: where a fit starts."""
         p = next(self.parameters())
         return torch.zeros(rows, *self.latent_shape, device=p.device, dtype=p.dtype)

@@ -1,4 +1,4 @@
-"""A feature network to compare sets of images by; it has no equilibrium."""
+"""A feature network to compare sets of images by. It has no equilibrium."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from torch import Tensor, nn
 
 
 class ConvFeatures(nn.Module):
-    """Three convolutions with pooling → ``num_features`` features; a linear classifier on top.
+    """Three convolutions with pooling → ``num_features`` features, with a linear classifier on top.
 
     Trained as a classifier, it maps what it takes for the same class to near features. Distances
-    between sets of images in these features rank generators of the same kind of images; they are
-    not comparable with those in the features of an Inception network.
+    between sets of images in these features rank generators of the same kind of images. They do not
+    compare with those in the features of an Inception network.
 
     Args:
         in_channels: image channels.
         classes: number of classes.
-        num_features: of one image; the name is what torchmetrics looks for.
+        num_features: features of one image. torchmetrics looks for this name.
+
+    Attributes:
+        mean, std: of each feature over the training images, ``(num_features,)``.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → features ``(rows, num_features)``.

@@ -28,7 +28,7 @@ _INJECTION = 3.0  # and how much larger than usual the injection starts
 class FiLM(nn.Module):
     """``v -> (γ_1, β_1, …, γ_S, β_S)``: each scale's part of the context, through a linear map.
 
-    Without a bias, so that v = 0 modulates nothing, and bounded, so that no v takes the cell far
+    There is no bias, so v = 0 modulates nothing. The result is bounded, so no v takes the cell far
     from a contraction: fitting a support set drives v to where f is hardest to solve.
 
     Args:
@@ -38,7 +38,10 @@ class FiLM(nn.Module):
     Shape:
         ``(rows, context) -> (rows, 2 Σ channels)``.
 
-    Source: Perez et al., "FiLM" (AAAI 2018); Zintgraf et al., "CAVIA" (ICML 2019), section 3.
+    Raises:
+        ValueError: fewer entries than scales.
+
+    Source: Perez et al., "FiLM" (AAAI 2018), and Zintgraf et al., "CAVIA" (ICML 2019), section 3.
     """
 
     def __init__(self, channels: Sequence[int], context: int) -> None:
@@ -54,7 +57,7 @@ class FiLM(nn.Module):
         )
 
     def forward(self, v: Tensor) -> Tensor:
-        """All scales' γ and β side by side."""
+        """All scales' γ and β side by side, ``(rows, 2 Σ channels)``."""
         parts = v.split(self.sizes, dim=1)
         film = torch.cat([to(part) for to, part in zip(self.maps, parts, strict=True)], dim=1)
         return _BOUND * torch.tanh(film / _BOUND)
@@ -63,9 +66,14 @@ class FiLM(nn.Module):
 class FiLMCell(MDEQCell):
     """:class:`MDEQCell` with modulated blocks: ``(1 + γ_s) · block_s(0.3 z_s, u_s) + β_s``.
 
-    There is an injection u_s for every scale, and the weights start where f is a contraction: small
+    There is an injection u_s for every scale. The weights start where f is a contraction: small
     residual and cross-scale convolutions, identities after the fusion, a weak skip around a block.
     The non-linearity is smooth, since a meta-gradient differentiates f twice.
+
+    Args:
+        channels: channels of each scale, the finest first.
+        expansion: widening inside a residual block.
+        groups: groups of every GroupNorm.
     """
 
     def __init__(self, channels: Sequence[int], expansion: int = 1, groups: int = 1) -> None:
@@ -81,11 +89,25 @@ class FiLMCell(MDEQCell):
                 conv.weight = nn.init.dirac_(torch.empty_like(cast("Tensor", conv.weight)))
 
     def initial_state(self, film: Tensor, *u: Tensor) -> tuple[Tensor, ...]:
-        """Zeros at every scale."""
+        """Zeros at every scale.
+
+        Args:
+            film: not used.
+            *u: one injection a scale. The first, ``(rows, channels[0], h, w)``, gives rows and
+                size.
+        """
         return super().initial_state(u[0])
 
     def forward(self, z: tuple[Tensor, ...], *injection: Tensor) -> tuple[Tensor, ...]:
-        """One evaluation of f; injected are FiLM ``(rows, 2 Σ channels)`` and one u a scale."""
+        """One evaluation of f.
+
+        Args:
+            z: one state a scale, ``(rows, channels[s], h / 2ˢ, w / 2ˢ)``.
+            *injection: γ and β, ``(rows, 2 Σ channels)``, then one u a scale, shaped like z.
+
+        Returns:
+            A state shaped like z.
+        """
         film, *u = injection
         parts = film[:, :, None, None].split([k for c in self.channels for k in (c, c)], dim=1)
         out = []
@@ -104,8 +126,12 @@ def _rescale(conv: nn.Module, factor: float) -> None:
 class TaskLinear(nn.Module):
     """A linear map whose weights broadcast over rows, so that each task can have its own.
 
-    ``weight (1, outputs, inputs)`` and ``bias (1, outputs)``, or ``rows`` in place of 1; both start
-    at zero.
+    They are ``weight (1, outputs, inputs)`` and ``bias (1, outputs)``, or ``rows`` in place of 1.
+    Both start at zero.
+
+    Args:
+        inputs: entries of a row that comes in.
+        outputs: entries of a row that goes out.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -121,26 +147,29 @@ class TaskLinear(nn.Module):
 
 
 class MDEQFewShot(nn.Module):
-    """Stem → multiscale equilibrium modulated by a task context → head; returns logits.
+    """Stem → multiscale equilibrium modulated by a task context → head. It returns logits.
 
-    ``z* = f(z*, encoder(x), FiLM(v))``, ``logits = h(z*)``: v is the parameter ``context`` of
-    shape ``(1, context)``, broadcast over the rows of a batch; a copy per row, ``(rows, context)``,
+    ``z* = f(z*, encoder(x), FiLM(v))``, ``logits = h(z*)``: v is the parameter ``context`` of shape
+    ``(1, context)``, broadcast over the rows of a batch. A copy per row, ``(rows, context)``,
     serves several tasks at once. It starts at zero, where nothing is modulated.
+
+    The defaults are a small size for a CPU. :meth:`paper` has the published one.
 
     Args:
         ways: classes of a task.
         in_channels: image channels.
-        channels: channels of each scale.
+        channels: channels of each scale, the finest first.
         context: entries of v (the paper: 400).
-        stride: of the stem, 1, 2 or 4; the first scale has ``size / stride`` pixels a side, and
-            images are padded with zeros until the last scale comes out even (28 to 32).
+        stride: of the stem, 1, 2 or 4. The first scale has ``size / stride`` pixels a side. Images
+            are padded with zeros until the last scale comes out even (28 to 32).
         expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, ways)``.
 
-    The defaults are a small size for a CPU; :meth:`paper` has the published one.
+    Raises:
+        ValueError: another stride, or a context smaller than the number of scales.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.4.
     """
@@ -188,7 +217,11 @@ class MDEQFewShot(nn.Module):
 
     @classmethod
     def paper(cls, **settings: Any) -> MDEQFewShot:
-        """The published size: context 400, two scales of 24 channels, expansion 5, 28 × 28."""
+        """The published size: context 400, two scales of 24 channels, expansion 5, 28 × 28.
+
+        Args:
+            **settings: arguments of the class, in place of the published ones.
+        """
         return cls(
             **{"channels": (24, 24), "context": 400, "stride": 1, "expansion": 5, **settings}
         )
@@ -199,7 +232,10 @@ class MDEQFewShot(nn.Module):
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head is linear in: the equilibrium, averaged to 2 × 2 at each scale."""
+        """What the head is linear in, ``(rows, 4 Σ channels)``.
+
+        It is the equilibrium, averaged to 2 × 2 at each scale.
+        """
         bottom, right = (-n % self.multiple for n in x.shape[2:])
         top, left = bottom // 2, right // 2
         u = self.encoder(pad(x, (left, right - left, top, bottom - top)))
@@ -211,7 +247,13 @@ class MDEQFewShot(nn.Module):
 
 
 class SinusoidCell(nn.Module):
-    """``f(z, u, v) = tanh(W z + u + C v)`` with ``‖W‖ ≤ contraction``."""
+    """``f(z, u, v) = tanh(W z + u + C v)`` with ``‖W‖ ≤ contraction``.
+
+    Args:
+        width: entries of the state.
+        context: entries of v.
+        contraction: bound on the Frobenius norm of W. Below 1, f contracts.
+    """
 
     def __init__(self, width: int, context: int, contraction: float = 0.9) -> None:
         super().__init__()
@@ -220,7 +262,13 @@ class SinusoidCell(nn.Module):
         self.contraction = contraction
 
     def forward(self, z: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """``(rows, width)`` for z and u, ``(rows, context)`` for v."""
+        """One evaluation of f.
+
+        Args:
+            z: state, ``(rows, width)``.
+            u: injection, ``(rows, width)``.
+            v: context, ``(rows, context)``.
+        """
         # the Frobenius norm bounds the spectral one
         w = self.weight * (self.contraction / self.weight.norm().clamp(min=self.contraction))
         return torch.tanh(z @ w.T + u + self.modulate(v))

@@ -33,7 +33,17 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 def check_sizes(height: int, width: int, scales: int, stride: int) -> None:
-    """ValueError unless every scale has whole pixels."""
+    """Raise unless every scale has whole pixels.
+
+    Args:
+        height: of the images, in pixels.
+        width: likewise.
+        scales: number of scales, each half as large as the one before.
+        stride: pixels of an image for one of the finest scale, along a side.
+
+    Raises:
+        ValueError: says what height and width must be divisible by.
+    """
     factor = stride * 2 ** (scales - 1)
     if height % factor or width % factor:
         raise ValueError(
@@ -43,7 +53,14 @@ def check_sizes(height: int, width: int, scales: int, stride: int) -> None:
 
 
 class ResidualBlock(nn.Module):
-    """``GN(relu(z + GN(conv(relu(GN(conv z))) + u)))`` at one scale."""
+    """``GN(relu(z + GN(conv(relu(GN(conv z))) + u)))`` at one scale.
+
+    Args:
+        channels: channels of state and injection.
+        expansion: the first convolution has ``expansion · channels`` outputs.
+        groups: groups of every GroupNorm.
+        activation: class of the non-linearity, in place of relu.
+    """
 
     def __init__(
         self, channels: int, expansion: int, groups: int, activation: Activation = nn.ReLU
@@ -58,7 +75,12 @@ class ResidualBlock(nn.Module):
         self.norm3 = _norm(channels, groups)
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
-        """One scale's ``(rows, channels, h, w)``, with what is injected there."""
+        """One evaluation of the block.
+
+        Args:
+            z: state of this scale, ``(rows, channels, h, w)``.
+            u: what is injected there, of the same shape. None: nothing.
+        """
         out = self.conv2(self.activation(self.norm1(self.conv1(z))))
         out = self.norm2(out if u is None else out + u)
         mixed: Tensor = self.norm3(self.activation(out + z))
@@ -72,9 +94,9 @@ class MDEQCell(nn.Module):
     (strided 3×3 convolutions down, a 1×1 convolution and nearest upsampling up) and adds them up.
 
     Args:
-        channels: channels of each scale.
+        channels: channels of each scale, the finest first.
         expansion: widening inside a residual block (the paper: 5).
-        groups: groups of every GroupNorm.
+        groups: groups of every GroupNorm, a divisor of all channels.
         activation: class of the non-linearity.
 
     Raises:
@@ -120,7 +142,15 @@ class MDEQCell(nn.Module):
         return nn.Sequential(*steps)
 
     def initial_state(self, u: Tensor, *coarser: Tensor) -> tuple[Tensor, ...]:
-        """Zeros at every scale; ``u`` is ``(rows, channels[0], h, w)``."""
+        """Zeros at every scale, ``(rows, channels[s], h / 2ˢ, w / 2ˢ)``.
+
+        Args:
+            u: injection of the finest scale, ``(rows, channels[0], h, w)``.
+            *coarser: those of the others, not used.
+
+        Raises:
+            ValueError: a height or width that cannot be halved for every scale.
+        """
         rows, _, height, width = u.shape
         factor = 2 ** (len(self.channels) - 1)
         if height % factor or width % factor:
@@ -133,13 +163,21 @@ class MDEQCell(nn.Module):
         )
 
     def forward(self, z: tuple[Tensor, ...], *u: Tensor) -> tuple[Tensor, ...]:
-        """One evaluation of f; ``u[s]`` is injected at scale s, for as many as there are."""
+        """One evaluation of f.
+
+        Args:
+            z: one state a scale, ``(rows, channels[s], h / 2ˢ, w / 2ˢ)``.
+            *u: injections of the first scales, shaped like their states. The other scales get none.
+
+        Returns:
+            A state shaped like z.
+        """
         return self.fusion(
             [block(z[s], u[s] if s < len(u) else None) for s, block in enumerate(self.blocks)]
         )
 
     def fusion(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Every scale to every other one."""
+        """The sum of all scales at every scale, each brought to its size."""
         fused = []
         for row, post in zip(self.fuse, self.post, strict=True):
             transfers = cast("nn.ModuleList", row)
@@ -152,26 +190,32 @@ class MDEQCell(nn.Module):
 def make_contractive(cell: MDEQCell, state: float = 0.4) -> None:
     """Shrink the residual branch, and the state to a root mean square of ``state``.
 
-    A latent fit through a cell that does not contract learns nothing, and the freshly made one does
-    not: its ``‖J‖²_F / n`` is 1.1, and 0.3 after this.
+    A latent fit through a cell that does not contract learns nothing. A freshly made one does not
+    contract: its ``‖J_z‖²_F / n`` is 1.1, and 0.3 after this.
+
+    Args:
+        cell: changed in place.
+        state: root mean square of each entry of the state.
     """
     for block in cell.blocks:
         conv, gain = cast("ResidualBlock", block).conv2, 0.3
+        # weight normalisation keeps the weight's magnitude in original0
         conv.parametrizations.weight.original0.mul_(gain)  # type: ignore[union-attr,operator]
     for post in cell.post:
+        # what a GroupNorm puts out has the root mean square of its weight
         cast("nn.GroupNorm", cast("nn.Sequential", post)[2]).weight.fill_(state)
 
 
 class MDEQClassifier(nn.Module):
-    """Stem → multiscale equilibrium → head; returns logits.
+    """Stem → multiscale equilibrium → head. It returns logits.
 
     Args:
         in_channels: image channels.
         classes: number of classes.
-        channels: channels of each scale.
-        stride: of the stem; the first scale has ``size / stride`` pixels a side.
+        channels: channels of each scale, the finest first.
+        stride: of the stem. The first scale has ``size / stride`` pixels a side.
         expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, classes)``.
@@ -212,7 +256,7 @@ class MDEQClassifier(nn.Module):
         return self.decode(self.equilibrium(self.encoder(x)))
 
     def decode(self, z: tuple[Tensor, ...]) -> Tensor:
-        """Logits of a state: the head h."""
+        """Logits ``(rows, classes)`` of a state: the head h."""
         pooled = [head(part).flatten(1) for head, part in zip(self.heads, z, strict=True)]
         logits: Tensor = self.classifier(torch.cat(pooled, dim=1))
         return logits

@@ -46,10 +46,10 @@ def load_pretrained(name: str) -> nn.Module:
     """A trained classifier, generator or feature network in eval mode, on the CPU.
 
     Args:
-        name: "digits" (8×8, 1 channel) or "fashion-mnist" (28×28, 1 channel), classifiers;
-            "digits-generator" (latent 16), "fashion-mnist-generator" (latent 64) or
-            "fashion-mnist-spatial" (latent 4×7×7, closer fits), generators;
-            "fashion-mnist-features", which sets of garments are compared by. Images are in [0, 1].
+        name: "digits" (8×8, 1 channel) and "fashion-mnist" (28×28, 1 channel) are classifiers.
+            "digits-generator" (latent 16), "fashion-mnist-generator" (latent 64) and
+            "fashion-mnist-spatial" (latent 4×7×7, closer fits) are generators.
+            "fashion-mnist-features" is what sets of garments are compared by. Images are in [0, 1].
 
     Raises:
         ValueError: an unknown name.

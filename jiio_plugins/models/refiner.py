@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class MDEQRefiner(nn.Module):
     """Generator ``u → u + h(z*)`` with ``z* = f(z*, inject(u))``: u is an image, z* corrects it.
 
-    The last layer of h is zero at first, so a new one is the identity: put behind a trained encoder
-    it starts where that is, and what it learns is how images differ from guesses. A new one's cell
+    The last layer of h is zero at first, so a new one is the identity. Put behind a trained encoder
+    it starts where that is, and it learns how images differ from guesses. The cell of a new one
     contracts, on images between 0 and 1.
 
     Args:
-        image_shape: ``(channels, height, width)``, of latents and images.
-        channels: channels of each scale of the :class:`MDEQCell`.
+        image_shape: ``(channels, height, width)`` in pixels, of latents and images.
+        channels: channels of each scale of the :class:`MDEQCell`, the finest first.
         stride: the finest scale has ``height / stride`` pixels.
         expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Attributes:
         latent_shape: ``image_shape``.
@@ -39,7 +39,7 @@ class MDEQRefiner(nn.Module):
         ``(rows, *image_shape)`` → the same, not bounded.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or latents of another shape.
 
     Source: the cell is that of Bai, Koltun and Kolter (NeurIPS 2020).
     """
@@ -82,7 +82,7 @@ class MDEQRefiner(nn.Module):
         )
 
     def injection(self, u: Tensor) -> tuple[Tensor, ...]:
-        """What the cell sees of the latents at each scale."""
+        """What the cell sees of the latents at each scale, ``(rows, channels[s], h_s, w_s)``."""
         embedded = self.embed(u)
         return tuple(avg_pool2d(conv(embedded), 2**s) for s, conv in enumerate(self.inject))
 
