@@ -25,9 +25,12 @@ _FASHION_HELP = (
 
 
 def load_digits(split: str = "test") -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8×8 digits: images ``(n, 1, 8, 8)`` in [0, 1] and labels ``(n,)``.
+    """scikit-learn's 8×8 digits: images ``(images, 1, 8, 8)`` in [0, 1] and labels ``(images,)``.
 
     The 1,797 images are split once, by a fixed permutation: 1,297 "train", 500 "test".
+
+    Raises:
+        ValueError: another split.
     """
     from sklearn.datasets import load_digits as sklearn_digits
 
@@ -41,7 +44,7 @@ def load_digits(split: str = "test") -> tuple[Tensor, Tensor]:
 
 
 def load_fashion_mnist(folder: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST from ``folder``: images ``(n, 1, 28, 28)`` in [0, 1] and labels ``(n,)``.
+    """Fashion-MNIST: images ``(images, 1, 28, 28)`` in [0, 1] and labels ``(images,)``.
 
     Args:
         folder: torchvision's root, its ``FashionMNIST/raw``, or Debian's
@@ -49,6 +52,7 @@ def load_fashion_mnist(folder: str | Path, split: str = "test") -> tuple[Tensor,
         split: "train" (60,000) or "test" (10,000).
 
     Raises:
+        ValueError: another split, or a damaged file.
         FileNotFoundError: says where to get the files.
     """
     if split not in ("train", "test"):

@@ -37,7 +37,7 @@ SPLITS = ("train", "validation", "test")
 _FORMAT = 1  # part of the cache's name: raise it when the rendering changes
 
 
-_OVERSAMPLING = 2
+_OVERSAMPLING = 2  # drawn and deformed so much larger, then averaged: edges stay smooth
 
 
 _ALIKE = 0.96  # cosine of two characters' images above which they count as one shape
@@ -46,7 +46,7 @@ _ALIKE = 0.96  # cosine of two characters' images above which they count as one 
 _SMALLEST = 5  # characters a script needs
 
 
-_LETTERS = ("Lu", "Ll", "Lo")
+_LETTERS = ("Lu", "Ll", "Lo")  # Unicode categories: upper case, lower case, without case
 
 
 def load_glyphs(
@@ -63,17 +63,17 @@ def load_glyphs(
     """Letters as few-shot classes, rendered at the first call and cached.
 
     Args:
-        split: "train", "validation" or "test": the largest scripts with three fifths of the classes
+        split: "train", "validation" or "test". The largest scripts with three fifths of the classes
             are for training, the others go to test and validation in turn.
         fonts: a folder of ``.ttf`` and ``.otf`` files (``apt install fonts-noto-core``:
-            ``/usr/share/fonts/truetype/noto``); None: the DejaVu faces that matplotlib brings.
+            ``/usr/share/fonts/truetype/noto``). None: the DejaVu faces that matplotlib brings.
         size: pixels a side.
         samples: images of each class, spread over its faces.
-        min_faces: faces a character needs; None: 4 with DejaVu, 2 with a folder.
-        jitter: strength of the deformations; 1: up to 12° of rotation, 15 % of scale and shear, 6 %
-            of the side in shift, and a smooth bend of about 4 %.
+        min_faces: faces a character needs. None: 4 with DejaVu, 2 with a folder.
+        jitter: strength of the deformations. At 1 there are up to 12° of rotation, 15 % of scale
+            and shear, 6 % of the side in shift, and a smooth bend of about 4 %.
         seed: of the jitter.
-        cache: folder of the cache; None: the user's (``XDG_CACHE_HOME``, else ``~/.cache``).
+        cache: folder of the cache. None: the user's (``XDG_CACHE_HOME``, else ``~/.cache``).
 
     Returns:
         Images and names ("GREEK SMALL LETTER ALPHA"). Accented forms are left out, and of
@@ -110,6 +110,9 @@ def script_of(character: str) -> str:
 
 def split_scripts(scripts: Sequence[str]) -> dict[str, str]:
     """Script -> split, from one entry per class.
+
+    The largest scripts train, until they have three fifths of the classes. The others go to test
+    and validation in turn.
 
     Raises:
         ValueError: fewer than three scripts.
@@ -192,7 +195,7 @@ def _render_all(paths: Sequence[Path], settings: dict[str, Any]) -> tuple[Tensor
 
 
 def _draw(face: Any, character: str, side: int) -> Tensor | None:
-    """One character, centred and scaled to fill 70 % of ``(side, side)``; None if it is blank."""
+    """One character, centred and scaled to fill 70 % of ``(side, side)``. None if it is blank."""
     inner = round(0.7 * side)
     face.set_size(inner, 72)
     face.set_text(character)
@@ -234,7 +237,7 @@ def _in_large_scripts(characters: Sequence[str]) -> list[str]:
 
 
 def _deform(shapes: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Random affine maps and smooth bends, then down to the final size; uint8."""
+    """Random affine maps and smooth bends, then down to the final size, as uint8."""
 
     def uniform(*shape: int) -> Tensor:
         return strength * (2 * torch.rand(shape, generator=generator) - 1)

@@ -28,7 +28,13 @@ _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 1000
 
 @dataclass(frozen=True)
 class Images:
-    """Two sets of images ``(n, c, h, w)``, uint8, and the files that could not be read."""
+    """Two sets of images, and the files that could not be read.
+
+    Attributes:
+        train: images to train on, ``(images, c, h, w)``, uint8.
+        held_out: images to judge by, likewise.
+        skipped: files that are no images.
+    """
 
     train: Tensor
     held_out: Tensor
@@ -62,6 +68,9 @@ def load_images(
         folder: of Fashion-MNIST.
         resize: for a folder: crop each image to its central square and scale it to so many pixels.
         without: a folder inside it that is left out: a run writes pictures of its own.
+
+    Returns:
+        :class:`Images`, as bytes.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -102,15 +111,16 @@ def _to_bytes(images: Tensor) -> Tensor:
 def read_files(
     files: Iterable[Path], resize: int | None = None, channels: int | None = None
 ) -> tuple[Tensor, list[Path]]:
-    """Read image files as ``(n, c, h, w)`` uint8; grey if all of them are, else RGB.
+    """Read image files as bytes. They are grey if all of them are, else RGB.
 
     Args:
-        files: what to read; a file that is no image is skipped.
-        resize: side of a central square to crop and scale to; None: take them as they are.
-        channels: 1 or 3; None: as the files have it.
+        files: what to read. A file that is no image is skipped.
+        resize: side in pixels of a central square to crop and scale to. None: take them as they
+            are.
+        channels: 1 or 3. None: as the files have it.
 
     Returns:
-        The images and the files skipped.
+        The images ``(images, c, h, w)``, uint8, and the files skipped.
 
     Raises:
         ValueError: two images of different sizes.
@@ -142,7 +152,7 @@ def read_files(
 
 
 def _as_bytes(image: Image) -> Image:
-    """Grey or RGB with a byte a channel; PIL itself clips sixteen bits instead of scaling them."""
+    """Grey or RGB with a byte a channel. PIL itself clips sixteen bits instead of scaling them."""
     from PIL.Image import fromarray
 
     if image.mode == "F":
@@ -150,7 +160,7 @@ def _as_bytes(image: Image) -> Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode != "I" or values.max() > 255:
-            values = values / 257
+            values = values / 257  # 65535 = 257 · 255
         return fromarray(values.round().clip(0, 255).astype(np.uint8))
     return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 

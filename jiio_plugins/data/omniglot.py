@@ -39,21 +39,26 @@ def load_omniglot(
 
     Args:
         root: torchvision's root. Nothing is downloaded.
-        split: "train" (1,200 classes), "test" (the other 423), or "validation" (100 classes held
-            out of the 1,200; "train" then still has all of them).
+        split: "train" (1,200 classes), "test" (the other 423), or "validation" (100 of the 1,200,
+            which "train" still holds).
         size: pixels a side.
-        rotations: turn each class by 90°, 180° and 270° into three more; None: for training only.
+        rotations: turn each class by 90°, 180° and 270° into three more. None: for training only.
         seed: of the random split over classes.
-        cache: folder of the cache; None: the user's.
+        cache: folder of the cache. None: the user's.
+
+    Returns:
+        Images ``(classes, 20, 1, size, size)`` and the classes' names.
 
     Raises:
+        ValueError: an unknown split.
         FileNotFoundError: says how to fetch the files.
 
-    Source: Lake, Salakhutdinov and Tenenbaum (Science 350, 2015); the split of Santoro et al. (ICML
+    Source: Lake, Salakhutdinov and Tenenbaum (Science 350, 2015), split as by Santoro et al. (ICML
     2016) and Finn, Abbeel and Levine (ICML 2017).
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
+    # the file holds all classes, so one serves every split and seed
     path = cache_folder(cache) / f"omniglot-{size}.safetensors"
     data = load_file(path) if path.is_file() else _read(Path(root), size, path)
     images = data["images"]
@@ -79,6 +84,7 @@ def _read(root: Path, size: int, path: Path) -> dict[str, torch.Tensor]:
             raise FileNotFoundError(_HELP.format(root=root)) from error
         for image, label in tqdm(part, desc="reading Omniglot", unit="image"):
             small = image.resize((size, size), 1)  # Lanczos
+            # drawn in black on white
             ink = np.invert(np.asarray(small.convert("L"), dtype=np.uint8))
             by_class.setdefault(classes + label, []).append(ink)
         classes = max(by_class) + 1
@@ -87,5 +93,5 @@ def _read(root: Path, size: int, path: Path) -> dict[str, torch.Tensor]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part_path = path.with_suffix(".part")
     save_file(out, part_path)
-    part_path.replace(path)
+    part_path.replace(path)  # a reader never sees half a file
     return out

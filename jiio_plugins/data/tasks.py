@@ -1,4 +1,4 @@
-"""Few-shot tasks: classes of images, sampled into support and query sets; sinusoids to fit."""
+"""Few-shot tasks: images by class, drawn into support and query sets, and sinusoids to fit."""
 
 from __future__ import annotations
 
@@ -50,8 +50,11 @@ class ClassImages:
 class Tasks(NamedTuple):
     """Support and query sets of one or more tasks, tasks first.
 
-    Shapes: ``x_support (tasks, ways·shots, ...)``, ``y_support (tasks, ways·shots, ...)``, and the
-    same of the query.
+    Attributes:
+        x_support: inputs to adapt to, ``(tasks, ways·shots, ...)``.
+        y_support: their labels or targets, ``(tasks, ways·shots, ...)``.
+        x_query: inputs to judge by, ``(tasks, ways·queries, ...)``.
+        y_query: their labels or targets, ``(tasks, ways·queries, ...)``.
     """
 
     x_support: Tensor
@@ -73,7 +76,7 @@ def sample_tasks(
     queries: int = 5,
     generator: torch.Generator | None = None,
 ) -> Tasks:
-    """Draw ``tasks`` N-way K-shot tasks; labels are numbered afresh in each.
+    """Draw ``tasks`` N-way K-shot tasks. Labels are numbered afresh in each.
 
     Args:
         data: the classes to draw from.
@@ -81,10 +84,10 @@ def sample_tasks(
         ways: classes of a task.
         shots: images of each class in the support set.
         queries: images of each class in the query set, none of them in the support set.
-        generator: source of randomness; None: the global one.
+        generator: source of randomness. None: the global one.
 
     Returns:
-        Images in [0, 1], float32, and labels ``0 … ways−1``.
+        Images ``(tasks, ways·shots, 1, side, side)`` in [0, 1], float32, and labels ``0 … ways−1``.
 
     Raises:
         ValueError: more ways or images a class than there are.
@@ -119,8 +122,11 @@ class Sinusoids(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         tasks: number of sinusoids.
-        points: of each.
+        points: points of each.
         seed: of amplitudes, phases and points.
+
+    Raises:
+        ValueError: no tasks or no points.
 
     Source: Finn, Abbeel and Levine, "MAML" (ICML 2017), section 5.1.
     """
@@ -152,7 +158,19 @@ class Sinusoids(Dataset[tuple[Tensor, Tensor]]):
         return self.x[task, point], self.y[task, point]
 
     def sample(self, tasks: int, shots: int, generator: torch.Generator | None = None) -> Tasks:
-        """``tasks`` of the sinusoids, ``shots`` support points each, the others as query."""
+        """Draw some of the sinusoids.
+
+        Args:
+            tasks: how many.
+            shots: support points of each. Its other points are the query set.
+            generator: source of randomness. None: the global one.
+
+        Returns:
+            :class:`Tasks` of ``(tasks, shots, 1)`` and ``(tasks, points − shots, 1)``.
+
+        Raises:
+            ValueError: more tasks than sinusoids, or no point left to query.
+        """
         if tasks > len(self.x) or shots >= self.points:
             raise ValueError(
                 f"cannot draw {tasks} tasks of {shots} shots from {len(self.x)} sinusoids of "
