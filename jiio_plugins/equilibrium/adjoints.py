@@ -1,7 +1,7 @@
 """How gradients pass a fixed point ``z* = f(z*, u)``.
 
-For a loss ``ℓ(z*)`` with ``g = ∂ℓ/∂z*`` the exact gradient is ``dℓ/du = (∂f/∂u)ᵀ μ`` where the
-adjoint μ solves ``μ = J_zᵀ μ + g`` (implicit function theorem).
+For a loss ``ℓ(z*)`` with ``g = ∂ℓ/∂z*`` the exact gradient is ``dℓ/du = (∂f/∂u)ᵀ μ``. The adjoint μ
+solves ``μ = J_zᵀ μ + g`` (implicit function theorem).
 """
 
 from __future__ import annotations
@@ -33,11 +33,26 @@ class Adjoint(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """The flat equilibrium of ``f`` from ``z0``, connected to the graph of ``f``."""
+        """Solve the fixed point, and connect the result to the graph of f.
+
+        Args:
+            f: the cell at its injection, on flat states.
+            z0: where to start, ``(rows, n)``.
+            solver: the layer's own.
+
+        Returns:
+            The flat equilibrium, ``(rows, n)``.
+        """
 
 
 def solve_counted(f: CellMap, z0: Tensor, solver: Solver) -> FlatSolution:
-    """Solve from the flat ``z0``, without a graph; open counters learn of it."""
+    """Solve without a graph, and tell open counters what it cost.
+
+    Args:
+        f: the cell at its injection, on flat states.
+        z0: where to start, ``(rows, n)``.
+        solver: what solves.
+    """
     result = iterate(f, z0, solver)
     count(Cost(f_evals=result.evals), result.residual)
     return result
@@ -63,7 +78,7 @@ class Implicit(Adjoint):
     Memory does not depend on the number of iterations of either solve.
 
     Args:
-        solver: for the adjoint equation; None: the layer's own.
+        solver: for the adjoint equation. None: the layer's own.
 
     Not for: second derivatives (``create_graph=True`` raises).
 
@@ -73,7 +88,7 @@ class Implicit(Adjoint):
     solver: Solver | None = None
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then one evaluation with it."""
+        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`."""
         solved = solve_counted(f, z0, solver)
         if not torch.is_grad_enabled():
             return solved.fz
@@ -140,11 +155,11 @@ def implicit_gate(
     """``fz``, whose backward passes the adjoint μ on instead of the incoming gradient g.
 
     Args:
-        fz: ``f(z)`` with its graph.
-        z: flat state that requires grad.
+        fz: ``f(z)`` with its graph, ``(rows, n)``.
+        z: state that requires grad, ``(rows, n)``.
         f: the map.
-        solver: of the adjoint equation; None: μ is ``warm_start(g)`` as it is.
-        warm_start: where the adjoint solve starts, a function of g; None: at g.
+        solver: of the adjoint equation. None: μ is ``warm_start(g)`` as it is.
+        warm_start: where the adjoint solve starts, a function of g. None: at g.
     """
     # a function may come to hold what is made of the output: a cycle that nothing would free
     kept = f if isinstance(f.cell, nn.Module) else None
@@ -153,7 +168,7 @@ def implicit_gate(
 
 
 class _ImplicitGate(torch.autograd.Function):
-    """Identity forward; backward replaces the incoming gradient g by the adjoint μ."""
+    """Identity forward. Backward replaces the incoming gradient g by the adjoint μ."""
 
     @staticmethod
     def forward(
@@ -195,11 +210,16 @@ class _ImplicitGate(torch.autograd.Function):
 class Phantom(Adjoint):
     """Phantom gradient: differentiate through ``steps`` damped evaluations at the equilibrium.
 
-    Cheaper than :class:`Implicit` and biased; meant for training.
+    Each takes ``z⁺ = (1 − damping) z + damping · f(z)``. It is cheaper than :class:`Implicit`,
+    biased, and meant for training.
 
     Args:
-        steps: evaluations with a graph.
-        damping: ``z⁺ = (1 − damping) z + damping f(z)``.
+        steps: evaluations with a graph. Memory grows with them.
+        damping: weight of ``f(z)``, in (0, 1].
+
+    Raises:
+        TypeError: steps that are no integer.
+        ValueError: no steps, or a damping out of its range.
 
     Source: Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models" (NeurIPS 2021).
     """
@@ -212,7 +232,7 @@ class Phantom(Adjoint):
         check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then ``steps`` evaluations with it."""
+        """Solve without a graph, then ``steps`` evaluations with it. See :class:`Adjoint`."""
         z = solve_counted(f, z0, solver).z.detach()
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping)
@@ -222,24 +242,30 @@ class Phantom(Adjoint):
 
 @dataclass(frozen=True, kw_only=True)
 class JacobianFree(Adjoint):
-    """Jacobian-free gradient: replace ``(I − J)⁻¹`` by the identity, ``dℓ/du ≈ (∂f/∂u)ᵀ g``.
+    """Jacobian-free gradient: replace ``(I − J_z)⁻¹`` by the identity, ``dℓ/du ≈ (∂f/∂u)ᵀ g``.
 
     Source: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks" (AAAI 2022).
     """
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then one evaluation with it."""
+        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`."""
         return Phantom(steps=1, damping=1.0).forward(f, z0, solver)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(Adjoint):
-    """Differentiate through ``steps`` plain iterations from the initial state.
+    """Differentiate through ``steps`` iterations ``z⁺ = (1 − damping) z + damping · f(z)``.
 
-    The layer's solver is unused.
+    They start at the initial state, and the layer's solver is unused. Use it for checks of other
+    gradients, and for attacks that must not trust an implicit one.
 
-    Memory grows with ``steps``. For checks of other gradients and for attacks that must not trust
-    an implicit one.
+    Args:
+        steps: iterations, all in the graph. Memory grows with them.
+        damping: weight of ``f(z)``, in (0, 1].
+
+    Raises:
+        TypeError: steps that are no integer.
+        ValueError: no steps, or a damping out of its range.
     """
 
     steps: int = 30
@@ -250,7 +276,7 @@ class Unrolled(Adjoint):
         check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Plain iterations, all in the graph."""
+        """Plain iterations, all in the graph. See :class:`Adjoint`."""
         z = z0
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)

@@ -30,19 +30,28 @@ _COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 class CellMap:
     """``z -> cell(z, *injection)`` on flat states, restrictable to rows of the batch.
 
-    ``cell`` may be a function that holds its injection itself; that one cannot be restricted.
+    Args:
+        cell: ``cell(z, *injection) -> z``. A function that holds its injection itself is accepted
+            too, but cannot be restricted.
+        injection: what the layer was called with. Tensors are batch first, or one row for all.
+        layout: shapes of the cell's state.
     """
 
     def __init__(self, cell: Callable[..., Any], injection: Sequence[Any], layout: Layout) -> None:
         self.cell, self.injection, self.layout = cell, tuple(injection), layout
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``f(z)``, flat."""
+        """``f(z)``, flat, ``(rows, n)``."""
         # under autocast the cell may answer in another precision; the iteration keeps z's
         return self.layout.pack(self.evaluate(self.layout.unpack(z))).to(z.dtype)
 
     def evaluate(self, state: Any) -> Any:
-        """The cell on a structured state, its output's shape checked."""
+        """The cell on a state as it has it, a tensor or a tuple.
+
+        Raises:
+            RuntimeError: the cell changes its state or its injection in place, or fails itself.
+            ValueError: its output has another shape than its state.
+        """
         rows = len(state[0] if self.layout.is_tuple else state)
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
         if torch.is_inference_mode_enabled():  # where torch does not count changes
@@ -67,7 +76,7 @@ class CellMap:
         return out
 
     def restrict(self, rows: Tensor) -> CellMap | None:
-        """The same map for some rows; injected tensors are batch first, or one row for all.
+        """The same map for the rows of these indices.
 
         None for a cell with dropout or batch statistics at work: fewer rows would change those.
         """
@@ -79,7 +88,11 @@ class CellMap:
         return CellMap(self.cell, injection, self.layout)
 
     def check_rows(self, rows: int) -> None:
-        """Raise if an injected tensor has neither the state's rows nor one for all of them."""
+        """Raise unless each injected tensor has the state's rows, or one row for all of them.
+
+        Raises:
+            ValueError: one has neither.
+        """
         for u in tree_leaves(self.injection):
             if _has_rows(u) and len(u) != rows:
                 raise ValueError(
@@ -96,5 +109,5 @@ def _versions(tree: Any) -> list[int]:
 
 
 def _has_rows(u: Any) -> bool:
-    """Whether rows of ``u`` are rows of the batch; a number or a single row is for all of them."""
+    """Whether rows of ``u`` are rows of the batch. A number or a single row is for all of them."""
     return isinstance(u, Tensor) and u.ndim > 0 and len(u) != 1

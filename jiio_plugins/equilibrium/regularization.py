@@ -22,14 +22,20 @@ def jacobian_penalty(
 ) -> Tensor:
     """Hutchinson estimate of ``‖J_z‖²_F / n`` per row, averaged over rows: a differentiable scalar.
 
-    ``‖J‖²_F = E‖Jᵀε‖²`` for ε with unit covariance. z is held constant.
+    ``‖J_z‖²_F = E‖J_zᵀξ‖²`` for ξ with unit covariance. z is held constant.
 
     Args:
         cell: the cell of an :class:`jiio_plugins.Equilibrium`.
-        z: state, tensor or tuple, batch first; usually the equilibrium.
-        injection: what the layer was called with.
-        probes: number of Gaussian ε.
-        generator: source of the probes; None: the global one.
+        z: state, tensor or tuple, batch first. Usually it is the equilibrium.
+        *injection: what the layer was called with.
+        probes: number of Gaussian ξ. Each costs one VJP.
+        generator: source of the probes. None: the global one.
+
+    Returns:
+        A scalar with a graph, to add to a training loss.
+
+    Raises:
+        ValueError: no probes.
 
     Source: Bai, Koltun and Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization"
     (ICML 2021), eq. 8.

@@ -1,8 +1,8 @@
 """Fixed-point solvers: small frozen dataclasses and one loop that runs them all.
 
 Solves ``z = f(z)`` for every row of a batch by itself. A row stops when
-``‖f(z) − z‖ ≤ tol · ‖f(z)‖`` and costs nothing from then on: on a CPU the batch is compacted, on an
-accelerator the row is frozen (compacting would make the host wait).
+``‖f(z) − z‖ ≤ tol · ‖f(z)‖`` and costs nothing from then on. On a CPU the batch is compacted. On an
+accelerator the row is frozen, since compacting would make the host wait.
 """
 
 from __future__ import annotations
@@ -32,27 +32,36 @@ _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compac
 
 
 class FlatMap(Protocol):
-    """``f`` on flat states; ``restrict`` gives the same map for some of the rows."""
+    """``f`` on flat states. ``restrict`` gives the same map for some of the rows."""
 
     def __call__(self, z: Tensor, /) -> Tensor:
-        """``f(z)``, flat."""
+        """``f(z)``, flat, ``(rows, n)``."""
         ...
 
     def restrict(self, rows: Tensor, /) -> FlatMap | None:
-        """The map for ``rows``, or None where the map cannot be split."""
+        """The map for the rows of these indices, or None where the map cannot be split."""
 
 
 class SolverState(abc.ABC):
-    """What a solver remembers; every tensor in it is batch first."""
+    """What a solver remembers. Every tensor in it is batch first."""
 
     @abc.abstractmethod
     def advance(
         self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
     ) -> Tensor:
-        """The next iterate; rows in ``reject`` restart from the best one, as the loop does."""
+        """The next iterate, ``(rows, n)``.
+
+        Args:
+            z: the iterate, ``(rows, n)``.
+            fz: ``f(z)``, ``(rows, n)``.
+            reject: rows whose step the loop takes back, bool ``(rows,)``. It restarts them from
+                their best iterate, so the history must do the same.
+            z_best: iterate of least residual so far, ``(rows, n)``.
+            f_best: ``f(z_best)``, ``(rows, n)``.
+        """
 
     def restrict(self, rows: Tensor) -> None:
-        """Keep these rows only."""
+        """Keep the rows of these indices only."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[rows])
@@ -64,8 +73,12 @@ class Solver(abc.ABC):
 
     Args:
         max_iter: evaluations of f at most, per row.
-        tol: relative residual ``‖f(z) − z‖ / ‖f(z)‖`` at which a row stops.
-        abs_tol: a residual ``‖f(z) − z‖`` below this stops a row too (fixed points at zero).
+        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
+        abs_tol: the absolute part of that, in the units of z. It is for fixed points at zero.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range.
     """
 
     max_iter: int = 50
@@ -91,11 +104,19 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def start(self, z: Tensor) -> SolverState:
-        """Fresh history for the flat state ``z``."""
+        """Fresh history for the flat state ``z`` ``(rows, n)``."""
 
 
 def check_solver(solver: Any, name: str) -> None:
-    """TypeError unless it is a :class:`Solver` or None."""
+    """Raise unless it is a :class:`Solver` or None.
+
+    Args:
+        solver: what was given.
+        name: what the message calls it.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if solver is not None and not isinstance(solver, Solver):
         raise TypeError(
             f"{name} must be Anderson(...), Picard(...) or Broyden(...), got {solver!r}"
@@ -103,7 +124,16 @@ def check_solver(solver: Any, name: str) -> None:
 
 
 def check_positive(name: str, value: float, upper: float = float("inf")) -> None:
-    """ValueError unless it is above 0, and not above ``upper``."""
+    """Raise unless a number is in ``(0, upper]``.
+
+    Args:
+        name: what the message calls it.
+        value: what was given.
+        upper: largest number accepted.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not 0 < value <= upper:
         limit = "" if upper == float("inf") else f" and at most {upper:g}"
         raise ValueError(f"{name} must be above 0{limit}, got {value}")
@@ -114,7 +144,16 @@ class Picard(Solver):
     """Plain damped iteration ``z⁺ = z + damping · (f(z) − z)``.
 
     Args:
-        damping: step length, in (0, 2); above 1 it over-relaxes.
+        max_iter: evaluations of f at most, per row.
+        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
+        abs_tol: the absolute part of that, in the units of z.
+        damping: step length, in (0, 2]. Above 1 it over-relaxes.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range.
+
+    Not for: cells that do not contract. No step is taken back there, so use :class:`Anderson`.
     """
 
     damping: float = 1.0
@@ -149,17 +188,23 @@ class Anderson(Solver):
 
     With residuals ``r_k = f(z_k) − z_k`` and the last ``memory`` differences ``Y = [Δr]``,
     ``D = [Δf]`` it takes ``γ = argmin ‖r_k − Yγ‖²`` and
-    ``z⁺ = f(z_k) − Dγ − (1 − damping)(r_k − Yγ)``.
-    The columns of Y are normalised first, so the ridge means the same at residual 1 and 1e-12: an
-    absolute ridge stalls.
+    ``z⁺ = f(z_k) − Dγ − (1 − damping)(r_k − Yγ)``. The columns of Y are normalised first, so the
+    ridge means the same at residual 1 and 1e-12: an absolute ridge stalls.
 
     Args:
-        memory: differences kept.
+        max_iter: evaluations of f at most, per row.
+        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
+        abs_tol: the absolute part of that, in the units of z.
+        memory: differences kept. Each takes the memory of two states.
         damping: β in (0, 1].
-        ridge: added to the unit diagonal of the normalised Gram matrix; None: ten times the
-            dtype's epsilon.
+        ridge: added to the unit diagonal of the normalised Gram matrix. None: ten times the dtype's
+            epsilon.
 
-    Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2; safeguarded restarts as in
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range.
+
+    Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2. Safeguarded restarts are as in
     Zhang, O'Donoghue and Boyd, SIAM J. Optim. 30 (2020).
     """
 
@@ -188,6 +233,7 @@ class _AndersonState(SolverState):
         self.y = z.new_zeros(rows, self.memory, n)
         self.d = z.new_zeros(rows, self.memory, n)
         # a column that is given up is not overwritten, which would cost a pass over the history
+        # the normal equations square Y's condition number, so they are solved in float64
         self.gram = z.new_zeros(rows, self.memory, self.memory, dtype=torch.float64)
         self.valid = torch.zeros(rows, self.memory, dtype=torch.bool, device=z.device)
         self.r_last: Tensor | None = None
@@ -226,7 +272,7 @@ class _AndersonState(SolverState):
         return z_next
 
     def _weights(self, r: Tensor) -> Tensor:
-        """γ of the least squares, ``(rows, 1, memory)``; zero where the solve failed."""
+        """γ of the least squares, ``(rows, 1, memory)``. It is zero where the solve failed."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
         gram = self.gram * scale.unsqueeze(1) * scale.unsqueeze(2)
@@ -247,7 +293,14 @@ class Broyden(Solver):
     ``z⁺ = z − H g(z)`` with ``H₀ = −I`` and ``H⁺ = H + (Δz − HΔg) ΔzᵀH / (ΔzᵀHΔg)``.
 
     Args:
-        memory: rank kept; when it is full the update starts afresh.
+        max_iter: evaluations of f at most, per row.
+        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
+        abs_tol: the absolute part of that, in the units of z.
+        memory: rank kept. When it is full the update starts afresh.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models" (NeurIPS 2019), section 3.2.
     """
@@ -288,7 +341,7 @@ class _BroydenState(SolverState):
         g = fz - z
         if self.z_last is not None and self.g_last is not None:
             slot = self.count % self.u.shape[1]
-            if slot == 0:
+            if slot == 0:  # each pair was made with H as it was, so none can be dropped alone
                 self.u.zero_()
                 self.v.zero_()
             s, y = z - self.z_last, g - self.g_last
@@ -308,8 +361,8 @@ class _BroydenState(SolverState):
 class HostFlag:
     """Whether all rows are done, without making the host wait for an accelerator.
 
-    On a CPU the answer is immediate. On CUDA it is that of an earlier iteration: copied to pinned
-    memory in the background and read once the copy has arrived.
+    On a CPU the answer is immediate. On CUDA it is that of an earlier iteration: it is copied to
+    pinned memory in the background and read once the copy has arrived.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -337,10 +390,16 @@ class HostFlag:
 
 @dataclass
 class FlatSolution:
-    """Outcome of :func:`iterate`: best state per row, its image, residual, cost, status.
+    """Outcome of :func:`iterate`, one entry per row.
 
     Attributes:
-        size, first_size: ‖f(z) − z‖ of that state and of the first one.
+        z: iterate of least residual, ``(rows, n)``.
+        fz: ``f(z)`` there, ``(rows, n)``.
+        residual: ``‖f(z) − z‖ / ‖f(z)‖`` there, ``(rows,)``.
+        evals: evaluations of f, float ``(rows,)``.
+        status: :class:`Status` codes, int8 ``(rows,)``.
+        size: ``‖f(z) − z‖`` of that iterate, ``(rows,)``.
+        first_size: the same of the first iterate where it was finite.
     """
 
     z: Tensor
@@ -352,13 +411,18 @@ class FlatSolution:
     first_size: Tensor
 
     def write(self, rows: Tensor, other: FlatSolution) -> None:
-        """Put ``other``'s rows at ``rows``."""
+        """Put another solution's rows in.
+
+        Args:
+            rows: where they belong here, indices.
+            other: the rows, in the order of ``rows``.
+        """
         for name in FlatSolution.__annotations__:
             getattr(self, name)[rows] = getattr(other, name)
 
 
 class _Running:
-    """The rows still in the loop: iterate, best iterate, flags. All tensors batch first."""
+    """The rows still in the loop: iterate, best iterate, flags. All tensors are batch first."""
 
     def __init__(self, z: Tensor) -> None:
         rows = len(z)
@@ -376,7 +440,7 @@ class _Running:
         self.nonfinite = ~self.active
 
     def observe(self, fz: Tensor, solver: Solver) -> Tensor:
-        """Take in ``f(z)``; returns the rows whose step is to be taken back."""
+        """Take in ``f(z)``, and tell the rows whose step is to be taken back, bool ``(rows,)``."""
         r = row_norm(fz - self.z)
         finite = torch.isfinite(r)
         self.evals = self.evals + self.active
@@ -410,7 +474,7 @@ class _Running:
         return (self.fails >= _PATIENCE) | (at_floor & (self.idle >= _IDLE))
 
     def advance(self, z_next: Tensor, reject: Tensor) -> None:
-        """Move on; rejected rows go back to the best iterate and try ever shorter plain steps."""
+        """Move on. Rejected rows go back to the best iterate and try ever shorter plain steps."""
         step = (0.5**self.fails).clamp(max=1.0)[:, None].to(self.z.dtype)
         plain = self.z_best + step * (self.f_best - self.z_best)
         z_next = torch.where(reject[:, None], plain, z_next)
@@ -441,7 +505,16 @@ class _Running:
 
 @torch.no_grad()
 def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
-    """Run ``solver`` on the flat map ``f`` from ``z0`` ``(rows, n)``; the best iterate per row."""
+    """Run a solver on a flat map.
+
+    Args:
+        f: the map.
+        z0: where to start, ``(rows, n)``.
+        solver: what takes the steps.
+
+    Returns:
+        The iterate of least residual per row, as a :class:`FlatSolution`.
+    """
     run = _Running(z0.detach())
     rows = torch.arange(len(z0), device=z0.device)
     out: FlatSolution | None = None
@@ -453,6 +526,7 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
     for k in range(solver.max_iter):
         fz = f(run.z)
         reject = run.observe(fz, solver)
+        # the best iterate is returned, so after the last evaluation there is no step to take
         if k + 1 == solver.max_iter or all_done(~run.active.any()):
             break
         run.advance(state.advance(run.z, fz, reject, run.z_best, run.f_best), reject)
@@ -498,12 +572,13 @@ def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = 
 
     Returns:
         A :class:`Solution` with ``z`` (the iterate of least residual per row), ``status`` and
-        ``stats``; ``x``, ``costate``, ``value`` and ``output`` are None. No gradients: for those,
-        use :class:`jiio_plugins.Equilibrium`.
+        ``stats``. The other fields, ``x``, ``costate``, ``value`` and ``output``, are None.
 
     Raises:
         ValueError: f returns another shape than it was given.
         TypeError: z0 is not a tensor or tuple of floating-point tensors.
+
+    Not for: gradients. :class:`jiio_plugins.Equilibrium` has them.
     """
     layout = Layout.of(z0)
     flat0 = layout.pack(z0)

@@ -19,7 +19,15 @@ State = Tensor | tuple[Tensor, ...]
 
 
 def as_tensors(state: Any, what: str = "state") -> tuple[Tensor, ...]:
-    """The tensors of a state; an error that says what is accepted for anything else."""
+    """The tensors of a state.
+
+    Args:
+        state: a batch-first tensor, or a tuple or list of them.
+        what: what the message calls it.
+
+    Raises:
+        TypeError: anything else was given.
+    """
     tensors = tuple(state) if isinstance(state, (tuple, list)) else (state,)
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.ndim == 0:
@@ -32,14 +40,19 @@ def as_tensors(state: Any, what: str = "state") -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes behind a flat state: ``pack`` and ``unpack`` are inverse to each other."""
+    """Shapes behind a flat state: ``pack`` and ``unpack`` are inverse to each other.
+
+    Attributes:
+        shapes: of each tensor, without its rows.
+        is_tuple: whether the state is a tuple, which may hold one tensor only.
+    """
 
     shapes: tuple[torch.Size, ...]
     is_tuple: bool
 
     @classmethod
     def of(cls, state: Any) -> Layout:
-        """The layout of ``state``, batch dimension left out."""
+        """The layout of ``state``, its rows left out."""
         tensors = as_tensors(state)
         return cls(tuple(t.shape[1:] for t in tensors), isinstance(state, (tuple, list)))
 
@@ -61,7 +74,17 @@ class Layout:
         return tensors if self.is_tuple else tensors[0]
 
     def check(self, state: Any, rows: int, what: str) -> None:
-        """Raise unless ``state`` has this layout."""
+        """Raise unless a state has this layout.
+
+        Args:
+            state: a tensor or a tuple of tensors.
+            rows: rows it must have.
+            what: what the message calls it.
+
+        Raises:
+            TypeError: it holds something that is no tensor.
+            ValueError: it has another shape or structure.
+        """
         got = [tuple(t.shape) for t in as_tensors(state, what)]
         wanted = [(rows, *shape) for shape in self.shapes]
         is_tuple = isinstance(state, (tuple, list))
@@ -76,18 +99,18 @@ class Layout:
 
 
 class StateLayout:
-    """Several layers' states side by side in one flat matrix."""
+    """Several layers' states side by side in one flat matrix, ``(rows, n)``."""
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self.layouts = tuple(layouts)
         self.sizes = [sum(layout.sizes) for layout in self.layouts]
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """The flat state of each layer."""
+        """The flat state of each layer, from all of them ``(rows, n)``."""
         return list(flat.split(self.sizes, dim=1)) if len(self.sizes) > 1 else [flat]
 
     def unpack(self, flat: Tensor) -> Any:
-        """The one layer's state as its cell has it; a tuple over layers if there are several."""
+        """The one layer's state as its cell has it. Of several layers, a tuple over them."""
         parts = [
             layout.unpack(part) for layout, part in zip(self.layouts, self.split(flat), strict=True)
         ]
@@ -113,17 +136,22 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
 
 
 def surely_none(mask: Tensor) -> bool:
-    """Whether no entry is set; on an accelerator, where asking would make the host wait, False."""
+    """Whether no entry is set. On an accelerator, where asking would make the host wait, False."""
     return mask.device.type == "cpu" and not bool(mask.any())
 
 
 def surely_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite, by one sum; False where that is in doubt, or would wait."""
+    """Whether all entries are finite, by one sum. False where that is in doubt, or would wait."""
     return tensor.device.type == "cpu" and math.isfinite(float(tensor.detach().sum()))
 
 
 def relative(residual: Tensor, image: Tensor) -> Tensor:
-    """‖residual‖ / ‖image‖ per row."""
+    """Relative residual of each row, ``(rows,)``.
+
+    Args:
+        residual: ``f(z) − z``, ``(rows, n)``.
+        image: ``f(z)``, ``(rows, n)``.
+    """
     return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
 
 
