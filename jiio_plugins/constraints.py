@@ -1,7 +1,7 @@
 """Constraint sets on the optimised variable: balls, boxes, masks, and their intersection.
 
-Every set is given in the units of x and bound to a starting point when an optimisation begins; all
-of them become one :class:`FeasibleSet`, ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε, v = c off the mask}``.
+Every set is given in the units of x. It is bound to a starting point when an optimisation begins.
+All of them become one :class:`FeasibleSet`, ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε, v = c off the mask}``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ Number = float | Tensor
 
 @dataclass
 class FeasibleSet:
-    """A box and at most one ball around ``center``; all tensors flat, ``(problems, d)``.
+    """A box and at most one ball around ``center``: ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε}``.
 
     Attributes:
-        center: c.
-        lower, upper: box (an L∞ ball is one).
-        norm: norm of the ball (1, 2 or inf), None without one; it sets the steepest direction.
-        radius: ε, ``(problems, 1)``; None without a ball.
-        mask: entries that may change, or None.
+        center: c, ``(problems, d)``.
+        lower: l, ``(problems, d)``, or None. An L∞ ball is a box too.
+        upper: the box's other bound, likewise.
+        norm: p of the ball (1, 2 or inf), None without one. It sets the steepest direction.
+        radius: ε, ``(problems, 1)``, None without a ball.
+        mask: entries that may change, bool ``(problems, d)``. None: all. The others stay at c.
     """
 
     center: Tensor
@@ -40,7 +41,7 @@ class FeasibleSet:
     mask: Tensor | None = None
 
     def restrict(self, rows: Tensor) -> FeasibleSet:
-        """The set for some of the problems."""
+        """The set for the problems of these indices."""
         return self._each(lambda t: t[rows])
 
     def detach(self) -> FeasibleSet:
@@ -53,7 +54,7 @@ class FeasibleSet:
         return replace(self, **changed)
 
     def clip(self, v: Tensor) -> Tensor:
-        """Projection on the box and the mask."""
+        """Projection of v ``(problems, d)`` on the box and the mask."""
         if self.lower is not None:
             v = torch.maximum(v, self.lower)
         if self.upper is not None:
@@ -61,7 +62,10 @@ class FeasibleSet:
         return v if self.mask is None else torch.where(self.mask, v, self.center)
 
     def project(self, v: Tensor) -> Tensor:
-        """Euclidean projection of every row on the whole set (exact; no host synchronisation)."""
+        """Euclidean projection of every row of v ``(problems, d)`` on the whole set.
+
+        It is exact, and the host does not wait for an accelerator.
+        """
         if self.radius is None or self.norm not in (1, 2):
             return self.clip(v)
         d = v - self.center
@@ -113,9 +117,13 @@ class FeasibleSet:
         return torch.where(free, self.center + torch.where(curved, on_ball, d), at_bound)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A random point: uniform in the ball (or box), then projected on the whole set.
+        """A random point, ``(problems, d)``.
 
-        A row's depends on the generator and on which row it is, not on how many there are.
+        It is uniform in the ball (or box), then projected on the whole set. A row's depends on the
+        generator and on which row it is, not on how many there are.
+
+        Raises:
+            ValueError: neither a ball nor a bounded box.
         """
         c = self.center
         uniform = _uniform_rows(c, generator)
@@ -148,10 +156,14 @@ class FeasibleSet:
         return torch.where(d >= 0, up + zero, down + zero).clamp(min=0)
 
     def descent_direction(self, g: Tensor, v: Tensor) -> Tensor:
-        """Steepest descent of length one in the ball's norm; −g without a ball.
+        """Steepest descent of length one in the ball's norm. Without a ball it is −g.
 
         Entries that sit at a bound and would be pushed through it are left out first, so they do
         not take part of the step's length.
+
+        Args:
+            g: gradient, ``(problems, d)``.
+            v: where it was taken, ``(problems, d)``.
         """
         if self.mask is not None:
             g = torch.where(self.mask, g, 0)
@@ -191,13 +203,13 @@ def _uniform_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _shrink_l2(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     """``clip(t·d)`` with the largest t ≤ 1 that keeps its norm at ``radius``.
 
-    With the clipped entries fixed, t has a closed form; it only grows while entries are added, so
+    With the clipped entries fixed, t has a closed form. It only grows while entries are added, so
     every iterate is feasible and the iteration is finite.
     """
     size = d.abs()
     square, room_square, budget = d.square(), room.square(), radius.square()
     t = (radius / torch.linalg.vector_norm(d, dim=1, keepdim=True)).nan_to_num(1.0).clamp(max=1)
-    for _ in range(16):
+    for _ in range(16):  # an accelerator is not asked whether it is done: that would make it wait
         clipped = size * t >= room
         fixed = torch.where(clipped, room_square, 0).sum(1, keepdim=True)
         free = torch.where(clipped, 0, square).sum(1, keepdim=True)
@@ -217,6 +229,7 @@ def _shrink_l1(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     low = torch.zeros_like(radius)
     high = size.amax(1, keepdim=True)
     fits = torch.minimum(size, room).sum(1, keepdim=True) <= radius
+    # bisection: each step halves the interval, so these reach the precision of the dtype
     for _ in range(60 if d.dtype == torch.float64 else 32):
         middle = (low + high) / 2
         over = torch.minimum((size - middle).clamp(min=0), room).sum(1, keepdim=True) > radius
@@ -230,7 +243,11 @@ class Constraint(abc.ABC):
 
     @abc.abstractmethod
     def bind(self, start: Tensor) -> FeasibleSet:
-        """The set around ``start`` ``(problems, ...)``, flat."""
+        """The set around ``start`` ``(problems, ...)``, flat.
+
+        Raises:
+            ValueError: a number or shape that does not fit ``start``.
+        """
 
 
 def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
@@ -277,9 +294,9 @@ class L2Ball(_Ball):
     """``‖x − center‖₂ ≤ radius``.
 
     Args:
-        radius: number, or one per sample ``(batch,)``, in the units of x.
-        center: shape of x; None: the starting point.
-        mask: keyword only, broadcastable to x; entries where it is False or 0 stay at the center.
+        radius: ε in the units of x, a number or one per problem ``(problems,)``.
+        center: shape of x. None: the starting point.
+        mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
     """
 
     def bind(self, start: Tensor) -> FeasibleSet:
@@ -290,7 +307,13 @@ class L2Ball(_Ball):
 
 @dataclass(frozen=True, eq=False)
 class L1Ball(_Ball):
-    """``‖x − center‖₁ ≤ radius``; arguments as in :class:`L2Ball`."""
+    """``‖x − center‖₁ ≤ radius``.
+
+    Args:
+        radius: ε in the units of x, a number or one per problem ``(problems,)``.
+        center: shape of x. None: the starting point.
+        mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
+    """
 
     def bind(self, start: Tensor) -> FeasibleSet:
         """See :class:`Constraint`."""
@@ -300,7 +323,13 @@ class L1Ball(_Ball):
 
 @dataclass(frozen=True, eq=False)
 class LinfBall(_Ball):
-    """``max |x − center| ≤ radius``; arguments as in :class:`L2Ball`."""
+    """``max |x − center| ≤ radius``.
+
+    Args:
+        radius: ε in the units of x, a number or one per problem ``(problems,)``.
+        center: shape of x. None: the starting point.
+        mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
+    """
 
     def bind(self, start: Tensor) -> FeasibleSet:
         """See :class:`Constraint`."""
@@ -310,7 +339,12 @@ class LinfBall(_Ball):
 
 @dataclass(frozen=True, eq=False)
 class Box(Constraint):
-    """``lower ≤ x ≤ upper``; numbers or tensors that broadcast to x."""
+    """``lower ≤ x ≤ upper``.
+
+    Args:
+        lower: least value, a number or a tensor that broadcasts to x. −inf: no bound.
+        upper: largest value, likewise.
+    """
 
     lower: Number
     upper: Number
@@ -336,6 +370,13 @@ class Intersection(Constraint):
     """Points in all of the given sets: any boxes, any L∞ balls, and at most one L1 or L2 ball.
 
     The projection is exact. The ball's centre must lie in the box.
+
+    Args:
+        *sets: constraint sets, or iterables of them.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: two curved balls. When bound: bounds that cross, or a centre outside the box.
     """
 
     def __init__(self, *sets: Constraint | Iterable[Constraint]) -> None:
@@ -375,7 +416,11 @@ class Intersection(Constraint):
 
 
 def check_constraint(constraint: Constraint | None) -> Constraint | None:
-    """The constraint; TypeError for anything else."""
+    """The constraint as it is, or None.
+
+    Raises:
+        TypeError: anything else was given.
+    """
     if constraint is not None and not isinstance(constraint, Constraint):
         raise TypeError(
             "constraint must be an L2Ball, LinfBall, L1Ball, Box or Intersection, "

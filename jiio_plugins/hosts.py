@@ -44,7 +44,7 @@ def load_adapter(name: str) -> ModuleType:
 
     Raises:
         ValueError: no adapter of that name.
-        ImportError: the host library is missing; the message has the command that installs it.
+        ImportError: the host library is missing. The message has the command that installs it.
     """
     adapters = available_adapters()
     if name not in adapters:

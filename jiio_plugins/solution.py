@@ -67,13 +67,14 @@ _MESSAGES = {
 
 @dataclass
 class Residuals:
-    """How far an implicit gradient can be trusted; one entry per problem.
+    """How far an implicit gradient can be trusted, one entry per problem.
 
     Attributes:
-        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution, the largest of the three
-            blocks, ``(problems,)``.
-        adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ; None before a gradient was taken.
-        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took; None likewise.
+        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution ``w = (z, μ, v)``, the largest
+            of the three blocks, ``(problems,)``.
+        adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ, ``(problems,)``. None before a
+            gradient was taken.
+        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took, ``(problems,)``. None likewise.
     """
 
     joint: Tensor
@@ -83,17 +84,17 @@ class Residuals:
 
 @dataclass(frozen=True)
 class Stats:
-    """What it cost and how well it ended; one entry per row or per problem.
+    """What it cost and how well it ended, one entry per row or per problem.
 
     Attributes:
         f_evals: evaluations of the cell f, float ``(rows,)``. Everything used to choose the answer
-            is in it; the final verification, which every method shares, is not.
+            is in it. The final verification, which every method shares, is not.
         vjps: vector-Jacobian products, float ``(rows,)``.
         iterations: iterations of the loop, ``(rows,)``.
-        z_residual: ‖f(z) − z‖ / ‖f(z)‖ of the returned state, ``(rows,)``.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the returned state, ``(rows,)``.
         costate_residual: the same of the adjoint equation at the loop's last iterate, ``(rows,)``.
         verification_f_evals: evaluations spent in the final verification, ``(rows,)``.
-        verification_seconds: what it took, by the host's clock.
+        verification_seconds: what it took, in seconds by the host's clock.
         model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
         model_output: that call's output.
         implicit: with ``differentiable=True``: how accurate the gradient of ``x`` is
@@ -126,11 +127,12 @@ class Solution:
     """Result of :func:`solve_fixed_point` or :func:`optimize_input`.
 
     Attributes:
-        x: the optimised input, or a dict of the optimised parameters; None for a plain solve.
-        z: the equilibrium state (tensor or tuple as the cell has it; tuple over layers if several).
+        x: the optimised input, or a dict of the optimised parameters. None for a plain solve.
+        z: the equilibrium state, a tensor or tuple as the cell has it. Of several layers, a tuple
+            over them.
         costate: the adjoint μ in the layout of ``z``, or None.
-        value: verified objective per problem, ``(problems,)``, or None for a plain solve.
-        status: ``Status`` codes as an int8 tensor, ``(rows,)`` or ``(problems,)``.
+        value: verified objective ℓ per problem, ``(problems,)``. None for a plain solve.
+        status: :class:`Status` codes, int8, ``(rows,)`` of a plain solve, else ``(problems,)``.
         stats: costs and residuals.
         output: ``model(x)`` from the verification solve, or None.
     """

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether it is an integer, numpy's included, not below ``least``; booleans are none."""
+    """Whether it is an integer, numpy's included, not below a least one.
+
+    Args:
+        value: what was given. A boolean is no integer here.
+        least: smallest integer accepted.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         return False
     return int(value) >= least
@@ -22,7 +27,16 @@ def outside_inference(tensor: Tensor) -> Tensor:
 
 
 def check_counts(settings: object, **least: int) -> None:
-    """Raise unless these attributes are integers, none below its least."""
+    """Raise unless these attributes are integers, none below its least.
+
+    Args:
+        settings: what has the attributes.
+        **least: name of an attribute = smallest integer accepted.
+
+    Raises:
+        TypeError: an attribute that is no integer.
+        ValueError: one below its least.
+    """
     for name, smallest in least.items():
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, Integral):

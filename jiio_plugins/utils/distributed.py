@@ -17,8 +17,11 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
     """Fabric on one process, or DistributedDataParallel on those that torchrun started.
 
     Args:
-        accelerator: as in Fabric: cpu, cuda, auto.
+        accelerator: as in Fabric: cpu, gpu, cuda, auto.
         **options: further arguments of ``Fabric``, such as ``precision``.
+
+    Returns:
+        Fabric, launched.
 
     Raises:
         ValueError: a GPU is asked for and there is none.

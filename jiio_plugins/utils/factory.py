@@ -10,10 +10,10 @@ from torch import nn
 
 
 def build_network(factory: str, option: str) -> nn.Module:
-    """What the function returns; modules of the current folder are found, as with python -m.
+    """What the function returns. Modules of the current folder are found, as with python -m.
 
     Args:
-        factory: ``module:function``; the function takes no arguments.
+        factory: ``module:function``. The function takes no arguments.
         option: of the command line, for the messages.
 
     Raises:
