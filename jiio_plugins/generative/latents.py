@@ -28,14 +28,16 @@ Prior = Literal["gaussian", "gmm"]
 
 @dataclass(frozen=True)
 class Fit:
-    """Latents of some images.
+    """Latents of some images, one entry per image.
 
     Attributes:
-        latents: ``(n, *latent_shape)``.
-        images: what the generator makes of them, ``(n, c, h, w)`` in [0, 1], by a converged solve.
-        psnr: of each in dB (peak 1), ``(n,)``.
-        status: :class:`jiio_plugins.Status` codes, ``(n,)``.
-        f_evals, vjps: cost of each fit, ``(n,)``.
+        latents: ``(rows, *latent_shape)``.
+        images: what the generator makes of them, ``(rows, c, h, w)`` in [0, 1], by a converged
+            solve.
+        psnr: in dB (peak 1), ``(rows,)``.
+        status: :class:`jiio_plugins.Status` codes, ``(rows,)``.
+        f_evals: evaluations of f, ``(rows,)``.
+        vjps: vector-Jacobian products, ``(rows,)``.
     """
 
     latents: Tensor
@@ -60,21 +62,21 @@ def fit(
 
     Args:
         decoder: the generator g.
-        images: y, ``(n, c, h, w)`` in [0, 1], on the decoder's device.
-        start: latents to start from, ``(n, *latent_shape)``; None: zero.
+        images: y, ``(rows, c, h, w)`` in [0, 1], on the decoder's device.
+        start: latents to start from, ``(rows, *latent_shape)``. None: zero.
         method: :class:`jiio_plugins.Joint` (default, 60 iterations, memory 10) or
-            :class:`jiio_plugins.Nested`; without a step size it takes that of
+            :class:`jiio_plugins.Nested`. Without a step size it takes that of
             :func:`jiio_plugins.generative.step.default_step_size`.
-        latent_penalty: λ.
-        batch_size: images fitted together; no result depends on it, but for rounding.
+        latent_penalty: λ, in squared error per squared latent.
+        batch_size: images fitted together. No result depends on it, but for rounding.
         progress: show a bar.
 
     Returns:
-        A :class:`Fit`; images and PSNR come from an independent solve.
+        A :class:`Fit`, whose images and PSNR come from an independent solve.
 
     Raises:
-        ValueError: images of another shape than the generator's, or outside [0, 1]; a start of
-            another shape; a negative λ.
+        ValueError: no images, or images of another shape than the generator's or outside [0, 1]. A
+            start of another shape, or a negative λ.
     """
     if not len(images):
         raise ValueError("no images to fit")
@@ -134,7 +136,21 @@ def fit_latents(
     batch_size: int = 256,
     desc: str | None = None,
 ) -> Tensor:
-    """Latents alone of many images (uint8), without verification; to build a prior from."""
+    """The latents alone of many images, without verification, to build a prior from.
+
+    Args:
+        decoder: the generator.
+        images: ``(rows, c, h, w)``, uint8, on any device.
+        iterations: of :class:`jiio_plugins.Joint`, from zero.
+        latent_penalty: λ, see :func:`fit`.
+        batch_size: images fitted together.
+        desc: what the progress bar says. None: no bar.
+
+    Returns:
+        ``(rows, *latent_shape)``, on the decoder's device.
+
+    Not for: figures that are reported. :func:`fit` verifies them.
+    """
     model, out = WithLatent(decoder), []
     device = next(decoder.parameters()).device
     method = with_step_size(Joint(max_iter=iterations), decoder)
@@ -146,7 +162,13 @@ def fit_latents(
 
 @torch.no_grad()
 def decode(decoder: MDEQDecoder, latents: Tensor, batch_size: int = 256) -> Tensor:
-    """Images of latents, ``(n, c, h, w)`` in [0, 1]."""
+    """Images of latents, ``(rows, c, h, w)`` in [0, 1].
+
+    Args:
+        decoder: the generator.
+        latents: ``(rows, *latent_shape)``, on the decoder's device.
+        batch_size: latents decoded together.
+    """
     return torch.cat([decoder(part) for part in latents.split(batch_size)])
 
 
@@ -157,7 +179,7 @@ class LatentPrior:
     Attributes:
         mixture: scikit-learn's, fitted to flattened latents in float64.
         latent_shape: of one latent.
-        bic: Bayesian information criterion of every number of components tried; the least won.
+        bic: Bayesian information criterion of every number of components tried. The least won.
     """
 
     mixture: GaussianMixture
@@ -171,9 +193,15 @@ class LatentPrior:
         return count
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """New latents ``(count, *latent_shape)``, float32, on the CPU."""
+        """New latents ``(count, *latent_shape)``, float32, on the CPU.
+
+        Args:
+            count: how many.
+            seed: of the draw and of its order.
+        """
         self.mixture.random_state = seed
-        drawn, _ = self.mixture.sample(count)  # sorted by component
+        # they come sorted by component, and a sheet of the first few would show one alone
+        drawn, _ = self.mixture.sample(count)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return torch.from_numpy(drawn)[order].float().reshape(count, *self.latent_shape)
 
@@ -194,10 +222,10 @@ def fit_prior(
     """A density fitted to ``latents``.
 
     Args:
-        latents: fitted ones, ``(n, *latent_shape)``.
-        prior: "gaussian", one Gaussian with full covariance; "gmm", a mixture of them.
-        components: numbers of components tried, those that leave each more latents than they have
-            dimensions; the one of least BIC is taken.
+        latents: fitted ones, ``(rows, *latent_shape)``.
+        prior: "gaussian" is one Gaussian with full covariance, "gmm" a mixture of them.
+        components: numbers of components tried. Only those count that leave each component more
+            latents than it has dimensions. The one of least BIC is taken.
         seed: of the mixture's initialisation.
 
     Raises:
@@ -230,8 +258,17 @@ def sample_latents(
 ) -> Tensor:
     """New latents ``(count, *latent_shape)`` from a density fitted to ``latents``.
 
-    ``fit_prior(...).sample(count)``: see :func:`fit_prior`. They are like ``latents`` in type and
-    device.
+    They are ``fit_prior(...).sample(count)``, like ``latents`` in type and device.
+
+    Args:
+        latents: fitted ones, ``(rows, *latent_shape)``.
+        count: how many to draw.
+        prior: as in :func:`fit_prior`.
+        components: as in :func:`fit_prior`.
+        seed: of the fit and of the draw.
+
+    Raises:
+        ValueError: an unknown prior, or fewer than two latents.
     """
     fitted = fit_prior(latents, prior=prior, components=components, seed=seed)
     return fitted.sample(count, seed).to(latents)

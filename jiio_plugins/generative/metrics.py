@@ -1,8 +1,8 @@
 """How good a generator is: held-out fits, distances between sets of images, nearest neighbours.
 
-Fréchet and kernel distances are computed by torchmetrics in the features of a network that is
-named with every figure. They are called FID and KID with Inception's features alone; with any
-other network the figures are on another scale, and so is their name here.
+Fréchet and kernel distances are computed by torchmetrics in the features of a network that is named
+with every figure. They are called FID and KID with Inception's features alone. With any other
+network the figures are on another scale, and so is their name here.
 """
 
 from __future__ import annotations
@@ -22,16 +22,26 @@ _BATCH = 500
 
 
 def psnr(made: Tensor, images: Tensor) -> Tensor:
-    """``−10 log₁₀ mean (made − images)²`` of each, in dB (peak 1), ``(n,)``."""
+    """``−10 log₁₀ mean (made − images)²`` of each, in dB (peak 1), ``(rows,)``.
+
+    Args:
+        made: ``(rows, c, h, w)`` in [0, 1].
+        images: what it is to be, likewise.
+    """
     mse = (made - images).square().flatten(1).mean(1)
+    # an exact copy gets 120 dB, not Inf, which would spoil every mean
     return -10 * mse.clamp(min=1e-12).log10()
 
 
 def ssim(made: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each pair, ``(n,)``, at most 1.
+    """Structural similarity of each pair, ``(rows,)``, at most 1.
 
-    The window is the usual Gaussian of σ = 1.5 and 11 pixels; of σ = 0.9 and 7 pixels for images of
-    fewer than 11 a side.
+    The window is the usual Gaussian of σ = 1.5 and 11 pixels. Images of fewer than 11 pixels a side
+    get σ = 0.9 and 7 pixels.
+
+    Args:
+        made: ``(rows, c, h, w)`` in [0, 1].
+        images: what it is to be, likewise.
 
     Source: Wang, Bovik, Sheikh and Simoncelli, IEEE Transactions on Image Processing 13 (2004).
     """
@@ -49,8 +59,9 @@ class Distances(NamedTuple):
 
     Attributes:
         frechet: ``‖m₁ − m₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)``.
-        kernel: squared maximum mean discrepancy with the kernel ``(xᵀy / d + 1)³``, mean over 100
-            subsets of 1,000 images, or of half of the smaller set, but of two at least.
+        kernel: squared maximum mean discrepancy with the kernel ``(xᵀy / features + 1)³``. It is
+            the mean over 100 subsets of 1,000 images, or of half of the smaller set, but of two at
+            least.
         kernel_std: its standard deviation over the subsets.
     """
 
@@ -63,15 +74,15 @@ def distances(real: Tensor, made: Tensor, features: nn.Module, *, seed: int = 0)
     """Fréchet and kernel distance between two sets of images.
 
     Args:
-        real: ``(n, c, h, w)`` in [0, 1].
-        made: ``(m, c, h, w)`` in [0, 1].
-        features: images → ``(rows, d)``; called in eval mode without gradients.
+        real: ``(rows, c, h, w)`` in [0, 1].
+        made: likewise, as many as there are.
+        features: images → ``(rows, features)``. It is called in eval mode, without gradients.
         seed: of the kernel distance's subsets.
 
     Raises:
-        ValueError: fewer than two images on a side, or features that are not ``(rows, d)``.
+        ValueError: fewer than two images on a side, or features that are not a matrix.
 
-    Source: Heusel et al. (NeurIPS 2017), eq. 6; Bińkowski et al. (ICLR 2018), section 4.
+    Source: Heusel et al. (NeurIPS 2017), eq. 6, and Bińkowski et al. (ICLR 2018), section 4.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -96,7 +107,15 @@ def distances(real: Tensor, made: Tensor, features: nn.Module, *, seed: int = 0)
 
 @torch.no_grad()
 def extract(features: nn.Module, images: Tensor) -> Tensor:
-    """Features of all images, ``(n, d)``; the network's train/eval flags stay as they are."""
+    """Features of all images, ``(rows, features)``.
+
+    Args:
+        features: the network, called in eval mode. Its train/eval flags are put back.
+        images: ``(rows, c, h, w)`` in [0, 1].
+
+    Raises:
+        ValueError: the network returns anything but a matrix.
+    """
     flags = [(module, module.training) for module in features.modules()]
     features.eval()
     try:
@@ -134,8 +153,8 @@ class Neighbours:
     """The nearest of some training images.
 
     Attributes:
-        index: of each image's nearest training image, ``(n,)``.
-        distance: Euclidean, in the features or in pixels, ``(n,)``.
+        index: of each image's nearest training image, ``(rows,)``.
+        distance: Euclidean, in the features or in pixels, ``(rows,)``.
     """
 
     index: Tensor
@@ -155,9 +174,9 @@ def nearest(
     """The training image nearest to each image.
 
     Args:
-        images: ``(n, c, h, w)`` in [0, 1].
-        train: ``(m, c, h, w)``, floats in [0, 1] or bytes.
-        features: distances are between its outputs; None: between pixels.
+        images: ``(rows, c, h, w)`` in [0, 1].
+        train: the training images, ``(images, c, h, w)``, floats in [0, 1] or bytes.
+        features: distances are between its outputs. None: between pixels.
         progress: show a bar.
     """
 
@@ -182,7 +201,7 @@ class Nearness(NamedTuple):
     Attributes:
         samples: median distance of a sample to its nearest training image.
         held_out: the same of held-out images.
-        ratio: samples / held_out; far below 1 means that training images are repeated.
+        ratio: samples / held_out. Far below 1 means that training images are repeated.
         copies: share of samples nearer to a training image than 99 % of the held-out images are.
     """
 
@@ -193,7 +212,12 @@ class Nearness(NamedTuple):
 
 
 def nearness(samples: Neighbours, held_out: Neighbours) -> Nearness:
-    """Sum up :func:`nearest` of samples and of held-out images."""
+    """Sum up how near samples are to the training set.
+
+    Args:
+        samples: :func:`nearest` of the samples.
+        held_out: :func:`nearest` of held-out images, in the same features.
+    """
     ours, theirs = float(samples.distance.median()), float(held_out.distance.median())
     threshold = held_out.distance.quantile(0.01)
     copies = float((samples.distance < threshold).float().mean())

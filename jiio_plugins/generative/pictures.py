@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def write_sheet(path: Path, images: Tensor, columns: int) -> None:
-    """Images ``(n, c, h, w)`` in [0, 1] side by side, small ones enlarged."""
+    """Write images side by side as a PNG file, small ones enlarged.
+
+    Args:
+        path: the file.
+        images: ``(images, c, h, w)`` in [0, 1]. What is outside is clipped.
+        columns: images in a line of the sheet.
+    """
     from PIL import Image
 
     n, c, h, w = images.shape
@@ -34,7 +40,14 @@ def write_sheet(path: Path, images: Tensor, columns: int) -> None:
 
 
 def interpolations(decoder: MDEQDecoder, first: Tensor, last: Tensor, steps: int = 8) -> Tensor:
-    """Images along straight lines between latents, row by row: ``(pairs · steps, c, h, w)``."""
+    """Images along straight lines between latents, ``(pairs · steps, c, h, w)``, pair by pair.
+
+    Args:
+        decoder: the generator.
+        first: where the lines start, ``(pairs, *latent_shape)``.
+        last: where they end, likewise.
+        steps: images a line, both ends included.
+    """
     t = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype)
     t = t.reshape(1, -1, *[1] * (first.ndim - 1))
     between = first.unsqueeze(1) * (1 - t) + last.unsqueeze(1) * t
@@ -49,9 +62,11 @@ def write_pictures(
     Args:
         out: folder.
         decoder: the generator.
-        images: held-out images; the sheet shows them above their fits.
+        images: held-out images, ``(rows, c, h, w)`` in [0, 1]. The sheet shows them above their
+            fits.
         fitted: their fits.
-        latents: of training images; the samples are from a Gaussian fitted to them.
+        latents: of training images, ``(rows, *latent_shape)``. A Gaussian fitted to them gives the
+            samples.
         seed: of the samples.
     """
     shown = min(8, len(images))

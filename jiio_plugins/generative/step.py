@@ -27,18 +27,23 @@ class WithLatent(nn.Module):
         self.decoder = decoder
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and latent."""
+        """Image ``(rows, *image_shape)`` and latent ``(rows, *latent_shape)``."""
         return self.decoder(u), u
 
 
 class SquaredError:
-    """``‖image − y‖² + λ ‖u‖²`` per row, of what :class:`WithLatent` returns."""
+    """``ℓ = ‖image − y‖² + λ ‖u‖²`` per row, of what :class:`WithLatent` returns.
+
+    Args:
+        images: y, ``(rows, c, h, w)`` in [0, 1].
+        penalty: λ, in squared error per squared latent.
+    """
 
     def __init__(self, images: Tensor, penalty: float) -> None:
         self.images, self.penalty = images, penalty
 
     def __call__(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """``(rows,)``."""
+        """ℓ, ``(rows,)``."""
         image, u = output
         error = (image.to(self.images.dtype) - self.images).square().flatten(1).sum(1)
         return error + self.penalty * u.square().flatten(1).sum(1)
@@ -47,24 +52,35 @@ class SquaredError:
 def default_step_size(decoder: MDEQDecoder) -> float:
     """``2.5 √(sites / pixels)``, in units of u² / squared error.
 
-    A latent's gradient is a sum over the pixels that it reaches: all ``c · h · w`` of an image for
-    a vector, and the fewer the more sites (height × width) a spatial latent has. Trained generators
-    compensate for some of that, which leaves the root. The constant was measured on the shipped
-    ones: 0.31 for 8×8 digits and 0.09 for 28×28 garments fit as well as the best step does.
+    A latent's gradient is a sum over the pixels that it reaches. A vector reaches all ``c · h · w``
+    of an image, a spatial latent the fewer the more sites (height × width) it has. Trained
+    generators compensate for some of that, which leaves the root. The constant was measured on the
+    shipped ones: 0.31 for 8×8 digits and 0.09 for 28×28 garments fit as well as the best step does.
     """
     sites = math.prod(decoder.latent_shape[1:])
     return float(2.5 * (sites / math.prod(decoder.image_shape)) ** 0.5)
 
 
 def with_step_size(method: Method, decoder: MDEQDecoder) -> Method:
-    """The method with the decoder's default step where it names none."""
+    """The method with the decoder's default step where it names none.
+
+    Args:
+        method: what fits the latents.
+        decoder: the generator, see :func:`default_step_size`.
+    """
     if method.step_size is not None:
         return method
     return replace(method, step_size=default_step_size(decoder))
 
 
 class Encoder(nn.Module):
-    """Image → a first guess of its latent: two strided convolutions and a linear layer."""
+    """Image → a first guess of its latent: two strided convolutions and a linear layer.
+
+    Args:
+        image_shape: ``(channels, height, width)``, in pixels.
+        latent_shape: of one latent.
+        width: channels of the first convolution. The second has twice as many.
+    """
 
     def __init__(
         self, image_shape: tuple[int, ...], latent_shape: tuple[int, ...], width: int = 16
@@ -90,7 +106,17 @@ class Encoder(nn.Module):
 
 
 class StepResult(NamedTuple):
-    """What one step gives: the scalar to call ``backward`` on, and what it saw per image."""
+    """What one step gives: the scalar to call ``backward`` on, and what it saw per image.
+
+    Attributes:
+        loss: scalar with a graph.
+        latents: where the loop ended, ``(rows, *latent_shape)``.
+        mse: squared error per pixel and channel, ``(rows,)``.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` there, ``(rows,)``.
+        costate_residual: the same of the adjoint equation, ``(rows,)``.
+        f_evals: evaluations of f, ``(rows,)``.
+        vjps: vector-Jacobian products, ``(rows,)``.
+    """
 
     loss: Tensor
     latents: Tensor
@@ -104,14 +130,14 @@ class StepResult(NamedTuple):
 class TrainingStep(nn.Module):
     """The step as a module, so that DistributedDataParallel can wrap it as a whole.
 
-    ``loss = mean ℓ(u*) / pixels + w · jacobian_penalty  [+ mean ‖encoder(y) − u*‖²]`` where u* is
-    where the joint loop ended; by the envelope theorem it is held constant.
+    ``loss = mean ℓ(u*) / pixels + w · jacobian_penalty [+ mean ‖encoder(y) − u*‖²]``. The joint
+    loop ended at u*. By the envelope theorem it is held constant.
 
     Args:
         decoder: the generator.
-        encoder: makes the first guess, and learns to; None: ``start`` does.
+        encoder: makes the first guess, and learns to. None: ``start`` does.
         config: iterations, penalties.
-        method: what fits the latents; None: :class:`Joint` with the config's iterations. Without a
+        method: what fits the latents. None: :class:`Joint` with the config's iterations. Without a
             step size it takes :func:`default_step_size`.
     """
 
@@ -137,8 +163,15 @@ class TrainingStep(nn.Module):
         return decoder
 
     def forward(self, images: Tensor, start: Tensor, generator: torch.Generator) -> StepResult:
-        """Images in [0, 1], latents to start from (unused with an encoder), source of probes."""
+        """One training step, up to ``backward``.
+
+        Args:
+            images: y, ``(rows, c, h, w)`` in [0, 1].
+            start: latents to start from, ``(rows, *latent_shape)``. Unused with an encoder.
+            generator: source of the Jacobian penalty's probes.
+        """
         objective = SquaredError(images, self.latent_penalty)
+        # under autocast the guess comes in half precision, the latents stay in float32
         guess = None if self.encoder is None else self.encoder(images).float()
         start = start if guess is None else guess.detach()
         solution = joint_solution(self.model, start, objective, method=self.method)
@@ -151,6 +184,7 @@ class TrainingStep(nn.Module):
             loss = loss + self.jacobian_weight * penalty
         if guess is not None:
             loss = loss + (guess - solution.x).square().flatten(1).sum(1).mean()
+        # the loss that the loop ended with holds the prior, the error that is reported does not
         prior = self.latent_penalty * solution.x.square().flatten(1).sum(1)
         return StepResult(
             loss,
