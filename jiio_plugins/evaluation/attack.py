@@ -17,11 +17,16 @@ class Attack:
 
     Attributes:
         name: unique in its suite.
-        run: ``run(model, x, y) -> x_adv``, for images and true labels. It gets the model in eval
-            mode with frozen parameters, and must stay in the ball and the box.
+        run: ``run(model, x, y) -> x_adv``, for images ``(rows, ...)`` and true labels ``(rows,)``.
+            It gets the model in eval mode with frozen parameters. It must stay in the ball and the
+            box.
         gradient: where its gradients come from: "implicit" (solves of its own: JIIO, the nested
             loop), "own" (the model's backward pass), "unrolled", "intermediate", "none" (black box)
             or "unknown". Warnings compare these.
+
+    Raises:
+        TypeError: ``run`` cannot be called.
+        ValueError: another kind of gradient.
     """
 
     name: str

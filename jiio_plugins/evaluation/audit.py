@@ -1,8 +1,8 @@
 """Signs that accuracy under attack is high because the attacks fail, not because the model holds.
 
 Two kinds. The *passive* ones are read off what a suite has found. The *active* ones are a
-controlled experiment on a few samples: the same projected gradient steps, from the same start,
-where nothing but the gradient, the number of steps or the radius differs.
+controlled experiment on a few samples. It takes the same projected gradient steps from the same
+start, and varies nothing but the gradient, the number of steps or the radius.
 """
 
 from __future__ import annotations
@@ -51,7 +51,17 @@ def passive(
     attempts: Mapping[str, tuple[Tensor, Tensor]],
     undecided: int = 0,
 ) -> Found:
-    """What the suite's own results tell; ``undecided`` samples hang on an unverified example."""
+    """What the suite's own results tell.
+
+    Args:
+        history: the judge's verdicts, "clean" and by attack.
+        suite: the attacks that were run.
+        attempts: by attack, the indices of the samples it was given, and which of them it broke.
+        undecided: samples that count as robust but hang on an unverified example.
+
+    Returns:
+        What was measured, name -> figure, and the findings.
+    """
     found = []
     differ = torch.cat([v.differ for v in history.values()])
     residual = torch.cat([v.residual for v in history.values()])
@@ -128,7 +138,7 @@ def _only_broken_by(
     suite: Sequence[Attack],
     attempts: Mapping[str, tuple[Tensor, Tensor]],
 ) -> tuple[int, int]:
-    """Samples given to both sides; those of them that only ``kinds`` broke."""
+    """Samples of both sides that only ``kinds`` broke, and samples that either side was given."""
     tried: dict[bool, set[int]] = {True: set(), False: set()}
     broke: dict[bool, set[int]] = {True: set(), False: set()}
     for a in suite:
@@ -147,7 +157,19 @@ def active(
     limits: Mapping[str, Any],
     progress: bool,
 ) -> Found:
-    """The controlled experiment on correctly classified samples ``x``."""
+    """The controlled experiment.
+
+    Args:
+        model: returns logits ``(rows, classes)``.
+        x: correctly classified images, ``(rows, ...)``. Fewer than 8 are not audited.
+        y: their classes, ``(rows,)``.
+        verify: solver of the independent solves.
+        limits: "norm", "eps", "lower" and "upper" of the attacks, see :func:`attack`.
+        progress: show a bar.
+
+    Returns:
+        What was measured, name -> figure, and the findings.
+    """
     if len(x) < 8:
         return {"audit": f"skipped: only {len(x)} correctly classified samples"}, []
     checks: dict[str, Any] = {"audited": len(x)}

@@ -18,7 +18,13 @@ _Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 class Interval(NamedTuple):
-    """A share, or a difference of shares, with its 95 % confidence interval."""
+    """A share, or a difference of shares, with its 95 % confidence interval.
+
+    Attributes:
+        value: the estimate, a share of 1 and not in percent.
+        low: lower end of the interval, likewise.
+        high: upper end, likewise.
+    """
 
     value: float
     low: float
@@ -31,13 +37,18 @@ class Interval(NamedTuple):
 def wilson(successes: int, trials: int) -> Interval:
     """Wilson's 95 % score interval of a binomial share.
 
-    ``(p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)``; never leaves [0, 1], nor has length 0.
+    ``(p + z²/2m ± z √(p(1 − p)/m + z²/4m²)) / (1 + z²/m)`` with z = 1.96 and m trials. It never
+    leaves [0, 1], nor has length 0.
+
+    Args:
+        successes: how often it was so.
+        trials: m, how often it was tried.
 
     Raises:
         ValueError: no trials, or more successes than trials.
 
-    Source: Wilson, J. Am. Stat. Assoc. 22 (1927); recommended in Brown, Cai and DasGupta,
-    Stat. Sci. 16 (2001).
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927), recommended in Brown, Cai and DasGupta, Stat.
+    Sci. 16 (2001).
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"wilson needs 0 <= successes <= trials, got {successes} of {trials}")
@@ -53,8 +64,12 @@ def wilson(successes: int, trials: int) -> Interval:
 def paired_shares(a: Sequence[bool], b: Sequence[bool]) -> Interval:
     """``share(a) − share(b)`` for two yes/no answers about the same samples, 95 % interval.
 
-    Newcombe's square-and-add interval of Wilson limits, which uses how the answers go together:
-    far shorter than that of independent samples when both models fail on the same images.
+    Newcombe's square-and-add interval of Wilson limits, which uses how the answers go together. It
+    is far shorter than that of independent samples when both models fail on the same images.
+
+    Args:
+        a: one answer per sample.
+        b: the other, for the same samples in the same order.
 
     Raises:
         ValueError: lengths differ or are 0.
@@ -95,13 +110,13 @@ def paired_difference(
 
     Args:
         a: a report, or one for each of several training seeds.
-        b: likewise; with several seeds, as many, in the same order.
+        b: likewise, as many, in the same order of seeds.
         clean: compare clean accuracy instead.
 
     Returns:
-        For one report each, :func:`paired_shares`. For several, the mean over seeds and images;
-        its interval takes the images as the sample (``mean ± z s/√n`` over the per-image means of
-        the seeds' differences), so it speaks of these seeds, not of seeds to come.
+        For one report each, :func:`paired_shares`. For several, the mean over seeds and images. Its
+        interval is ``mean ± z s/√m`` over the m images' means of the seeds' differences. It takes
+        the images as the sample, so it speaks of these seeds, not of seeds to come.
 
     Raises:
         ValueError: the reports judge other images, another ball or another number of seeds.
@@ -137,14 +152,17 @@ class AttackResult:
     """One attack of a suite.
 
     Attributes:
-        name, gradient: as in :class:`Attack`.
+        name: as in :class:`Attack`.
+        gradient: likewise.
         attacked: samples it was given (none that had been broken, if those are skipped).
         broken: of these, samples for which it found a verified adversarial example.
-        alone: accuracy under this attack by itself; None where samples were skipped.
+        alone: accuracy under this attack by itself. None where samples were skipped.
         together: accuracy after this attack and all before it.
-        loss: mean verified cross-entropy of its images; None if it was given none. Where they
-            fail, torchattacks' APGD and Square return the image they were given.
-        f_evals, vjps, seconds: cost per attacked sample, without the judging.
+        loss: mean verified cross-entropy of its images. None if it was given none. Where they fail,
+            torchattacks' APGD and Square return the image they were given.
+        f_evals: evaluations of f per attacked sample, without the judging.
+        vjps: vector-Jacobian products, likewise.
+        seconds: likewise.
     """
 
     name: str
@@ -165,7 +183,7 @@ class Finding:
 
     Attributes:
         kind: "disagreement", "inexact-solve", "inexact-gradient", "steps", "large-eps",
-            "gradient-kind", "black-box" or "unverified"; the guide says what each means.
+            "gradient-kind", "black-box" or "unverified". The guide says what each means.
         message: what was measured, and what to do.
     """
 
@@ -177,11 +195,13 @@ class Finding:
 class RobustnessReport:
     """The outcome of :func:`robust_accuracy`. A sample is robust if no example *breaks* it.
 
-    An example breaks its sample if the model's own answer is wrong and the answer of an
-    independent solve, which converged, is wrong too. A sample misclassified as it is, is broken.
+    An example breaks its sample if the model's own answer is wrong and the answer of an independent
+    solve, which converged, is wrong too. A sample misclassified as it is, is broken.
 
     Attributes:
-        eps, norm, images: the ball and the number of samples.
+        eps: ε of the ball, in the units of the images.
+        norm: of the ball, 1, 2 or inf.
+        images: number of samples.
         tolerance: relative residual of the independent solves.
         skip_broken: whether an attack was spared the samples that earlier ones had broken.
         clean: accuracy without attack.
@@ -190,14 +210,15 @@ class RobustnessReport:
         converged_accuracy: share on which that of the independent solve was never wrong.
         attacks: one line each.
         unverified: samples with an example whose independent solve did not converge.
-        warnings: see :class:`Finding`; empty for a sound model.
+        warnings: see :class:`Finding`. There is none for a sound model.
         checks: what the warnings rest on, name -> figure.
-        correct, robust: per sample.
+        correct: per sample, whether it is not broken as it is.
+        robust: per sample, whether nothing broke it.
         broken_by: per sample, the attack that broke it, "clean" or None.
         worst_loss: per sample, the highest verified cross-entropy met.
         seconds: of everything, the judging and the checks included.
         fingerprint: of images and labels.
-        worst: the images of the worst case, as x; left out of the JSON.
+        worst: the images of the worst case, as x. They are left out of the JSON.
     """
 
     eps: float

@@ -1,7 +1,7 @@
-"""Ready suites. The engine's own attacks need nothing; the default one uses torchattacks too.
+"""Ready suites. The engine's own attacks need nothing, the default suite uses torchattacks too.
 
-torchattacks and not ART for APGD and Square: ART's APGD evaluates the model twice a step and keeps
-the last iterate where torchattacks keeps the adversarial one, and on a DEQ every evaluation is a
+APGD and Square are torchattacks' and not ART's. ART's APGD evaluates the model twice a step and
+keeps the last iterate where torchattacks keeps the adversarial one. On a DEQ every evaluation is a
 solve.
 """
 
@@ -43,9 +43,22 @@ def engine_attack(
     loss: Loss = "cross-entropy",
     random_starts: int = 0,
 ) -> Attack:
-    """An attack of this package as a member of a suite; arguments as in :func:`attack`.
+    """An attack of this package as a member of a suite.
 
-    Bounds are numbers, or tensors that broadcast over the batch.
+    Args:
+        name: as in :class:`Attack`.
+        method: what optimises, see :func:`attack`.
+        gradient: as in :class:`Attack`.
+        eps: ε of the ball, in the units of the images.
+        norm: of the ball, 1, 2 or inf.
+        lower: least pixel value, a number or a tensor that broadcasts over the batch. None: no
+            bound.
+        upper: largest pixel value, likewise.
+        loss: "cross-entropy", "dlr" or "margin".
+        random_starts: as in :func:`attack`.
+
+    Raises:
+        ValueError: another norm, or another kind of gradient.
     """
     norm = as_norm(norm)
 
@@ -73,7 +86,14 @@ def quick_suite(
 ) -> tuple[Attack, ...]:
     """A first look, without a host library: JIIO, PGD through the model's own backward pass, DLR.
 
-    About 600 evaluations of f and VJPs for each sample that withstands. Any of the three norms.
+    About 600 evaluations of f and VJPs for each sample that withstands.
+
+    Args:
+        eps: ε of the ball, in the units of the images.
+        norm: of the ball, 1, 2 or inf.
+        lower: least pixel value, a number or a tensor that broadcasts over the batch. None: no
+            bound.
+        upper: largest pixel value, likewise.
     """
     ball: dict[str, Any] = {"eps": eps, "norm": norm, "lower": lower, "upper": upper}
     return (
@@ -99,18 +119,18 @@ def default_suite(
     that withstands all costs about 4,000 evaluations of f and VJPs.
 
     Args:
-        eps: radius of the ball, in the units of the images.
+        eps: ε of the ball, in the units of the images.
         norm: 2 or inf (those that torchattacks knows).
-        lower: least pixel value; images are rescaled to [0, 1] for torchattacks.
+        lower: least pixel value. Images are rescaled to [0, 1] for torchattacks.
         upper: largest pixel value.
-        steps: of APGD. JIIO, whose steps are cheap, takes 50 at least; the three PGDs, whose steps
-            shrink and need no tuning, half as many. To publish a result take 100.
+        steps: of APGD. JIIO, whose steps are cheap, takes 50 at least. The three PGDs, whose steps
+            shrink and need no tuning, take half as many. To publish a result take 100.
         queries: of Square, each one a solve. To publish a result take 1,000 or more.
         seed: of the random starts and of Square.
 
     Raises:
         ValueError: another norm, no steps, an empty range.
-        ImportError: torchattacks is missing; the message has the command that installs it.
+        ImportError: torchattacks is missing. The message has the command that installs it.
     """
     if float(norm) not in HOST_NORMS:
         raise ValueError(
@@ -153,12 +173,16 @@ def host_attack(
     Args:
         name: as in :class:`Attack`.
         gradient: likewise.
-        kind: class name in torchattacks; one that takes ``norm`` and ``eps``.
+        kind: name of a class of torchattacks that takes ``norm`` and ``eps``.
         eps: as in :func:`default_suite`.
         norm: likewise.
         lower: likewise.
         upper: likewise.
-        settings: of that class.
+        **settings: further arguments of that class.
+
+    Raises:
+        TypeError: bounds that are no numbers.
+        ValueError: an empty or unbounded pixel range. When run: images or classes that do not fit.
     """
     if not isinstance(lower, (int, float)) or not isinstance(upper, (int, float)):
         raise TypeError(
