@@ -34,7 +34,18 @@ def check_modules(
     data_fidelity: DataFidelity | None,
     prior: Prior | None,
 ) -> None:
-    """Raise unless these are what the names say."""
+    """Raise unless these are what the names say.
+
+    Args:
+        generator: a module with an equilibrium layer.
+        encoder: a module, or None.
+        data_fidelity: deepinv's, or None.
+        prior: deepinv's, with a value to minimise, or None.
+
+    Raises:
+        TypeError: one of another type.
+        ValueError: no equilibrium layer, or a prior without a value.
+    """
     if not isinstance(generator, nn.Module):
         raise TypeError(f"generator must be an nn.Module, got {type(generator).__name__}")
     if not any(isinstance(module, EquilibriumLayer) for module in generator.modules()):
@@ -62,7 +73,15 @@ def check_modules(
 
 
 def latent_shape_of(generator: nn.Module, given: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of one latent, as given or as the generator tells it."""
+    """The shape of one latent, as given or as the generator tells it.
+
+    Args:
+        generator: may have a ``latent_shape``.
+        given: d, or a shape. None: ask the generator.
+
+    Raises:
+        ValueError: neither tells, or a size that is not positive.
+    """
     shape: Any = given if given is not None else getattr(generator, "latent_shape", None)
     if shape is None:
         raise ValueError(
@@ -83,7 +102,16 @@ def check_weights(**weights: float) -> None:
 
 
 def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
-    """``u``, or an error unless it is a tensor of this shape."""
+    """Some latents as they are, if they have the wanted shape.
+
+    Args:
+        u: what was given or returned.
+        shape: ``(rows, *latent_shape)``.
+        name: what the message calls them.
+
+    Raises:
+        ValueError: no tensor, or another shape.
+    """
     if not isinstance(u, Tensor) or tuple(u.shape) != shape:
         raise ValueError(
             f"{name} must be, or return, latents of shape {shape}, got "
@@ -93,7 +121,15 @@ def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What an encoder returned as mean and standard deviation, which is 1 if it names none."""
+    """What an encoder returned as mean and standard deviation, which is 1 if it names none.
+
+    Args:
+        guess: mean, or a pair (mean, std).
+        shape: of both, ``(rows, *latent_shape)``.
+
+    Raises:
+        ValueError: another shape, complex, NaN or Inf, or a std that is not positive.
+    """
     name = "encoder(y, physics)"
     pair = isinstance(guess, (tuple, list))
     if pair and len(guess) != 2:
@@ -146,7 +182,15 @@ def check_physics(physics: Any) -> None:
 
 
 def check_keywords(given: dict[str, Any], kind: type) -> None:
-    """Raise where a setting of the class was meant for a single call."""
+    """Raise where a setting of the class was meant for a single call.
+
+    Args:
+        given: keywords of the call.
+        kind: the class.
+
+    Raises:
+        TypeError: names them.
+    """
     settings = [name for name in given if name in inspect.signature(kind).parameters]
     if settings:
         raise TypeError(
@@ -155,7 +199,15 @@ def check_keywords(given: dict[str, Any], kind: type) -> None:
 
 
 def check_truth(x_gt: Any, batch: int) -> None:
-    """Raise unless there is a true image per sample, or none."""
+    """Raise unless there is a true image per sample, or none.
+
+    Args:
+        x_gt: true images, or None.
+        batch: rows of y.
+
+    Raises:
+        ValueError: no tensor, or another number of them.
+    """
     if x_gt is not None and (not isinstance(x_gt, Tensor) or x_gt.shape[:1] != (batch,)):
         got = tuple(x_gt.shape) if isinstance(x_gt, Tensor) else type(x_gt).__name__
         raise ValueError(f"x_gt must hold an image per sample of y, {batch} of them, got {got}")

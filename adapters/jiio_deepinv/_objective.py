@@ -22,14 +22,20 @@ STIFFER = 10  # a sensing matrix of a quarter of the measurements is, at most
 
 
 class Place(NamedTuple):
-    """Constants of each row, flat: ``u = mean + std · w``, and c, see :class:`Latents`."""
+    """Constants of each row, flat: ``u = mean + std · w``, and c, see :class:`Latents`.
+
+    Attributes:
+        mean: where the latents lie, ``(rows, latent)``, or one row for all.
+        std: how far they spread, likewise.
+        c: scale of what is added to the image, ``(rows, 1)``. None: nothing is added.
+    """
 
     mean: Tensor
     std: Tensor
     c: Tensor | None = None
 
     def latents(self, w: Tensor) -> Tensor:
-        """The u that w stands for."""
+        """The u that w ``(rows, latent)`` stands for."""
         return self.mean + self.std * w
 
     def given(self, rows: int) -> tuple[Tensor, ...]:
@@ -40,9 +46,13 @@ class Place(NamedTuple):
 class Latents(nn.Module):
     """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, w, r)``.
 
-    v is w, with the latent ``u = mean + std · w`` (:class:`Place`; without one, u is w). Where the
-    place has a c, v is ``(w, r/c)`` and ``x = G(u) + r``; c brings the curvature in r/c to 1. One
-    flat tensor is what the engine can evaluate row by row; :meth:`split` takes it apart.
+    v is w, with the latent ``u = mean + std · w`` (:class:`Place`). Without a place, u is w. Where
+    the place has a c, v is ``(w, r/c)`` and ``x = G(u) + r``. That c brings the curvature in r/c to
+    1. One flat tensor is what the engine can evaluate row by row, and :meth:`split` takes it apart.
+
+    Args:
+        generator: G, latents ``(rows, *latent_shape)`` → images.
+        latent_shape: shape of one latent.
     """
 
     def __init__(self, generator: nn.Module, latent_shape: Sequence[int]) -> None:
@@ -53,7 +63,11 @@ class Latents(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def images(self, flat: Tensor) -> Tensor:
-        """G of flat latents."""
+        """G of flat latents ``(rows, latent)``.
+
+        Raises:
+            TypeError: it returns no tensor.
+        """
         images = self.generator(flat.unflatten(1, self.latent_shape))
         if not isinstance(images, Tensor):
             raise TypeError(
@@ -64,17 +78,22 @@ class Latents(nn.Module):
 
     @torch.no_grad()
     def probe(self, place: Place, count: int) -> tuple[Tensor, Tensor]:
-        """G at the means ``(rows, latent)`` of a place, and what steps from there do to it.
+        """G at the means of a place, and what steps from there do to it.
+
+        Args:
+            place: where to start. Its mean is ``(rows, latent)``.
+            count: number of random directions, always the same.
 
         Returns:
-            Images ``(rows, *image_shape)``; and of ``count`` random directions, always the same,
-            the largest ``(G(mean + std δ) − G(mean)) / ‖δ‖``, likewise. Its squared length is about
-            the curvature of ``‖G(mean + std w) − x‖² / 2`` in w, which grows with the number of
-            pixels. δ is larger where std is, as a step down the objective is.
+            Images ``(rows, *image_shape)``, and the largest ``(G(mean + std δ) − G(mean)) / ‖δ‖``
+            of the directions δ, likewise. Its squared length is about the curvature of
+            ``‖G(mean + std w) − x‖² / 2`` in w, which grows with the number of pixels. δ is larger
+            where std is, as a step down the objective is.
         """
         draw = torch.Generator().manual_seed(0)
         delta = torch.randn(count, 1, self.size, generator=draw).to(place.mean) * place.std
         delta = RADIUS * nn.functional.normalize(delta, dim=2)
+        # one pass of the generator for all of them, the means first
         delta = torch.cat([torch.zeros_like(delta[:1]), delta])
         rows = len(place.mean)
         images = self.images(place.latents(delta).flatten(0, 1)).unflatten(0, (-1, rows))
@@ -89,7 +108,12 @@ class Latents(nn.Module):
         return torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
 
     def forward(self, v: Tensor, *given: Tensor) -> Tensor:
-        """``(rows, pixels + latent + added pixels)``."""
+        """Image, w and r side by side, ``(rows, pixels + latent + added pixels)``.
+
+        Args:
+            v: the optimised variable, ``(rows, latent)``, or ``(rows, latent + pixels)`` with a c.
+            *given: tensors of a :class:`Place`, in its order. None: u is w.
+        """
         w, r = v[:, : self.size], v[:, self.size :]
         place = Place(*given) if given else None
         image = _real(self.images(w if place is None else place.latents(w)))
@@ -99,7 +123,10 @@ class Latents(nn.Module):
         return torch.cat([image + r, w, r], dim=1)
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, flat w and flat r, which has no columns where the image is the generator's."""
+        """Image, flat w and flat r of what :meth:`forward` returned.
+
+        r has no columns where the image is the generator's.
+        """
         rest = output.shape[1] - self.pixels - self.size
         image, w, r = output.split([self.pixels, self.size, rest], dim=1)
         if self.dtype is not None and self.dtype.is_complex:
@@ -114,16 +141,26 @@ def _real(images: Tensor) -> Tensor:
 
 
 class Objective:
-    """``(data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / κ`` per sample.
+    """``ℓ = (data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / κ`` per sample.
 
     κ is about the curvature in w, so that one step size serves all operators, noise levels and
-    generators; it moves no minimum. It is that of the data term along what the generator draws
+    generators. It moves no minimum. It is that of the data term along what the generator draws
     (:func:`curvature`) times the squared length of a step (:meth:`Latents.probe`), plus λ.
 
+    Args:
+        model: what makes ``(x, w, r)``.
+        y: measurements, as the physics makes them.
+        physics: the forward model A.
+        data: the data term. None: the likelihood of the physics' noise model.
+        prior: an explicit prior, or None.
+        prior_weight: b, not negative.
+        latent_penalty: λ, not negative.
+        range_penalty: ρ, not negative.
+
     Attributes:
-        stiffness: curvature of the data term in x, ``(batch,)``.
-        scale: κ, ``(batch,)``.
-        reach: root mean square of the image, or of what a step on u does to it, ``(batch,)``.
+        stiffness: curvature of the data term in x, ``(rows,)``.
+        scale: κ, ``(rows,)``.
+        reach: root mean square of the image, or of what a step on u does to it, ``(rows,)``.
         image: the image of the last call.
     """
 
@@ -145,11 +182,19 @@ class Objective:
         self.image: Tensor | None = None
 
     def measure(self, image: Tensor, change: Tensor, *, guessed: bool) -> None:
-        """Take κ from what :meth:`Latents.probe` saw; raise where all does not fit.
+        """Take κ from what :meth:`Latents.probe` saw, and see that all fits.
 
         From zero, latents move the image as a whole. From a guess they move it anywhere, and first
         about down the data term's slope, along which a compressed sensing matrix is stiffest. That
         counts up to STIFFER times the other: Poisson noise has spikes at dark pixels.
+
+        Args:
+            image: where the latents start, ``(rows, *image_shape)``.
+            change: what a step on w does to it, likewise.
+            guessed: whether they start at an encoder's guess.
+
+        Raises:
+            ValueError: physics, y, data term and images that do not fit, or no slope to descend.
         """
         self.reach = torch.maximum(_mean_square(image), _mean_square(RADIUS * change)).sqrt()
         empty = (_mean_square(image) == 0).reshape(-1, *[1] * (image.ndim - 1))
@@ -177,7 +222,7 @@ class Objective:
         return direction * h.reshape(-1, *[1] * (direction.ndim - 1))
 
     def __call__(self, output: Tensor) -> Tensor:
-        """``(batch,)``."""
+        """ℓ, ``(rows,)``, of what the model returned."""
         image, w, r = self.model.split(output)
         self.image = image.detach()
         total = self.fidelity(image)
@@ -198,7 +243,7 @@ class Objective:
         return value.reshape(len(image), -1).sum(1)
 
     def fidelity(self, image: Tensor) -> Tensor:
-        """The data term, ``(batch,)``."""
+        """The data term, ``(rows,)``."""
         assert self.data is not None  # measure() was called
         value = self.data(image, self.y, self.physics)
         if not isinstance(value, Tensor) or value.shape != (len(image),):
@@ -210,7 +255,7 @@ class Objective:
         return value
 
     def _measurements(self, image: Tensor) -> Any:
-        """A(image); what does not fit is said here, before a deeper layer does."""
+        """A(image). What does not fit is said here, before a deeper layer does."""
         expected = getattr(self.physics, "img_size", None)
         shape = tuple(image.shape[1:])
         try:
@@ -231,7 +276,7 @@ class Objective:
         return made
 
     def _check_slope(self, image: Tensor, change: Tensor) -> Tensor:
-        """The data term's gradient at images; raise where it has none."""
+        """The data term's gradient at images. An error where it has none."""
         try:
             found = slope(self.fidelity, image)
         except RuntimeError as error:
@@ -269,11 +314,20 @@ def _words(sizes: list[tuple[int, ...]]) -> str:
 
 
 def entry_gain(physics: Physics, image: Tensor, made: Any, step: Tensor) -> Any:
-    """How large an entry of A(x) becomes where one of x is 1, at most 1; see ``likelihood_of``.
+    """How large an entry of A(x) becomes where one of x is 1, at most 1, see ``likelihood_of``.
 
-    The ratio of the root mean squares of ``A(image + step) − A(image)``, where that is not zero (a
-    mask leaves the others as they are), and of the step, ``(batch,)``; for stacked physics a list
-    of them. Not above 1: where a physics lengthens images, y is as exact as its noise model says.
+    It is a ratio of two root mean squares: that of ``A(image + step) − A(image)``, where it is not
+    zero (a mask leaves the others as they are), and that of the step. It is not above 1: where a
+    physics lengthens images, y is as exact as its noise model says.
+
+    Args:
+        physics: the forward model A.
+        image: ``(rows, *image_shape)``.
+        made: ``A(image)``.
+        step: a small one, likewise.
+
+    Returns:
+        ``(rows,)``, or for stacked physics a list of them.
     """
     with torch.no_grad():
         moved = physics.A(image + step)
@@ -293,7 +347,12 @@ def _mean_square(t: Tensor) -> Tensor:
 
 
 def slope(function: Any, image: Tensor) -> Tensor:
-    """The gradient of a function of images, ``(batch,)``, at these."""
+    """The gradient of a function of images at some of them.
+
+    Args:
+        function: images → ``(rows,)``.
+        image: ``(rows, *image_shape)``.
+    """
     with torch.enable_grad():
         leaf = image.clone().requires_grad_()
         gradient: Tensor = torch.autograd.grad(function(leaf).sum(), leaf)[0]
@@ -301,12 +360,19 @@ def slope(function: Any, image: Tensor) -> Tensor:
 
 
 def curvature(function: Any, image: Tensor, step: Tensor) -> Tensor:
-    """``|dᵀ H d| / dᵀd`` of a function of images along small steps d, ``(batch,)``.
+    """``|dᵀ H d| / dᵀd`` of a function of images along small steps d, ``(rows,)``.
 
-    The steps stand for those in which latents move the image: a compressed sensing matrix
-    lengthens its own row space tenfold, and what a generator draws hardly at all. H is the second
-    derivative, taken as a difference of two gradients at ``image ± d``: it costs no evaluation
-    of f.
+    The steps stand for those in which latents move the image: a compressed sensing matrix lengthens
+    its own row space tenfold, and what a generator draws hardly at all. H is the second derivative,
+    taken as a difference of two gradients at ``image ± d``. It costs no evaluation of f.
+
+    Args:
+        function: images → ``(rows,)``.
+        image: ``(rows, *image_shape)``.
+        step: d, likewise.
+
+    Returns:
+        The curvature, 1 where it is zero or not finite.
     """
     change = slope(function, image + step) - slope(function, image - step)
     inner = (change.conj() * step).real if image.is_complex() else change * step

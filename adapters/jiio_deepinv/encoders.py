@@ -24,8 +24,10 @@ class GaussianEncoder(nn.Module):
     :class:`JIIOReconstructor` whose latents are images, it says where the measurements may still
     change a guess: at edges more than in an empty background. With ``latent_penalty=1`` and a
     likelihood as data term the reconstruction is the mode under the prior N(m, diag s²), which the
-    networks predict from y. s is learned end to end, from the reconstruction's own loss; c lets a
-    new one's be around 0.05, or half of σ if that is less. It does not fall below 0.001 σ.
+    networks predict from y.
+
+    s is learned end to end, from the reconstruction's own loss. The constant c lets a new one's be
+    around 0.05, or half of σ if that is less. It does not fall below 0.001 σ.
 
     Args:
         guess: any deepinv network that is called with y and physics: an ``ArtifactRemoval``, an
@@ -33,15 +35,15 @@ class GaussianEncoder(nn.Module):
         spread: an image network of twice the channels to the channels of an image, such as
             ``dinv.models.UNet(2, 1, residual=False, batch_norm=False)``.
         mode: "adjoint" or "pinv": how r comes back from the measurements.
-        largest: σ, in units of the image. The iterations take longer the larger s is against the
-            noise; where they end early, and with them a loose gradient, s can come to stay large.
-            A few times the error of the guess is enough.
+        largest: σ, in units of the image. A few times the error of the guess is enough. The
+            iterations take longer the larger s is against the noise. Where they end early, and with
+            them a loose gradient, s can come to stay large.
 
     Shape:
-        y as the physics makes it → two of ``(B, C, H, W)``, real.
+        y as the physics makes it → two of ``(rows, c, h, w)``, real.
 
     Raises:
-        ValueError: another mode, a σ that is not positive; when called, what does not fit.
+        ValueError: another mode, or a σ that is not positive. When called, what does not fit.
 
     Not for: complex images (MRI in deepinv has two real channels), physics without an adjoint.
 
@@ -67,7 +69,15 @@ class GaussianEncoder(nn.Module):
         self._offset = math.log(first / (1 - first))
 
     def forward(self, y: Any, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation."""
+        """Mean and standard deviation of the latents, each ``(rows, c, h, w)``.
+
+        Args:
+            y: measurements, as the physics makes them.
+            physics: the forward model A, which has an adjoint.
+
+        Raises:
+            ValueError: physics without an adjoint, a guess that does not fit y, complex images.
+        """
         if not hasattr(physics, "A_adjoint"):
             raise ValueError(
                 f"GaussianEncoder needs a physics with an adjoint, {type(physics).__name__} has "

@@ -45,10 +45,10 @@ def likelihood_of(physics: Physics, gain: Any = 1.0) -> DataFidelity:
     noise model               ``-log p(y | z)`` summed over the entries, z = A(x)
     ========================  ======================================================================
     ZeroNoise                 ``(z − y)² / 2σ²`` with σ = 0.05 g
-    GaussianNoise             ``(z − y)² / 2σ²``, σ per sample where the noise model has that;
-                              ``|z − y|² / σ²`` of complex entries, as deepinv draws them
+    GaussianNoise             ``(z − y)² / 2σ²``, σ per sample where the noise model has that,
+                              and ``|z − y|² / σ²`` of complex entries, as deepinv draws them
     UniformGaussianNoise      the same with the root mean square of its range of σ
-    UniformNoise(a)           the same with ``σ = a/√3``; its own, an indicator, has no slope
+    UniformNoise(a)           the same with ``σ = a/√3``, as its own, an indicator, has no slope
     PoissonNoise(γ)           ``λ − k log λ`` with ``λ = z/γ`` and counts k
     PoissonGaussianNoise      the same with ``λ = z/γ + σ²/γ²``, ``k = y/γ + σ²/γ²`` (shifted
                               Poisson: mean and variance are those of the sum)
@@ -60,15 +60,18 @@ def likelihood_of(physics: Physics, gain: Any = 1.0) -> DataFidelity:
     RicianNoise(σ)            ``(z² + y²)/2σ² − log I₀(zy/σ²)``
     ========================  ======================================================================
 
-    σ and b below 0.05 g count as 0.05 g. The Poisson and Gamma likelihoods go on as their parabola
-    of second order where λ or z is below 0.01, so they are finite and convex there. Stacked physics
-    get a ``StackedPhysicsDataFidelity`` of their parts' likelihoods.
+    σ and b below 0.05 g count as 0.05 g. Where λ or z is below 0.01 the Poisson and Gamma
+    likelihoods go on as their parabola of second order. That keeps them finite and convex there.
+    Stacked physics get a ``StackedPhysicsDataFidelity`` of their parts' likelihoods.
 
     Args:
         physics: the forward model, with its noise model.
-        gain: g, how large an entry of A(x) is where one of x is 1: what a generator misses, 0.05 a
-            pixel, reaches the measurements so. A number, one per sample, or for stacked physics a
-            list of them.
+        gain: g, how large an entry of A(x) is where one of x is 1. What a generator misses, 0.05 a
+            pixel, reaches the measurements so. A number, one per sample ``(rows,)``, or for stacked
+            physics a list of them.
+
+    Returns:
+        ``data(x, y, physics)``, one value per sample, ``(rows,)``.
 
     Raises:
         TypeError: another noise model, which only you can know the likelihood of.

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 class Metrics:
     """Collects "residual" ``‖x_{k+1} − x_k‖ / ‖x_{k+1}‖``, "cost" and, given x_gt, "psnr".
 
-    The entries of an iteration are of the image at its unconverged state, but for the last, the
+    The entries of an iteration are of the image at its unconverged state. The last entry is the
     returned image's. An iterate that is taken back is there too.
+
+    Args:
+        x_gt: true images ``(rows, c, h, w)``, or None.
     """
 
     def __init__(self, x_gt: Tensor | None) -> None:
@@ -47,7 +50,7 @@ class Metrics:
         self.last = image
 
     def finish(self, image: Tensor) -> dict[str, list[list[float]]]:
-        """The dictionary; ``image`` is what is returned."""
+        """``metrics[name][sample][iteration]``, once ``image`` is returned."""
         self._image(image)
         named = {"psnr": self.psnr, "cost": self.cost, "residual": self.residual}
         return {
