@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 
 def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The parameters to adapt; by default those called ``context``."""
+    """The parameters to adapt. By default those called ``context``.
+
+    Args:
+        model: the module that holds them.
+        names: of ``model.named_parameters()``. None: the default.
+
+    Raises:
+        TypeError: no module, or a string in place of a list.
+        ValueError: names that the model does not have, or none.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(names, str):
@@ -43,7 +52,12 @@ def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...
 
 
 def check_loss(loss: Any) -> None:
-    """Raise unless ``loss`` is one finite number with a graph."""
+    """Raise unless ``loss`` is one finite number with a graph.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, no gradient, NaN or Inf.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
@@ -63,7 +77,11 @@ def check_loss(loss: Any) -> None:
 
 
 def check_replay(loss: Recorded) -> None:
-    """Raise where computing the recorded loss again does not give the same value."""
+    """Raise where computing the recorded loss again does not give the same value.
+
+    Raises:
+        ValueError: it gives another.
+    """
     with torch.no_grad():
         again = loss.tape.replay(loss)
     was = loss.detach()
@@ -77,7 +95,15 @@ def check_replay(loss: Recorded) -> None:
 
 
 def check_constants(loss: Recorded, slots: Slots) -> None:
-    """Raise where the recorded loss holds something that depends on the adapted parameters."""
+    """Raise where the recorded loss holds something that depends on the adapted parameters.
+
+    Args:
+        loss: the support loss.
+        slots: the adapted parameters, where they stand.
+
+    Raises:
+        ValueError: names the parameters.
+    """
     current = slots.get()
     for constant in loss.tape.constants():
         if not constant.requires_grad:
@@ -95,7 +121,17 @@ def check_constants(loss: Recorded, slots: Slots) -> None:
 def influential(
     loss: Tensor, slots: Slots, allow_unused: bool, allow_nograd: bool
 ) -> tuple[str, ...]:
-    """The adapted names that can and do influence the loss."""
+    """The adapted names that can and do influence the loss.
+
+    Args:
+        loss: the support loss, a scalar with a graph.
+        slots: the adapted parameters, where they stand.
+        allow_unused: leave out names that do not influence it.
+        allow_nograd: leave out names whose parameter requires no gradient.
+
+    Raises:
+        ValueError: such a name that is not to be left out, or none that remains.
+    """
     current = slots.get()
     constant = [n for n, t in zip(slots.names, current, strict=True) if not t.requires_grad]
     if constant and not allow_nograd:
@@ -117,7 +153,11 @@ def influential(
 
 
 def check_cells(module: nn.Module) -> None:
-    """Raise or warn where a cell is not the same function at every call."""
+    """Raise or warn where a cell is not the same function at every call.
+
+    Raises:
+        ValueError: active dropout in a cell.
+    """
     for layer in module.modules():
         if not isinstance(layer, Equilibrium):
             continue
@@ -148,7 +188,12 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def same_inputs(first: Any, second: Any) -> bool:
-    """Whether two calls got the same tensors."""
+    """Whether two calls got the same tensors.
+
+    Args:
+        first: arguments of a call, in nested tuples, lists and dicts. None: there was no such call.
+        second: arguments of the other.
+    """
     if first is None:
         return False
     ours, theirs = list(tensors_in(first)), list(tensors_in(second))
@@ -159,7 +204,12 @@ def same_inputs(first: Any, second: Any) -> bool:
 
 
 def reaches(result: Tensor, targets: Sequence[Tensor]) -> list[bool]:
-    """Which of ``targets`` the graph of ``result`` leads to."""
+    """Which of the targets the graph of a result leads to.
+
+    Args:
+        result: a tensor with a graph.
+        targets: tensors that it may have been made of.
+    """
     nodes = set(graph_of(result))
     edge = torch.autograd.graph.get_gradient_edge
     return [t.requires_grad and edge(t).node in nodes for t in targets]

@@ -1,8 +1,8 @@
 """Few-shot data as learn2learn takes it: ``MetaDataset`` and ``Taskset``.
 
-The parts of learn2learn used here work; some others do not (``FilterLabels`` before ``NWays``
+The parts of learn2learn used here work. Some others do not: ``FilterLabels`` before ``NWays``
 raises, ``RandomClassRotation`` turns all classes alike, ``get_tasksets("omniglot")`` has classes in
-several splits). So each split is a data set of its own, and rotations are classes.
+several splits. So each split is a data set of its own, and rotations are classes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 class Tasksets(NamedTuple):
-    """One ``Taskset`` a split; each task is a pair ``(x, y)``, as in ``learn2learn.vision``."""
+    """One ``Taskset`` a split. Each task is a pair ``(x, y)``, as in ``learn2learn.vision``.
+
+    Attributes:
+        train: tasks of the classes to learn from.
+        validation: tasks of other classes, to choose settings by.
+        test: tasks of still other classes.
+    """
 
     train: Taskset
     validation: Taskset
@@ -57,13 +63,17 @@ def meta_dataset(data: ClassImages) -> MetaDataset:
 
 
 def taskset(data: ClassImages, *, ways: int, samples: int, num_tasks: int = -1) -> Taskset:
-    """Tasks of ``ways`` classes with ``samples`` images each, sorted by class; labels from 0.
+    """Tasks of ``ways`` classes with ``samples`` images each, sorted by class. Labels start at 0.
 
     Args:
         data: the classes of one split.
         ways: classes of a task.
         samples: images of a class, support and query together.
-        num_tasks: number of different tasks; −1: without end.
+        num_tasks: number of different tasks. −1: without end.
+
+    Returns:
+        A ``Taskset`` of pairs ``(x, y)``, ``(ways·samples, 1, side, side)`` in [0, 1] and
+        ``(ways·samples,)``.
 
     Raises:
         ValueError: more ways or samples than there are.
@@ -104,7 +114,21 @@ def glyph_tasksets(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Tasksets:
-    """Letters rendered from fonts, split by script; see :func:`jiio_plugins.data.load_glyphs`."""
+    """Letters rendered from fonts, split by script, see :func:`jiio_plugins.data.load_glyphs`.
+
+    Args:
+        ways: classes of a task.
+        samples: images of a class, support and query together.
+        num_tasks: number of different tasks a split. −1: without end.
+        fonts: a folder of fonts. None: the DejaVu faces that matplotlib brings.
+        size: pixels a side.
+        seed: of the deformations.
+        cache: folder of the cache. None: the user's.
+
+    Raises:
+        ValueError: more ways or samples than there are, or too few characters in the fonts.
+        FileNotFoundError: no fonts in the folder.
+    """
     splits = {
         split: load_glyphs(split, fonts=fonts, size=size, seed=seed, cache=cache)
         for split in Tasksets._fields
@@ -123,7 +147,22 @@ def omniglot_tasksets(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Tasksets:
-    """Omniglot from torchvision's folder; see :func:`jiio_plugins.data.load_omniglot`."""
+    """Omniglot from torchvision's folder, see :func:`jiio_plugins.data.load_omniglot`.
+
+    Args:
+        root: torchvision's root. Nothing is downloaded.
+        ways: classes of a task.
+        samples: images of a class, support and query together.
+        num_tasks: number of different tasks a split. −1: without end.
+        size: pixels a side.
+        rotations: turn each class into three more. None: for training only.
+        seed: of the random split over classes.
+        cache: folder of the cache. None: the user's.
+
+    Raises:
+        ValueError: more ways or samples than there are.
+        FileNotFoundError: says how to fetch the files.
+    """
     splits = {
         split: load_omniglot(root, split, size=size, rotations=rotations, seed=seed, cache=cache)
         for split in Tasksets._fields
@@ -132,7 +171,16 @@ def omniglot_tasksets(
 
 
 def sinusoid_taskset(data: Sinusoids, *, samples: int = 20, num_tasks: int = -1) -> Taskset:
-    """Each task: ``samples`` points ``(x, y)`` of one sinusoid, ``(samples, 1)`` each."""
+    """Each task: ``samples`` points ``(x, y)`` of one sinusoid, ``(samples, 1)`` each.
+
+    Args:
+        data: the sinusoids.
+        samples: points of a task, support and query together.
+        num_tasks: number of different tasks. −1: without end.
+
+    Raises:
+        ValueError: more samples than a sinusoid has points.
+    """
     if samples > data.points:
         raise ValueError(f"{samples} samples asked for, a sinusoid has {data.points} points")
     points = data.points

@@ -1,8 +1,9 @@
 """Recording what is computed from a model's output, so that it can be computed again from another.
 
 A toolkit hands over ``loss``, one number, where a joint optimisation needs a function: the loss at
-every iterate. The output that the caller's code gets is made of :class:`Recorded` tensors, ordinary
-tensors with their gradient, which note every torch function applied to them on a :class:`Tape`.
+every iterate. The output that the caller's code gets is made of :class:`Recorded` tensors. These
+are ordinary tensors with their gradient, which note every torch function applied to them on a
+:class:`Tape`.
 """
 
 from __future__ import annotations
@@ -44,29 +45,39 @@ class Tape:
 
     Args:
         output: a tensor, or tensors in tuples, lists and dicts.
-        source: what made the output; kept as it is.
+        source: what made the output, kept as it is.
     """
 
     def __init__(self, output: Any, source: Any = None) -> None:
         self.source = source
         self._steps: list[_Step] = []
         self._slots = 0
+        # a copy, for the caller may change the output in place
         self._was = map_tensors(output, lambda t: t.detach().clone())
         self._source = map_tensors(output, lambda _: self._new_slot())
 
     def wrap(self, output: Any) -> Any:
-        """``output`` made of :class:`Recorded` tensors; call it once."""
+        """``output`` made of :class:`Recorded` tensors. Call it once."""
         return _zip_tensors(output, self._source, self._recorded)
 
     def record(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call ``func``, note it and return its result, recorded."""
+        """Call a function and note it.
+
+        Args:
+            func: a function of torch.
+            args: its arguments, with at least one tensor of this tape.
+            kwargs: its keywords.
+
+        Returns:
+            Its result, recorded where it is or holds a tensor.
+        """
         kept_args, kept_kwargs = map_tensors((args, kwargs), self._to_slot)
         in_place = _works_in_place(func)
         if in_place and isinstance(kept_args[0], Tensor):
             kept_args = (_Copied(kept_args[0].clone()), *kept_args[1:])
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # else this call would record itself again
             result = func(*args, **kwargs)
         changes_record = in_place and isinstance(kept_args[0], Slot)
         if next(tensors_in(result), None) is None and not changes_record:
@@ -84,7 +95,12 @@ class Tape:
             yield from tensors_in((step.args, step.kwargs))
 
     def replay(self, recorded: Recorded, output: Any = None) -> Tensor:
-        """What ``recorded`` is when the output is ``output``; None: the one that was recorded."""
+        """What a recorded value is when the model gives another output.
+
+        Args:
+            recorded: a tensor of this tape.
+            output: built like the one that was recorded. None: that one.
+        """
         values: dict[int, Tensor] = {}
         if output is None:
             output = map_tensors(self._was, Tensor.clone)
@@ -149,7 +165,12 @@ class Recorded(Tensor):
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """``value`` with ``function`` applied to each tensor in nested tuples, lists and dicts."""
+    """A value with a function applied to each tensor in nested tuples, lists and dicts.
+
+    Args:
+        value: anything.
+        function: what a tensor becomes.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
