@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def as_images(x: Any, classifier: PyTorchClassifier) -> npt.NDArray[np.float32]:
-    """Images as float32, ``(n, *input_shape)``, finite.
+    """Images as float32, ``(rows, *input_shape)``, finite.
+
+    Args:
+        x: images, as ``generate`` got them.
+        classifier: ART's, which names the ``input_shape``.
 
     Raises:
         ValueError: another shape, NaN or Inf.
@@ -45,7 +49,12 @@ def as_images(x: Any, classifier: PyTorchClassifier) -> npt.NDArray[np.float32]:
 
 
 def class_indices(y: Any, rows: int, classes: int) -> npt.NDArray[np.int64]:
-    """Labels one-hot ``(n, classes)`` or as indices ``(n,)`` or ``(n, 1)`` -> ``(n,)``.
+    """Labels as indices ``(rows,)``.
+
+    Args:
+        y: one-hot ``(rows, classes)``, or indices ``(rows,)`` or ``(rows, 1)``.
+        rows: number of images.
+        classes: number of classes.
 
     Raises:
         ValueError: another shape, not whole numbers, or classes that do not exist.
@@ -93,10 +102,11 @@ class Region:
     """Where the perturbation may go, one entry per image.
 
     Attributes:
-        radius: ε ``(n,)``.
-        step: first step in units of ε ``(n,)``; None: the method's own.
-        lower, upper: pixel bounds of the images' shape, or None.
-        mask: where a perturbation is allowed, of the images' shape, or None.
+        radius: ε in the units of the images, ``(rows,)``.
+        step: first step α in units of ε, ``(rows,)``. None: the method's own.
+        lower: least pixel values, of the images' shape, or None.
+        upper: largest pixel values, likewise.
+        mask: where a perturbation is allowed, bool of the images' shape, or None.
     """
 
     radius: npt.NDArray[np.float64]
@@ -117,7 +127,16 @@ class Region:
         clip_values: Any,
         mask: Any,
     ) -> Region:
-        """Around the images x; ``scale`` ``(n,)`` shrinks ε, and with it the step.
+        """The region around some images.
+
+        Args:
+            x: the images, ``(rows, *input_shape)``.
+            norm: of the ball, 1, 2 or inf.
+            eps: ε in the units of x, a number, one per image, or what broadcasts to x.
+            eps_step: first step in the units of x, likewise. None: the method's own.
+            scale: factor of ε, and with it of the step, ``(rows,)``. None: 1.
+            clip_values: the classifier's pixel range, a pair of numbers or arrays, or None.
+            mask: where a perturbation is allowed, bool or non-negative floats, or None.
 
         Raises:
             ValueError: an array that does not fit the images, or images outside ``clip_values``.
@@ -152,7 +171,7 @@ class Region:
 
 
 def _per_pixel(name: str, value: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """A number, one value per sample ``(n,)``, or what broadcasts -> a view of shape ``shape``."""
+    """A number, one value per image ``(rows,)``, or what broadcasts, as a view of ``shape``."""
     array = np.asarray(value, dtype=np.float64)
     if array.shape == shape[:1]:
         array = array.reshape(-1, *[1] * (len(shape) - 1))

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """One entry per sample, in the order of the images; NumPy arrays of shape ``(n,)``.
+    """One entry per sample, in the order of the images. All are NumPy arrays ``(rows,)``.
 
     Attributes:
         success: adversarial by ``model(x)`` itself and by an independent tight solve.
         value: the minimised objective by the tight solve: minus the loss, or with ``targeted`` the
             loss of the target.
         model_value: the same by ``model(x)`` with the solver the model carries.
-        status: :class:`jiio_plugins.Status` codes; :meth:`report` reads them out.
+        status: :class:`jiio_plugins.Status` codes, which :meth:`report` reads out.
         f_evals: evaluations of the cell f, all restarts together. The final verification, which
             every method shares, is not in it.
         vjps: vector-Jacobian products, all restarts together.
         iterations: iterations of the loop, all restarts together.
         verification_f_evals: evaluations of f in the final verification.
-        z_residual: ‖f(z) − z‖ / ‖f(z)‖ of the verified state.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the verified state.
         costate_residual: the same of the adjoint equation where the loop ended.
     """
 
@@ -48,7 +48,13 @@ class AttackRecord:
 
     @classmethod
     def of(cls, solution: Solution, labels: Tensor, targeted: bool) -> AttackRecord:
-        """The record of one batch; the states z and μ are left behind."""
+        """The record of one batch. The states z and μ are left behind.
+
+        Args:
+            solution: of :func:`jiio_plugins.attack`.
+            labels: true classes ``(rows,)``, or with ``targeted`` the wanted ones.
+            targeted: whether the attack was.
+        """
 
         def read(name: str) -> npt.NDArray[Any]:
             source = solution if name in ("value", "status") else solution.stats
@@ -63,7 +69,7 @@ class AttackRecord:
 
     @classmethod
     def join(cls, records: Sequence[AttackRecord]) -> AttackRecord:
-        """The batches one after the other; no batches give an empty record."""
+        """The batches one after the other. No batches give an empty record."""
         empty: dict[str, type] = {"success": bool, "status": np.int8}
         return cls(
             **{
