@@ -158,8 +158,8 @@ class FeasibleSet:
     def descent_direction(self, g: Tensor, v: Tensor) -> Tensor:
         """Steepest descent of length one in the ball's norm. Without a ball it is −g.
 
-        Entries that sit at a bound and would be pushed through it are left out first, so they do
-        not take part of the step's length.
+        Entries that sit at a bound and would be pushed through it are left out first. They take no
+        part of the step's length.
 
         Args:
             g: gradient, ``(problems, d)``.

@@ -1,6 +1,6 @@
 """Few-shot classes that need no download: characters rendered from the fonts that are there.
 
-A class is a character, its samples are the faces it exists in, each moved, turned, sheared, scaled
+A class is a character. Its samples are the faces it exists in, each moved, turned, sheared, scaled
 and bent a little. Classes are split by script, so the characters of a test task belong to alphabets
 that training never saw. It is type, not handwriting: accuracies on it do not compare with those on
 Omniglot.
