@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from jiio_plugins import Nested
-from jiio_plugins.constraints import FeasibleSet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import Path
+    from jiio_plugins.constraints import FeasibleSet
+    from jiio_plugins.joint import Problem
+    from jiio_plugins.methods import Iteration
 
 
-class AdamDirections(FeasibleSet):
-    """No constraint; directions are Adam's, so that a step of length α is Adam's at rate α."""
+class Adam:
+    """Directions, so that a step of length α is Adam's at rate α."""
 
-    def __init__(self, center: Tensor) -> None:
-        super().__init__(center)
-        self.first, self.second, self.k = torch.zeros_like(center), torch.zeros_like(center), 0
+    def __init__(self, like: Tensor) -> None:
+        self.first, self.second, self.k = torch.zeros_like(like), torch.zeros_like(like), 0
 
-    def descent_direction(self, gradient: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, feasible: FeasibleSet, gradient: Tensor, v: Tensor) -> Tensor:
         """``−m̂ / (√ŝ + 1e-8)``."""
         self.k += 1
         self.first = 0.9 * self.first + 0.1 * gradient
@@ -37,6 +36,8 @@ class AdamDirections(FeasibleSet):
 class NestedAdam(Nested):
     """The nested loop with Adam's steps; ``step_size`` is the rate."""
 
-    def run(self, problem: Problem, feasible: FeasibleSet, *args: Any, **kwargs: Any) -> Path:
+    def start(self, problem: Problem) -> Iteration:
         """See :class:`jiio_plugins.Nested`."""
-        return super().run(problem, AdamDirections(feasible.center), *args, **kwargs)
+        iteration = super().start(problem)
+        iteration.direction = Adam(problem.v_start)  # type: ignore[method-assign]
+        return iteration

@@ -59,15 +59,15 @@ from jiio_plugins import (
     envelope_loss,
     joint_solution,
 )
-from jiio_plugins.adversarial.batches import TensorBatches
-from jiio_plugins.adversarial.fit import fit_adversarially
-from jiio_plugins.adversarial.step import (
+from jiio_plugins.adversarial import (
     CARRIED_METHOD,
     CARRIED_REFINE,
     TRAINING_METHOD,
     AdversarialTraining,
+    TensorBatches,
+    fit_adversarially,
 )
-from jiio_plugins.data.classification import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import (
     RobustnessReport,
     default_suite,

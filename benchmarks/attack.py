@@ -26,7 +26,8 @@ from torch import nn
 
 from jiio_plugins import Box, Equilibrium, Intersection, Joint, L2Ball, LinfBall, attack_objective
 from jiio_plugins.cli.bench import Attack, Bench, Row, compare, machine, plot, show
-from jiio_plugins.data.classification import load_fashion_mnist
+from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import load_pretrained
 
 if TYPE_CHECKING:
@@ -87,15 +88,12 @@ def torchattacks_pgd(bench: Bench) -> Attack:
 
 def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
     """Seconds of Joint's iterations against as many bare model forwards and VJPs."""
-    from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.joint.variables import Variable
-
     model: Any = bench.model
     layer: Equilibrium = model.equilibrium
     x, y = bench.x, bench.y
     objective = attack_objective("cross-entropy", y)
     ball = L2Ball(bench.eps) if bench.norm == 2 else LinfBall(bench.eps)
-    feasible = Intersection(ball, Box(0.0, 1.0)).bind(x)
+    inside = Intersection(ball, Box(0.0, 1.0))
     parameters = list(model.parameters())
     for p in parameters:
         p.requires_grad_(False)
@@ -116,8 +114,7 @@ def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
     method = Joint(max_iter=iterations, warmup=1, adjoint_warmup=0)
 
     def joint() -> None:
-        problem = Problem(Variable(model, x), objective, len(x))
-        method.run(problem, feasible, x.flatten(1))
+        method.run(Problem(Variable(model, x), objective, inside))
 
     times: dict[str, list[float]] = {"bare": [], "joint": []}
     for _ in range(repeats + 1):

@@ -36,18 +36,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jiio_plugins import Anderson, Implicit, Joint, Unrolled, count_evaluations
-from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.data.classification import load_fashion_mnist
-from jiio_plugins.generative import load_generator
-from jiio_plugins.generative.step import default_step_size
-from jiio_plugins.joint.problem import Problem
-from jiio_plugins.joint.variables import Variable
+from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.generative import default_step_size, load_generator
+from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods import Method
 
 RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -117,22 +114,13 @@ class Fits:
     def objective(self, made: Tensor) -> Tensor:
         return (made - self.images).square().flatten(1).sum(1)
 
-    def problem(self) -> tuple[Problem, Tensor]:
+    def problem(self) -> Problem:
         start = self.decoder.zeros(self.rows)
-        problem = Problem(Variable(self.decoder, start), self.objective, self.rows)
-        problem.starts_at(start.flatten(1))
-        return problem, start.flatten(1)
+        return Problem(Variable(self.decoder, start), self.objective, share_start=True)
 
     def run(self, method: Method) -> History:
-        problem, v = self.problem()
-        history = History()
-        method.run(
-            problem,
-            FeasibleSet(v),
-            v,
-            None,
-            lambda at: history.add(at.v, problem.f_evals, problem.vjps),
-        )
+        problem, history = self.problem(), History()
+        method.run(problem, callback=lambda at: history.add(at.v, problem.f_evals, problem.vjps))
         return history
 
     def joint(self, step_size: float, steps: int, **settings: Any) -> History:

@@ -39,23 +39,23 @@ from records import keep_settings
 from torch import Tensor, nn
 
 from jiio_plugins import Anderson, Nested
-from jiio_plugins.data.classification import load_fashion_mnist
+from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import (
+    Encoder,
     TrainConfig,
     decode,
+    distances,
     fit,
     fit_latents,
     load_generator,
     sample_latents,
     train,
 )
-from jiio_plugins.generative.metrics import distances
-from jiio_plugins.generative.step import Encoder
 from jiio_plugins.models import MDEQDecoder, load_pretrained
 
 if TYPE_CHECKING:
-    from jiio_plugins.generative.step import StepResult
-    from jiio_plugins.methods.base import Method
+    from jiio_plugins.generative import StepResult
+    from jiio_plugins.methods import Method
 
 METHODS = (
     "JIIO",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from jiio_deepinv import GaussianEncoder, JIIOReconstructor
 from jiio_deepinv.losses import contraction
 from jiio_plugins import Anderson, Implicit, Joint
-from jiio_plugins.generative.metrics import psnr
+from jiio_plugins.generative import psnr
 from jiio_plugins.models import MDEQRefiner
 from jiio_plugins.utils.checkpoint import Trained, set_random_states
 

@@ -38,9 +38,8 @@ import tyro
 from records import keep_settings
 from torch import Tensor
 
-from jiio_plugins.data.classification import load_fashion_mnist
-from jiio_plugins.generative import load_generator
-from jiio_plugins.generative.metrics import psnr, ssim
+from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.generative import load_generator, psnr, ssim
 from jiio_plugins.models import load_pretrained
 
 if TYPE_CHECKING:

@@ -40,19 +40,16 @@ from tqdm import tqdm
 
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Anderson, Joint, Nested, Unrolled
-from jiio_plugins.constraints import FeasibleSet
-from jiio_plugins.data.glyphs import load_glyphs
-from jiio_plugins.data.tasks import ClassImages, Tasks, sample_tasks
-from jiio_plugins.equilibrium.regularization import jacobian_penalty
+from jiio_plugins.data import ClassImages, Tasks, load_glyphs, sample_tasks
+from jiio_plugins.equilibrium import jacobian_penalty
 from jiio_plugins.implicit import attach
-from jiio_plugins.joint.problem import HeldProblem, Problem
-from jiio_plugins.joint.variables import ParameterVariable
+from jiio_plugins.joint import ParameterVariable, Problem, layer_mode
 from jiio_plugins.models import MDEQFewShot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jiio_plugins.methods.base import Progress
+    from jiio_plugins.methods import Progress
 
 ADAPT = ("context", "head.weight", "head.bias")  # what JIIO and nested descent adapt
 HEAD = ("weight", "bias")  # what JIIO adapts of a head alone, and ANIL
@@ -164,34 +161,34 @@ class Learner:
             mixing="anderson",
         )
         with setting.frozen():
-            problem, feasible, v0 = setting.problem()
-            path = method.run(problem, feasible, v0)
+            problem = setting.problem()
+            result = method.run(problem)
         if not training:
-            return path.v
+            return result.v
         step = torch.full((1, 1), 0.4)
         solver = Anderson(max_iter=4, memory=4, tol=5e-2)
-        return attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)[0]
+        return attach(problem, result, step, solver=solver)[0]
 
     def _head(self, features: Tensor, labels: Tensor) -> Tensor:
         """The optimum of the head alone, for features that do not change, and its gradient."""
         setting = Setting(self.model.head, features, labels, self.args.head_reg, HEAD)
         method = Joint(max_iter=10 if self.model.training else 50, step_size=0.2, tol=1e-3)
         with setting.frozen():
-            problem, feasible, v0 = setting.problem()
-            path = method.run(problem, feasible, v0)
+            problem = setting.problem()
+            result = method.run(problem)
         if not self.model.training:
-            return path.v
+            return result.v
         step, solver = torch.full((1, 1), 0.2), Anderson(max_iter=10, memory=10, tol=1e-2)
-        return attach(problem, feasible, step, path.z, path.mu, path.v, solver=solver)[0]
+        return attach(problem, result, step, solver=solver)[0]
 
     def _nested(self, tasks: Tasks) -> Tensor:
         """Ten steps, each with full solves of state and adjoint; v − v0 is held constant."""
         setting = Setting(self.model, tasks.x_support, tasks.y_support, self.args.reg)
         tight = Anderson(max_iter=30, tol=1e-3)
         with setting.frozen():
-            problem, feasible, v0 = setting.problem()
-            path = Nested(max_iter=10, step_size=0.4, solver=tight).run(problem, feasible, v0)
-        return (path.v - v0) + setting.anchor()
+            problem = setting.problem()
+            result = Nested(max_iter=10, step_size=0.4, solver=tight).run(problem)
+        return (result.v - problem.v_start) + setting.anchor()
 
     def _answers(self, v: Tensor, x: Tensor, model: nn.Module, names: Sequence[str]) -> Tensor:
         """``model`` on the query sets ``x`` ``(tasks, queries, ...)``, at each task's v."""
@@ -338,7 +335,7 @@ class Setting:
         parameters = dict(self.model.model.named_parameters())
         return torch.cat([parameters[n].reshape(1, -1) for n in self.names], dim=1)
 
-    def problem(self, dtype: torch.dtype = torch.float32) -> tuple[Problem, FeasibleSet, Tensor]:
+    def problem(self, dtype: torch.dtype = torch.float32, start: Tensor | None = None) -> Problem:
         model = self.model.to(dtype)
         x = self.x.to(dtype)
         variable = ParameterVariable(model, x, [f"model.{n}" for n in self.names], self.groups)
@@ -348,11 +345,8 @@ class Setting:
             proximal = 0.5 * self.reg * (v - self.anchor()).square().sum(1) / self.rows
             return cross_entropy(logits, self.labels, reduction="none") + proximal
 
-        if self.names == HEAD:  # there is no equilibrium in a head
-            problem: Problem = HeldProblem(variable, objective, len(x), ())
-        else:
-            problem = Problem(variable, objective, len(x))
-        return problem, FeasibleSet(variable.start), variable.start
+        fixed = () if self.names == HEAD else None  # there is no equilibrium in a head
+        return Problem(variable, objective, start=start, fixed=fixed)
 
 
 class Arrived(Exception):  # noqa: N818, it is no error
@@ -384,7 +378,6 @@ def optimum(setting: Setting) -> tuple[Tensor, float]:
     Some tasks have several optima. The one meant is the one that gradient descent leads to: the
     nested loop with tight solves comes first, then L-BFGS.
     """
-    problem, _, v0 = setting.problem(torch.float64)
     tight = Anderson(max_iter=500, tol=1e-10, memory=8)
 
     def gradient(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,12 +389,13 @@ def optimum(setting: Setting) -> tuple[Tensor, float]:
             kept.extend((progress.loss, progress.gradient))
 
         with setting.frozen():
-            method.run(problem, FeasibleSet(v0), v, None, look)
+            problem = setting.problem(torch.float64, v)
+            method.run(problem, callback=look)
         return problem.groups.sum(kept[0]).sum(), kept[1]
 
     near = Nested(max_iter=80, step_size=0.3, warm_start=True, solver=Anderson(tol=1e-4))
     with setting.frozen():
-        v = near.run(problem, FeasibleSet(v0), v0).v.requires_grad_()
+        v = near.run(setting.problem(torch.float64)).v.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [v],
         max_iter=150,
@@ -423,8 +417,8 @@ def optimum(setting: Setting) -> tuple[Tensor, float]:
 
 def arrive(setting: Setting, method: Joint | Nested, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which tasks arrive for good, and f evaluations and VJPs a sample paid by then."""
-    problem, feasible, v0 = setting.problem()
-    scale = (goal - v0).norm(dim=1)
+    problem = setting.problem()
+    scale = (goal - problem.v_start).norm(dim=1)
     away: list[Tensor] = []
     paid = [torch.zeros(2, problem.rows)]  # entry k: before the pass at v_k
 
@@ -436,7 +430,7 @@ def arrive(setting: Setting, method: Joint | Nested, goal: Tensor) -> tuple[Tens
             raise Arrived
 
     with setting.frozen(), contextlib.suppress(Arrived):
-        method.run(problem, feasible, v0, None, look)
+        method.run(problem, callback=look)
     outside = torch.stack(away)
     k = torch.arange(len(outside))[:, None]
     first = torch.where(outside, k, -1).amax(0) + 1  # from here on a task is inside
@@ -538,8 +532,6 @@ def part_overhead(args: Args, results: dict[str, Any]) -> None:
     state = tuple(t.detach() for t in seen["z"])
 
     def bare() -> None:
-        from jiio_plugins.equilibrium.layer import layer_mode
-
         class Once:
             def on_layer(self, layer: nn.Module, f: Any, z0: Any) -> Any:
                 seen["leaves"] = tuple(t.clone().requires_grad_() for t in state)

@@ -19,7 +19,7 @@ from art.estimators.classification import PyTorchClassifier
 from art.metrics import adversarial_accuracy
 
 from jiio_art import JIIOAdversarialTrainer, JIIOAttack
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
 
 

@@ -23,7 +23,7 @@ from art.estimators.classification import PyTorchClassifier
 
 from jiio_art import JIIOAttack
 from jiio_plugins import count_evaluations
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from deepinv.physics import (
 from torch import Tensor
 
 from jiio_deepinv import JIIOReconstructor
-from jiio_plugins.data.classification import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.models import load_pretrained
 
 

@@ -19,10 +19,10 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins.adversarial.step import AdversarialTraining
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.adversarial import AdversarialTraining
+from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
-from jiio_plugins.utils.distributed import launch
+from jiio_plugins.utils import launch
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jiio_learn2learn import JIIOLearner
 from jiio_learn2learn.data import sinusoid_taskset
-from jiio_plugins.data.tasks import Sinusoids
+from jiio_plugins.data import Sinusoids
 from jiio_plugins.models import SinusoidDEQ
 
 matplotlib.use("Agg")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins import Anderson, count_evaluations
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 from jiio_plugins.models import load_pretrained
 from jiio_torchattacks import JIIO
 

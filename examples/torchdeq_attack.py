@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins import Anderson, count_evaluations
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 from jiio_plugins.evaluation import layers_as
 from jiio_torchattacks import JIIO
 from jiio_torchdeq import adapt

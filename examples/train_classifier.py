@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from jiio_plugins import Anderson, Phantom, count_evaluations, jacobian_penalty
-from jiio_plugins.data.classification import load_digits, load_fashion_mnist
-from jiio_plugins.models.pretrained import CLASSIFIERS
+from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.models import CLASSIFIERS
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from jiio_plugins.data.classification import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.models import ConvFeatures
 
 

@@ -23,11 +23,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from jiio_learn2learn import JIIOLearner
-from jiio_plugins.data.glyphs import load_glyphs
-from jiio_plugins.data.omniglot import load_omniglot
-from jiio_plugins.data.tasks import ClassImages, sample_tasks
+from jiio_plugins.data import ClassImages, load_glyphs, load_omniglot, sample_tasks
 from jiio_plugins.models import MDEQFewShot
-from jiio_plugins.utils.distributed import launch
+from jiio_plugins.utils import launch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 from jiio_plugins.generative import (
     TrainConfig,
     decode,
@@ -30,8 +30,8 @@ from jiio_plugins.generative import (
     load_latents,
     sample_latents,
     train,
+    write_sheet,
 )
-from jiio_plugins.generative.pictures import write_sheet
 
 
 @dataclass

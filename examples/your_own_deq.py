@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins import Box, Equilibrium, Intersection, L2Ball, optimize_input
-from jiio_plugins.data.classification import load_digits
+from jiio_plugins.data import load_digits
 
 
 class Cell(nn.Module):

@@ -5,7 +5,6 @@ Both host adapters call :func:`attack`; they only translate their toolkit's word
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,19 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jiio_plugins.constraints import (
-    Box,
     Constraint,
     FeasibleSet,
-    Intersection,
-    L1Ball,
-    L2Ball,
-    LinfBall,
 )
 from jiio_plugins.equilibrium.counting import Cost, count
 from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.solution import Solution, Stats
+from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checks import is_count, outside_inference
 
 if TYPE_CHECKING:
@@ -37,18 +32,6 @@ if TYPE_CHECKING:
 
 Loss = Literal["cross-entropy", "dlr", "margin"]
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
-BALLS: dict[float, Callable[..., Constraint]] = {1.0: L1Ball, 2.0: L2Ball, math.inf: LinfBall}
-
-
-def as_norm(norm: float | str) -> float:
-    """1.0, 2.0 or inf; "inf", as hosts write it, too."""
-    try:
-        value = float(norm)
-    except (TypeError, ValueError):
-        value = math.nan
-    if value not in BALLS:
-        raise ValueError(f"norm must be 1, 2 or inf, got {norm!r}")
-    return value
 
 
 def attack(
@@ -108,7 +91,7 @@ def attack(
     Source: Gurumurthy et al. (NeurIPS 2021), section 4.3; DLR: Croce and Hein (ICML 2020), eq. 6
     and 7.
     """
-    norm = as_norm(norm)
+    threat = ThreatModel(norm=norm, eps=eps, lower=lower, upper=upper, mask=mask)
     if not is_count(random_starts, 0):
         raise ValueError(f"random_starts must be an integer, not negative, got {random_starts!r}")
     x = check_input(x)
@@ -116,14 +99,7 @@ def attack(
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
     labels = outside_inference(labels)
-    ball = BALLS[norm](eps, x.detach(), mask=mask)
-    sets: list[Constraint] = [ball]
-    if lower is not None or upper is not None:
-        low = -torch.inf if lower is None else lower
-        high = torch.inf if upper is None else upper
-        check_inside(x, low, high)
-        sets.append(Box(low, high))
-    whole = Intersection(*sets)
+    whole = threat.around(x)
     feasible = whole.bind(x)  # its errors first, also for an empty batch
 
     def draw() -> Tensor:
@@ -259,18 +235,6 @@ def _check_logits(logits: Any, rows: int) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != rows:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits of shape ({rows}, classes), got {got}")
-
-
-def check_inside(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> None:
-    """Raise unless ``lower <= x <= upper``."""
-    low = torch.as_tensor(lower, dtype=x.dtype, device=x.device)
-    high = torch.as_tensor(upper, dtype=x.dtype, device=x.device)
-    outside = (x < low) | (x > high)
-    if bool(outside.any()):
-        raise ValueError(
-            f"x must lie within the box [{lower}, {upper}], got values from {float(x.min()):g} to "
-            f"{float(x.max()):g}: scale or clip the images first"
-        )
 
 
 def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted: bool) -> Solution:

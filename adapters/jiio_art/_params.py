@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jiio_plugins.attacks import LOSSES
-from jiio_plugins.methods.base import Method
+from jiio_plugins.methods import Method
 
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier

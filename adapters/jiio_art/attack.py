@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from art.summary_writer import SummaryWriter
 
     from jiio_plugins.attacks import Loss
-    from jiio_plugins.methods.base import Callback, Method, Progress
+    from jiio_plugins.methods import Callback, Method, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,12 @@ from jiio_art import _inputs
 from jiio_art._model import RawInput
 from jiio_art._params import check_count, check_trainable
 from jiio_art.attack import JIIOAttack
-from jiio_plugins.adversarial.batches import TensorBatches
-from jiio_plugins.adversarial.fit import fit_adversarially
-from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
+from jiio_plugins.adversarial import (
+    TRAINING_METHOD,
+    AdversarialTraining,
+    TensorBatches,
+    fit_adversarially,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +33,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from art.data_generators import DataGenerator
 
-    from jiio_plugins.adversarial.batches import Batches
-    from jiio_plugins.adversarial.fit import Interval, Metrics
-    from jiio_plugins.methods.base import Method
+    from jiio_plugins.adversarial import Batches, Interval, Metrics
+    from jiio_plugins.methods import Method
 
 logger = logging.getLogger(__name__)
 

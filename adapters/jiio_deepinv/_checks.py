@@ -12,7 +12,7 @@ from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium.layer import EquilibriumLayer
+from jiio_plugins.equilibrium import EquilibriumLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

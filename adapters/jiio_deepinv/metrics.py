@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from jiio_deepinv._objective import Objective
-    from jiio_plugins.methods.base import Callback, Progress
+    from jiio_plugins.methods import Callback, Progress
 
 
 class Metrics:

@@ -28,10 +28,9 @@ from jiio_deepinv._objective import PROBES, PROBES_EACH, Latents, Objective, Pla
 from jiio_deepinv.likelihoods import per_sample
 from jiio_deepinv.metrics import Metrics
 from jiio_plugins import count_evaluations
-from jiio_plugins.equilibrium.solvers import Anderson, check_solver
-from jiio_plugins.equilibrium.state import full_precision
+from jiio_plugins.equilibrium import Anderson, check_solver, full_precision
 from jiio_plugins.joint import guarded
-from jiio_plugins.methods.joint import Joint, check_method
+from jiio_plugins.methods import Joint, check_method
 from jiio_plugins.optimize import optimize_input
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
     from deepinv.physics import Physics
     from deepinv.utils import TensorList
 
-    from jiio_plugins.equilibrium.solvers import Solver
-    from jiio_plugins.methods.base import Method
+    from jiio_plugins.equilibrium import Solver
+    from jiio_plugins.methods import Method
     from jiio_plugins.solution import Solution
 
     Init = Tensor | Callable[[Any, Physics], Tensor]

@@ -19,14 +19,13 @@ from learn2learn.data.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jiio_plugins.data.glyphs import load_glyphs
-from jiio_plugins.data.omniglot import load_omniglot
+from jiio_plugins.data import load_glyphs, load_omniglot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from jiio_plugins.data.tasks import ClassImages, Sinusoids
+    from jiio_plugins.data import ClassImages, Sinusoids
 
 
 class Tasksets(NamedTuple):

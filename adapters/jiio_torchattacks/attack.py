@@ -13,8 +13,7 @@ from torchattacks.attack import Attack
 
 from jiio_plugins.attacks import attack
 from jiio_plugins.joint import guarded
-from jiio_plugins.methods.base import Method
-from jiio_plugins.methods.joint import Joint
+from jiio_plugins.methods import Joint, Method
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:

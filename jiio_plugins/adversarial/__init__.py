@@ -1,14 +1,24 @@
 """Adversarial training: one step for any training loop, and a loop."""
 
 from jiio_plugins.adversarial.batches import Batches, TensorBatches
-from jiio_plugins.adversarial.fit import fit_adversarially
-from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialStep, AdversarialTraining
+from jiio_plugins.adversarial.fit import Interval, Metrics, fit_adversarially
+from jiio_plugins.adversarial.step import (
+    CARRIED_METHOD,
+    CARRIED_REFINE,
+    TRAINING_METHOD,
+    AdversarialStep,
+    AdversarialTraining,
+)
 
 __all__ = [
+    "CARRIED_METHOD",
+    "CARRIED_REFINE",
     "TRAINING_METHOD",
     "AdversarialStep",
     "AdversarialTraining",
     "Batches",
+    "Interval",
+    "Metrics",
     "TensorBatches",
     "fit_adversarially",
 ]

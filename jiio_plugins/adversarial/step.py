@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from jiio_plugins.attacks import BALLS, as_norm, check_inside
-from jiio_plugins.constraints import Box, Constraint, Intersection
 from jiio_plugins.envelope import (
     JointSolution,
     Refine,
@@ -26,9 +24,12 @@ from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 from jiio_plugins.joint.problem import FlatState
 from jiio_plugins.methods.base import Method, Progress
 from jiio_plugins.methods.joint import Joint
+from jiio_plugins.threat_model import ThreatModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from jiio_plugins.constraints import Constraint
 
     LossRows = Callable[[Any, Tensor], Tensor]
 
@@ -155,7 +156,7 @@ class AdversarialTraining:
     loss: LossRows = cross_entropy_rows
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", as_norm(self.norm))
+        object.__setattr__(self, "norm", self.threat.norm)
         eps: object = self.eps
         if not isinstance(eps, Real):
             raise TypeError(
@@ -307,18 +308,18 @@ class AdversarialTraining:
 
         return _Adversary(divergence)
 
+    @property
+    def threat(self) -> ThreatModel:
+        """Ball and box."""
+        return ThreatModel(norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
+
     def region(self, x: Tensor, attacked: int | None = None) -> Constraint:
         """Ball and box around x; rows from ``attacked`` on have a ball of radius 0."""
-        radius: float | Tensor = self.eps
+        threat = self.threat
         if attacked is not None and attacked < len(x):
-            radius = self.eps * (torch.arange(len(x), device=x.device) < attacked).to(x.dtype)
-        sets: list[Constraint] = [BALLS[self.norm](radius, x.detach())]
-        if self.lower is not None or self.upper is not None:
-            low = -math.inf if self.lower is None else self.lower
-            high = math.inf if self.upper is None else self.upper
-            check_inside(x, low, high)
-            sets.append(Box(low, high))
-        return Intersection(*sets)
+            there = (torch.arange(len(x), device=x.device) < attacked).to(x.dtype)
+            threat = threat.within(self.eps * there)
+        return threat.around(x)
 
 
 class _Passed:

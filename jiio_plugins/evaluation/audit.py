@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jiio_plugins.evaluation.attack import Attack
     from jiio_plugins.evaluation.judge import Verdict
     from jiio_plugins.solution import Solution
+    from jiio_plugins.threat_model import ThreatModel
 
 Found = tuple[dict[str, Any], list[Finding]]
 
@@ -154,7 +155,7 @@ def active(
     x: Tensor,
     y: Tensor,
     verify: Solver,
-    limits: Mapping[str, Any],
+    threat: ThreatModel,
     progress: bool,
 ) -> Found:
     """The controlled experiment.
@@ -164,7 +165,7 @@ def active(
         x: correctly classified images, ``(rows, ...)``. Fewer than 8 are not audited.
         y: their classes, ``(rows,)``.
         verify: solver of the independent solves.
-        limits: "norm", "eps", "lower" and "upper" of the attacks, see :func:`attack`.
+        threat: of the attacks.
         progress: show a bar.
 
     Returns:
@@ -176,12 +177,9 @@ def active(
     warnings: list[Finding] = []
     with tqdm(total=8, desc="audit", unit="test", disable=not progress) as bar:
 
-        def search(
-            method: Any, radius: float = limits["eps"], norm: float = limits["norm"]
-        ) -> Solution:
-            box = {k: limits[k] for k in ("lower", "upper")}
+        def search(method: Any, within: ThreatModel = threat) -> Solution:
             bar.update()
-            return attack(model, x, y, norm=norm, eps=radius, method=method, verify=verify, **box)
+            return attack(model, x, y, **vars(within), method=method, verify=verify)
 
         bar.update()
         cosine = _gradient_cosine(model, x, y, verify)
@@ -196,7 +194,7 @@ def active(
                     "(layers_as does it from outside)",
                 )
             )
-        if limits["eps"] == 0:
+        if threat.eps == 0:
             return checks, warnings
         paths = {k: search(Backpropagated(max_iter=k)) for k in _STEPS}
         checks["loss_by_steps"] = {k: _mean_loss(s) for k, s in paths.items()}
@@ -218,11 +216,9 @@ def active(
         }
         checks["loss_by_gradient"] = {n: _mean_loss(s) for n, s in {"own": own, **others}.items()}
         warnings += _kinds(own, others, model, x, y)
-        if limits["lower"] is not None and limits["upper"] is not None:
-            large = float(
-                (torch.as_tensor(limits["upper"]) - torch.as_tensor(limits["lower"])).max()
-            )
-            survivors = ~is_adversarial(search(Joint(max_iter=20), large, math.inf), y)
+        if threat.span < math.inf:
+            anything = threat.within(threat.span, math.inf)
+            survivors = ~is_adversarial(search(Joint(max_iter=20), anything), y)
             checks["accuracy_at_large_eps"] = float(survivors.double().mean())
             if bool(survivors.any()):
                 warnings.append(

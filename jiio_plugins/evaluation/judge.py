@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from jiio_plugins.attacks import attack_objective
-from jiio_plugins.constraints import Box
 from jiio_plugins.equilibrium.state import relative
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
@@ -86,55 +85,3 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
         -found.model_value,
         relative(f - found.model_z, f),
     )
-
-
-def check_feasible(
-    name: str,
-    found: Any,
-    x: Tensor,
-    *,
-    norm: float,
-    eps: float,
-    lower: float | Tensor | None,
-    upper: float | Tensor | None,
-) -> Tensor:
-    """What an attack returned, if it is images of the same shape within ball and box.
-
-    The only slack is rounding: 1e-5 ε, and four units in the last place of every pixel.
-
-    Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: another shape, NaN or Inf, outside the ball or the box.
-    """
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        got = found.dtype if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"the attack {name!r} must return a floating-point tensor, got {got}")
-    if found.shape != x.shape:
-        raise ValueError(
-            f"the attack {name!r} must return images of the shape it was given, "
-            f"{tuple(x.shape)}, got {tuple(found.shape)}"
-        )
-    images: Tensor = found.detach().to(x.device, x.dtype)
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"the attack {name!r} returned NaN or Inf")
-    # in float64, as the difference of two float32 images rounds once more
-    size = torch.linalg.vector_norm((images.double() - x.double()).flatten(1), ord=norm, dim=1)
-    rounding = 4 * torch.finfo(x.dtype).eps * (float(x.abs().max()) + eps)
-    allowed = eps * (1 + 1e-5) + rounding * x[0].numel() ** (1 / norm)
-    if bool((size > allowed).any()):
-        worst = int(size.argmax())
-        raise ValueError(
-            f"the attack {name!r} left the ball: ‖x_adv − x‖ = {float(size[worst]):.6g} in the "
-            f"L{norm:g} norm (image {worst} of its batch), allowed is {eps:g}. Is it set to the "
-            "same norm and radius?"
-        )
-    if lower is None and upper is None:
-        return images
-    box = Box(-torch.inf if lower is None else lower, torch.inf if upper is None else upper)
-    clipped = box.bind(images).clip(images.flatten(1)).reshape(images.shape)
-    if bool(((clipped - images).abs() > rounding).any()):
-        raise ValueError(
-            f"the attack {name!r} left the box [{lower}, {upper}]: its images have values from "
-            f"{float(images.min()):g} to {float(images.max()):g}. Give it the same bounds"
-        )
-    return clipped

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from jiio_plugins.attacks import as_norm, check_inside
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.attack import Attack, Run
-from jiio_plugins.evaluation.judge import Verdict, check_feasible, judge
+from jiio_plugins.evaluation.judge import Verdict, judge
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
 from jiio_plugins.joint.guard import guarded
 from jiio_plugins.joint.inputs import check_input, unwrap
+from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checkpoint import fingerprint
 
 
@@ -84,15 +83,14 @@ def robust_accuracy(
     begin = time.perf_counter()
     model = unwrap(model)
     suite = _as_suite(attacks)
-    norm, eps = as_norm(norm), float(eps)
-    _check_arguments(x, y, eps, lower, upper, batch_size, verify, audit)
+    threat = ThreatModel(norm=norm, eps=float(eps), lower=lower, upper=upper)
+    _check_arguments(x, y, threat, batch_size, verify, audit)
     if known is not None and (not isinstance(known, Tensor) or known.shape != x.shape):
         got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
         raise ValueError(f"known must hold images of the shape of x, {tuple(x.shape)}, got {got}")
     if verify is None:
         verify = Anderson(max_iter=300, tol=1e-9 if x.dtype == torch.float64 else 1e-5)
     x, y = x.detach(), y.long()
-    limits: dict[str, Any] = {"norm": norm, "eps": eps, "lower": lower, "upper": upper}
     # another library's code may seed global generators, and leave flags behind
     with guarded(model, randomness=True):
         state = _State(model, x, y, verify, batch_size)
@@ -101,17 +99,17 @@ def robust_accuracy(
         for attack in given + suite:
             rows = (state.correct & ~(state.broken & skip_broken)).nonzero().squeeze(1)
             examples = known if attack in given else None
-            results.append(_run(attack, state, rows, limits, skip_broken, progress, examples))
+            results.append(_run(attack, state, rows, threat, skip_broken, progress, examples))
         undecided = int((state.doubtful & ~state.broken).sum())
         checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided)
         if audit:
             chosen = state.correct.nonzero().squeeze(1)[:audit]
-            more, found = auditing.active(model, x[chosen], y[chosen], verify, limits, progress)
+            more, found = auditing.active(model, x[chosen], y[chosen], verify, threat, progress)
             checks, warnings = {**checks, **more}, warnings + found
     n = len(x)
     return RobustnessReport(
-        eps=eps,
-        norm=norm,
+        eps=float(eps),
+        norm=threat.norm,
         images=n,
         tolerance=verify.tol,
         skip_broken=skip_broken,
@@ -183,7 +181,7 @@ def _run(
     attack: Attack,
     state: _State,
     rows: Tensor,
-    limits: dict[str, Any],
+    threat: ThreatModel,
     skip: bool,
     progress: bool,
     known: Tensor | None,
@@ -208,7 +206,7 @@ def _run(
                 # an attack of the engine judges itself before it returns; others do not
                 seconds += time.perf_counter() - start - counter.verification_seconds
             f_evals, vjps = f_evals + counter.f_evals, vjps + counter.vjps
-            found = check_feasible(attack.name, found, x, **limits)
+            found = threat.check(attack.name, found, x)
             verdicts.append(judge(state.model, found, y, state.verify))
             state.take(batch, found, verdicts[-1], attack.name)
             bar.update(len(batch))
@@ -266,9 +264,7 @@ def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attac
 def _check_arguments(
     x: Tensor,
     y: Tensor,
-    eps: float,
-    lower: Any,
-    upper: Any,
+    threat: ThreatModel,
     batch_size: int,
     verify: Solver | None,
     audit: int,
@@ -287,16 +283,17 @@ def _check_arguments(
         raise TypeError(f"y must hold integer classes, got {y.dtype}")
     if y.shape != (len(x),):
         raise ValueError(f"y must hold one class per image ({len(x)},), got {tuple(y.shape)}")
+    eps = float(threat.eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    for name, bound in (("lower", lower), ("upper", upper)):
+    for name, bound in (("lower", threat.lower), ("upper", threat.upper)):
         shape = torch.as_tensor(0.0 if bound is None else bound).shape
         if torch.broadcast_shapes(shape, x[:1].shape) != x[:1].shape:
             raise ValueError(
                 f"{name} must be a number or broadcast over the batch, as shape "
                 f"{(1, *x.shape[1:])} does, got {tuple(shape)}"
             )
-    check_inside(x, -math.inf if lower is None else lower, math.inf if upper is None else upper)
+    threat.check_clean(x)
     if batch_size < 1 or audit < 0:
         raise ValueError(
             f"batch_size must be at least 1 and audit not negative, got {batch_size} and {audit}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from jiio_plugins.attacks import as_norm, attack
+from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.evaluation.attack import Attack
 from jiio_plugins.hosts import load_adapter
@@ -22,6 +22,7 @@ from jiio_plugins.methods.backpropagated import (
 )
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.methods.nested import Nested
+from jiio_plugins.threat_model import ThreatModel
 
 if TYPE_CHECKING:
     from jiio_plugins.attacks import Loss
@@ -60,21 +61,11 @@ def engine_attack(
     Raises:
         ValueError: another norm, or another kind of gradient.
     """
-    norm = as_norm(norm)
+    threat = ThreatModel(norm=norm, eps=eps, lower=lower, upper=upper)
+    settings: dict[str, Any] = {"loss": loss, "method": method, "random_starts": random_starts}
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        found = attack(
-            model,
-            x,
-            y,
-            norm=norm,
-            eps=eps,
-            lower=lower,
-            upper=upper,
-            loss=loss,
-            method=method,
-            random_starts=random_starts,
-        ).x
+        found = attack(model, x, y, **vars(threat), **settings).x
         assert isinstance(found, Tensor)
         return found
 

@@ -14,20 +14,30 @@ from jiio_plugins.generative.latents import (
     fit_prior,
     sample_latents,
 )
+from jiio_plugins.generative.metrics import distances, psnr, ssim
+from jiio_plugins.generative.pictures import write_sheet
+from jiio_plugins.generative.step import Encoder, StepResult, default_step_size
 from jiio_plugins.generative.train import Trained, train
 
 __all__ = [
     "Architecture",
+    "Encoder",
     "Fit",
     "LatentPrior",
+    "StepResult",
     "TrainConfig",
     "Trained",
     "decode",
+    "default_step_size",
+    "distances",
     "fit",
     "fit_latents",
     "fit_prior",
     "load_generator",
     "load_latents",
+    "psnr",
     "sample_latents",
+    "ssim",
     "train",
+    "write_sheet",
 ]

@@ -72,9 +72,7 @@ def problem_of(
         names = list(variables)
         variable = ParameterVariable(model, x, names, groups, given, repeatable=training_mode)
     with torch.no_grad():
-        return Problem(
-            variable, objective, constraint, start=start, state=state, share_start=True
-        )
+        return Problem(variable, objective, constraint, start=start, state=state, share_start=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

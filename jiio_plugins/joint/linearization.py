@@ -24,7 +24,7 @@ class Linearization:
         v: flat variable.
         mode: what the layers do: :class:`RecordMode`. With ``answer_fz`` what comes after a layer
             sees ``f(z, v)`` instead of z. At a fixed point that is the same; before, the loss and
-            its gradient are those of a state one step further. With ``fixed`` v reaches no layer:
+            its gradient are those of a state one step further. With ``empty`` v reaches no layer:
             there are no z and no μ to advance, both are ``(rows, 0)``.
 
     Attributes:
@@ -41,13 +41,12 @@ class Linearization:
         with torch.enable_grad(), layer_mode(mode):
             self.output = call(self._v)
         mode.close()
-        z = torch.cat(mode.z, dim=1) if len(mode.z) > 1 else mode.z[0]
-        if mode.fixed:
-            self.z = z.detach()[:, :0]
+        if mode.empty is not None:
+            self.z = mode.empty
             self._f = [self.z]
             self._leaves = self._answers = [self.z.clone().requires_grad_()]
         else:
-            self.z = z
+            self.z = torch.cat(mode.z, dim=1) if len(mode.z) > 1 else mode.z[0]
             self._f = [f for parts in mode.f for f in parts]
             self._leaves = [leaf for leaves in mode.leaves for leaf in leaves]
             self._answers = [leaf for leaves in mode.answers for leaf in leaves]

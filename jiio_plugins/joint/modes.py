@@ -124,7 +124,8 @@ class RecordMode:
         answer_fz: whether a layer answers with ``f(z)``, which is one step nearer to the fixed
             point and costs nothing, instead of z; either as a leaf.
         advance: takes a layer's flat state on before it is evaluated; None: nothing does.
-        fixed: the states stand still, graphs and all, and no cell is evaluated.
+        empty: the state of a pass in which those of the layers stand still, graphs and all, and no
+            cell is evaluated, ``(rows, 0)``. None: cells are.
 
     Attributes:
         z: as it was evaluated.
@@ -139,9 +140,9 @@ class RecordMode:
         *,
         answer_fz: bool = True,
         advance: Advance | None = None,
-        fixed: bool = False,
+        empty: Tensor | None = None,
     ) -> None:
-        self.z, self.answer_fz, self.advance, self.fixed = list(z), answer_fz, advance, fixed
+        self.z, self.answer_fz, self.advance, self.empty = list(z), answer_fz, advance, empty
         self.leaves: list[tuple[Tensor, ...]] = []
         self.answers: list[tuple[Tensor, ...]] = []
         self.f: list[tuple[Tensor, ...]] = []
@@ -154,7 +155,7 @@ class RecordMode:
             raise RuntimeError(CALLED_MORE)
         k = self.calls
         self.calls += 1
-        if self.fixed:
+        if self.empty is not None:
             return f.layout.unpack(self.z[k].clone())  # the network may change it in place
         if self.advance is not None:
             self.z[k] = self.advance(f, self.z[k])

@@ -85,7 +85,8 @@ class Problem:
         self.rows, self.groups = variable.rows, variable.groups
         if state is not None and len(state.z) != self.rows:
             raise ValueError(f"state must be of the rows of x, {self.rows}, got {len(state.z)}")
-        self.state, self.share_start, self.fixed = state, share_start, fixed
+        self.state = None if fixed is not None else state
+        self.share_start, self.fixed = share_start, fixed
         self._precision: torch.dtype | None = None
         self._layout = None if state is None else state.layout
         if fixed is not None:
@@ -259,7 +260,7 @@ class Problem:
             advance: takes each layer's state on where the layer is called, before the evaluation.
         """
         if self.fixed is not None:
-            mode = RecordMode(self.fixed, fixed=True)
+            mode = RecordMode(self.fixed, empty=z)
         else:
             steps = advance
             if advance is not None and not self.row_separable:

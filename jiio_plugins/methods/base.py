@@ -134,6 +134,16 @@ class Iteration(abc.ABC):
             active: 1 for the rows that still cost something, ``(rows,)``.
         """
 
+    def direction(self, feasible: FeasibleSet, gradient: Tensor, v: Tensor) -> Tensor:
+        """Where v goes, ``(problems, d)``: the steepest descent, see :class:`Method`.
+
+        Args:
+            feasible: the constraint set.
+            gradient: of the objective by v, ``(problems, d)``.
+            v: ``(problems, d)``.
+        """
+        return feasible.descent_direction(gradient, v)
+
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """Take z and μ along with v, which a plain step would take to ``v_next``; the next v.
 
@@ -230,7 +240,7 @@ class Method(abc.ABC):
                 if callback is not None:
                     loss = at.loss.detach()
                     callback(Progress(k, v, at.gradient, loss, at.z_residual, at.z))
-                direction = feasible.descent_direction(at.gradient, v)
+                direction = iteration.direction(feasible, at.gradient, v)
                 v_next = feasible.project(v + step * direction)
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():

@@ -5,10 +5,11 @@ from jiio_plugins.models.decoder import MDEQDecoder
 from jiio_plugins.models.features import ConvFeatures
 from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
-from jiio_plugins.models.pretrained import available_weights, load_pretrained
+from jiio_plugins.models.pretrained import CLASSIFIERS, available_weights, load_pretrained
 from jiio_plugins.models.refiner import MDEQRefiner
 
 __all__ = [
+    "CLASSIFIERS",
     "ConvDEQClassifier",
     "ConvFeatures",
     "MDEQCell",
