@@ -24,10 +24,12 @@ demo: $(READY) ## attack a trained classifier with JIIO and with PGD, and compar
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, import-linter and codespell
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/codespell
 
 bench: $(READY) ## measure the attacks side by side
 	$(BIN)/python benchmarks/attack.py $(ARGS)
