@@ -88,6 +88,11 @@ def attack(
     Raises:
         TypeError, ValueError: bad input.
 
+    Example:
+        >>> solution = attack(model, x, y, norm=2, eps=0.3, lower=0, upper=1)
+        >>> is_adversarial(solution, y)
+        tensor([ True, False, False, False])
+
     Source: Gurumurthy et al. (NeurIPS 2021), section 4.3; DLR: Croce and Hein (ICML 2020), eq. 6
     and 7.
     """

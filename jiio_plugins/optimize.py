@@ -86,6 +86,14 @@ def optimize_input(
     Raises:
         TypeError, ValueError: bad input; the message says what was given and what is accepted.
 
+    Example:
+        >>> from jiio_plugins import L2Ball
+        >>> solution = optimize_input(model, x, lambda out: -out[:, 7], constraint=L2Ball(0.5))
+        >>> model(x)[:, 7].tolist()  # how much the images look like a seven
+        [-5.6, -6.0, -3.4, 10.1]
+        >>> model(solution.x)[:, 7].tolist()
+        [-0.6, 1.8, 3.2, 13.1]
+
     Not for: models in which rows influence each other (batch statistics), objectives that need the
     output of all rows at once, and cells that hardly contract (``1 − ρ`` below about 1e-3), where a
     small residual does not mean that z has settled.

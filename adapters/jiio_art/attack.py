@@ -83,9 +83,13 @@ class JIIOAttack(EvasionAttack):
         NotImplementedError: preprocessing that is not written in PyTorch.
 
     Example:
-        >>> attack = JIIOAttack(classifier, norm=2, eps=1.0)
-        >>> x_adv = attack.generate(x, y)
-        >>> attack.solution.f_evals.mean(), attack.solution.success.mean()
+        >>> from art.estimators.classification import PyTorchClassifier
+        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> classifier = PyTorchClassifier(model, loss, (1, 8, 8), 10, clip_values=(0, 1))
+        >>> attack = JIIOAttack(classifier, norm=2, eps=0.3, verbose=False)
+        >>> x_adv = attack.generate(x.numpy(), y.numpy())
+        >>> attack.solution.success
+        array([ True, False, False, False])
 
     Not for: models without a fixed point, which ART's own attacks handle.
 

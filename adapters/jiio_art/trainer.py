@@ -87,9 +87,15 @@ class JIIOAdversarialTrainer(Trainer):
         NotImplementedError: a targeted attack.
 
     Example:
-        >>> attack = JIIOAttack(classifier, norm=2, eps=1.0)
-        >>> trainer = JIIOAdversarialTrainer(classifier, attack)
-        >>> trainer.fit(x, y, validation_data=(x_val, y_val), nb_epochs=20)
+        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> classifier = PyTorchClassifier(
+        ...     model, loss, (1, 8, 8), 10, optimizer=optimizer, clip_values=(0, 1)
+        ... )
+        >>> attack = JIIOAttack(classifier, norm=2, eps=0.3)
+        >>> trainer = JIIOAdversarialTrainer(classifier, attack, verbose=False)
+        >>> trainer.fit(x.numpy(), y.numpy(), nb_epochs=3)
+        >>> [round(epoch["loss"], 1) for epoch in trainer.history]
+        [0.6, 0.1, 0.1]
 
     Not for: models without a fixed point, which ART's own trainers handle. Preprocessing of the
     classifier is applied as in ``predict``.

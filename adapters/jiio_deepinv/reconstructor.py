@@ -91,9 +91,17 @@ class JIIOReconstructor(Reconstructor):
         y as the physics makes it, real, complex or a TensorList, batch first → ``(B, C, ...)``.
 
     Example:
-        >>> model = JIIOReconstructor(load_pretrained("fashion-mnist-generator"))
-        >>> x_hat = model(y, physics)
-        >>> print(model.solution.report(), model.solution.stats.summary())
+        >>> from deepinv.physics import GaussianNoise, Inpainting
+        >>> from jiio_plugins.models import load_pretrained
+        >>> physics = Inpainting((1, 8, 8), mask=0.5, noise_model=GaussianNoise(0.1))
+        >>> model = JIIOReconstructor(load_pretrained("digits-generator"))
+        >>> y = physics(x)
+        >>> with torch.no_grad():
+        ...     x_hat = model(y, physics)
+        >>> (y - x).square().mean(), (x_hat - x).square().mean()
+        (tensor(0.07), tensor(0.02))
+        >>> print(model.solution.report())
+        4 × CONVERGED: ...
 
     Raises:
         TypeError, ValueError: bad settings, at once; what does not fit together, when called.

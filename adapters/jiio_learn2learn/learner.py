@@ -108,10 +108,16 @@ class JIIOLearner(BaseLearner):
             :func:`jiio_plugins.implicit.adjoint_solver`.
 
     Example:
-        >>> maml = JIIOLearner(model, lr=0.5)
+        >>> from torch.nn.functional import mse_loss
+        >>> from jiio_plugins.models import SinusoidDEQ
+        >>> support, query = torch.rand(2, 10, 1)
+        >>> maml = JIIOLearner(SinusoidDEQ(), lr=0.5, reg=0.01)
         >>> learner = maml.clone()
-        >>> learner.adapt(loss(learner(support_x), support_y))
-        >>> loss(learner(query_x), query_y).backward()
+        >>> learner.adapt(mse_loss(learner(support), support.sin()))
+        >>> loss = mse_loss(learner(query), query.sin())
+        >>> loss.backward()  # through the adaptation, to the parameters of maml
+        >>> mse_loss(maml(query), query.sin()).item(), loss.item()
+        (0.56, 0.05)
 
     Raises:
         ValueError, TypeError, RuntimeError: what was given, what is accepted and what to do.

@@ -63,9 +63,12 @@ class JIIO(Attack):
     ``.grad``, ``requires_grad`` or buffer, nor the state of the global random generators.
 
     Example:
-        >>> atk = JIIO(model, norm="L2", eps=1.0)
-        >>> adversarial = atk(images, labels)
-        >>> print(atk.solution.stats.summary(), atk.solution.report())
+        >>> atk = JIIO(model, norm="L2", eps=0.3)
+        >>> adversarial = atk(x, y)
+        >>> model(adversarial).argmax(1) == y
+        tensor([False,  True,  True,  True])
+        >>> print(atk.solution.report())
+        4 × CONVERGED: ...
 
     Raises:
         TypeError, ValueError: bad settings, at once; bad images or labels, when called.

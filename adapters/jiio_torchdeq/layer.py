@@ -63,8 +63,13 @@ def adapt(model: nn.Module) -> nn.Module:
         ValueError: it holds no TorchDEQ layer.
 
     Example:
-        >>> model = jiio_torchdeq.adapt(model)
-        >>> adversarial = jiio_torchattacks.JIIO(model, norm="L2", eps=1.0)(images, labels)
+        >>> import torchdeq
+        >>> deq = adapt(torchdeq.get_deq()).eval()  # or a model that holds it
+        >>> u = torch.ones(1, 1, requires_grad=True)
+        >>> (z,), _ = deq(lambda z: 0.5 * z + u, torch.zeros(1, 1))  # z = 2 u
+        >>> z.sum().backward()
+        >>> z.item(), u.grad.item()
+        (2.00, 2.00)
 
     Source: the layer is Geng and Kolter, "TorchDEQ: A Library for Deep Equilibrium Models" (2023).
     """

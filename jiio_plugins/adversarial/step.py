@@ -129,11 +129,12 @@ class AdversarialTraining:
         loss: ``loss(output, labels) -> (batch,)``.
 
     Example:
-        >>> training = AdversarialTraining(norm=2, eps=1.0, lower=0.0, upper=1.0)
+        >>> training = AdversarialTraining(norm=2, eps=0.3, lower=0.0, upper=1.0)
         >>> step = training(model, x, y)
-        >>> optimizer.zero_grad()
         >>> step.loss.backward()
         >>> optimizer.step()
+        >>> step.clean.tolist(), step.robust.tolist()
+        ([True, True, True, True], [False, True, True, True])
 
     Raises:
         TypeError, ValueError: bad parameters or input.

@@ -89,7 +89,10 @@ class Equilibrium(EquilibriumLayer):
 
     Example:
         >>> layer = Equilibrium(cell, solver=Anderson(tol=1e-5))
-        >>> z = layer(encoder(x))
+        >>> u = encoder(x)
+        >>> z = layer(u)
+        >>> torch.allclose(z, cell(z, u), rtol=1e-4)
+        True
 
     Raises:
         ValueError: the cell's output has another shape than its state.

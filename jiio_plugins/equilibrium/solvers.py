@@ -578,6 +578,11 @@ def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = 
         ValueError: f returns another shape than it was given.
         TypeError: z0 is not a tensor or tuple of floating-point tensors.
 
+    Example:
+        >>> solution = solve_fixed_point(torch.cos, torch.zeros(1, 1))
+        >>> print(f"cos({solution.z.item():.4f}) = {solution.z.cos().item():.4f}")
+        cos(0.7391) = 0.7391
+
     Not for: gradients. :class:`jiio_plugins.Equilibrium` has them.
     """
     layout = Layout.of(z0)

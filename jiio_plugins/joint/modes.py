@@ -296,8 +296,11 @@ def layers_as(*, solver: Solver | None = None, adjoint: Adjoint | None = None) -
         adjoint: likewise.
 
     Example:
-        >>> with layers_as(adjoint=Unrolled(steps=30)):
-        ...     x_adv = torchattacks.PGD(model)(x, y)
+        >>> from jiio_plugins import Anderson
+        >>> with layers_as(solver=Anderson(max_iter=200, tol=1e-6)):
+        ...     exact = model(x)
+        >>> bool((model(x) - exact).abs().max() < 0.01)
+        True
     """
     with layer_mode(SolveMode(solver, adjoint)):
         yield

@@ -19,7 +19,10 @@ def upstream(name: str) -> ModuleType:
     assert spec.submodule_search_locations is not None
     folder = str(Path(next(iter(spec.submodule_search_locations))))
     sys.path.insert(0, folder)
+    ours = sys.modules.pop("conftest", None)  # they mean their own
     try:
         return importlib.import_module(f"deepinv.tests.{name}")
     finally:
         sys.path.remove(folder)
+        if ours is not None:
+            sys.modules["conftest"] = ours
