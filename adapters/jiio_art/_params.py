@@ -16,10 +16,8 @@ from jiio_plugins.methods import Method
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
 
-    from jiio_art.attack import JIIOAttack
 
-
-def check_params(attack: JIIOAttack) -> None:
+def check_params(attack: Any) -> None:
     """Check every parameter of ``attack``.
 
     Raises:
@@ -49,7 +47,7 @@ def check_params(attack: JIIOAttack) -> None:
         )
 
 
-def check_trainable(classifier: PyTorchClassifier, attack: JIIOAttack) -> None:
+def check_trainable(classifier: PyTorchClassifier, attack: Any) -> None:
     """Check that ``attack`` can be the adversary in a training of ``classifier``.
 
     Raises:
