@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -278,15 +278,19 @@ class _Ball(Constraint):
     radius: Number
     center: Tensor | None = None
     mask: Tensor | None = field(default=None, kw_only=True)
+    norm: ClassVar[float]
 
-    def _parts(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        center = start if self.center is None else self.center
-        flat = _like("center", center, start, start.dtype).clone()
-        if not bool(torch.isfinite(flat).all()):
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """See :class:`Constraint`."""
+        center = _like("center", start if self.center is None else self.center, start, start.dtype)
+        if not bool(torch.isfinite(center).all()):
             raise ValueError("center holds NaN or Inf")
         radius = _per_problem("radius", self.radius, start)
         mask = None if self.mask is None else _like("mask", self.mask, start, torch.bool)
-        return flat, radius, mask
+        ball = FeasibleSet(center.clone(), norm=self.norm, radius=radius, mask=mask)
+        if self.norm == math.inf:  # which is a box
+            ball.lower, ball.upper = center - radius, center + radius
+        return ball
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,10 +303,7 @@ class L2Ball(_Ball):
         mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
     """
 
-    def bind(self, start: Tensor) -> FeasibleSet:
-        """See :class:`Constraint`."""
-        center, radius, mask = self._parts(start)
-        return FeasibleSet(center, norm=2.0, radius=radius, mask=mask)
+    norm = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,10 +316,7 @@ class L1Ball(_Ball):
         mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
     """
 
-    def bind(self, start: Tensor) -> FeasibleSet:
-        """See :class:`Constraint`."""
-        center, radius, mask = self._parts(start)
-        return FeasibleSet(center, norm=1.0, radius=radius, mask=mask)
+    norm = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,10 +329,7 @@ class LinfBall(_Ball):
         mask: keyword only, broadcastable to x. Entries where it is False or 0 stay at the center.
     """
 
-    def bind(self, start: Tensor) -> FeasibleSet:
-        """See :class:`Constraint`."""
-        center, radius, mask = self._parts(start)
-        return FeasibleSet(center, center - radius, center + radius, math.inf, radius, mask)
+    norm = math.inf
 
 
 @dataclass(frozen=True, eq=False)

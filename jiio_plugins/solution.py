@@ -157,3 +157,20 @@ class Solution:
             f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
             for c, n in zip(codes, counts, strict=True)
         )
+
+    def __str__(self) -> str:
+        """A few lines to read: how the problems ended, their values, and what they cost."""
+        problems = f"{len(self.status)} problem{'s' * (len(self.status) != 1)}"
+        if isinstance(self.x, Tensor):
+            lines = [f"{problems}, x {tuple(self.x.shape)}"]
+        else:
+            lines = [f"{problems}, {', '.join(self.x) if self.x else 'a fixed point each'}"]
+        if len(self.status):
+            lines.append(self.report())
+        if self.value is not None and self.stats.model_value is not None and len(self.value):
+            lines.append(
+                f"mean value {float(self.value.mean()):.4g}, "
+                f"by the model's own answer {float(self.stats.model_value.mean()):.4g}"
+            )
+        costs = (f"{name} {value:.3g}" for name, value in self.stats.summary().items())
+        return "\n".join([*lines, f"mean per row: {', '.join(costs)}"])
