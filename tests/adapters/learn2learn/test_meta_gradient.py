@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jiio_learn2learn import JIIOLearner
+from tests.adapters.learn2learn.toys import Reference, Toy, exact, task
 from tests.helpers import rand
-from tests.learn2learn.toys import Reference, Toy, exact, task
 
 STEP = 2e-4
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from jiio_deepinv import JIIOReconstructor, likelihood_of
-from tests.deepinv.toys import Generator
-from tests.deepinv.upstream import upstream
+from tests.adapters.deepinv.toys import Generator
+from tests.adapters.deepinv.upstream import upstream
 from tests.helpers import rand
 
 physics_tests = upstream("test_physics")

@@ -31,7 +31,7 @@ from jiio_plugins.utils import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAINING = AdversarialTraining(norm=2, eps=0.3, lower=0.0, upper=1.0, method=Joint(max_iter=3))
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5),
@@ -413,7 +413,7 @@ def test_resumed_with_everything_random_switched_on(tmp_path: Path) -> None:
 SCRIPT = """
     import sys, torch
     from safetensors.torch import save_file
-    from tests.test_fitting import build, train
+    from tests.adversarial.test_fit import build, train
 
     torch.set_num_threads(1)
     model = build(dropout=0.2)

@@ -12,7 +12,7 @@ from jiio_plugins.cli import bench as _bench, demo as _demo
 from jiio_plugins.cli.main import main
 from jiio_plugins.hosts import available_adapters, load_adapter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_readme_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_torchdeq import adapt
+from tests.adapters.torchdeq.test_adapt import Net as TorchDEQNet
 from tests.helpers import Net, Series, rand
-from tests.torchdeq.test_adapt import Net as TorchDEQNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

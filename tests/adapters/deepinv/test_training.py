@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from jiio_deepinv import JacobianLoss, JIIOReconstructor
 from jiio_plugins import Anderson
 from jiio_plugins.models import MDEQRefiner
-from tests.deepinv.toys import Generator
-from tests.deepinv.upstream import upstream
+from tests.adapters.deepinv.toys import Generator
+from tests.adapters.deepinv.upstream import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Anderson
-from tests.deepinv.toys import Encoder, Generator, Spread
+from tests.adapters.deepinv.toys import Encoder, Generator, Spread
 from tests.helpers import rand
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Anderson, Equilibrium, JacobianFree, count_evaluations
+from tests.adapters.learn2learn.toys import Toy, task
 from tests.helpers import TIGHT, TanhCell, linear, rand
-from tests.learn2learn.toys import Toy, task
 
 
 def learner(**kwargs: Any) -> JIIOLearner:

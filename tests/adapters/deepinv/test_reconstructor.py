@@ -16,7 +16,7 @@ from jiio_deepinv import GaussianEncoder, JIIOReconstructor, likelihood_of
 from jiio_plugins import Equilibrium, Joint, Nested, Status
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import MDEQRefiner, load_pretrained
-from tests.deepinv.toys import Encoder, Generator, Spread, reconstructor
+from tests.adapters.deepinv.toys import Encoder, Generator, Spread, reconstructor
 from tests.helpers import Elementwise, rand
 
 SHAPE = (1, 4, 4)

@@ -11,8 +11,8 @@ import torch
 
 from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Anderson
-from tests.deepinv.toys import Generator
-from tests.deepinv.upstream import upstream
+from tests.adapters.deepinv.toys import Generator
+from tests.adapters.deepinv.upstream import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
