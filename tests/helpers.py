@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Anderson, Equilibrium, Picard, Solver, Status
+from jiio_plugins import Anderson, Broyden, Equilibrium, Picard, Solver, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,6 +234,7 @@ def problems() -> list[FixedPoint]:
 
 
 PROBLEMS = problems()
+SOLVERS = (Picard, Anderson, Broyden)
 
 
 # Small networks ---------------------------------------------------------------------------------
@@ -391,6 +392,9 @@ class Spy(nn.Module):
         return sum(self.rows)
 
 
+# What they give ---------------------------------------------------------------------------------
+
+
 def independent_output(model: nn.Module, x: Tensor, steps: int = 2000) -> Tensor:
     """``model(x)`` with every layer solved by plain iteration in float64."""
     layers = [m for m in model.modules() if isinstance(m, Equilibrium)]
@@ -403,3 +407,26 @@ def independent_output(model: nn.Module, x: Tensor, steps: int = 2000) -> Tensor
     finally:
         for layer, solver in zip(layers, old, strict=True):
             layer.solver = solver
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of a scalar of the output, for the input and every parameter."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    weights = rand(*y.shape, seed=77)
+    loss = (weights * y).sum() + y.square().sum()
+    names = ["input", *(n for n, _ in model.named_parameters())]
+    values = torch.autograd.grad(loss, [x, *model.parameters()])
+    return dict(zip(names, values, strict=True))
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], rtol: float) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        gap = (value - second[name]).norm() / second[name].norm()
+        assert float(gap) <= rtol, f"{name}: {float(gap):.2e}"
+
+
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(model(x).square().sum(), x)[0]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from jiio_plugins import (
     Anderson,
@@ -30,7 +29,8 @@ from jiio_plugins.data.classification import load_digits
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.models import load_pretrained
-from tests.helpers import PROBLEMS, Context, Net, PairNet, Series, rand
+from tests.cases import NETWORKS, PLAIN_NETWORKS, squared
+from tests.helpers import PROBLEMS, Context, Net, rand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-NETWORKS: dict[str, Any] = {"tensor": Net, "tuple": PairNet, "series": Series}
 CONSTRAINTS = {
     "free": None,
     "box": Box(-0.8, 0.8),
@@ -49,7 +48,7 @@ CONSTRAINTS = {
     "l1 in a box": Intersection(L1Ball(1.0), Box(-0.9, 0.9)),
     "linf in a box": Intersection(LinfBall(0.2), Box(-0.9, 0.9)),
 }
-every_network = pytest.mark.parametrize("name", NETWORKS)
+every_network = pytest.mark.parametrize("name", PLAIN_NETWORKS)
 every_constraint = pytest.mark.parametrize("constraint", CONSTRAINTS.values(), ids=CONSTRAINTS)
 
 
@@ -63,10 +62,6 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(old)
-
-
-def squared(y: Tensor) -> Tensor:
-    return y.square().sum(1)
 
 
 def started(problem: Problem) -> None:

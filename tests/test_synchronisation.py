@@ -33,12 +33,12 @@ from jiio_plugins.equilibrium.solvers import iterate
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.models import load_pretrained
-from tests.helpers import Context, Net, PairNet, Series, contraction
+from tests.cases import NETWORKS, PLAIN_NETWORKS, squared
+from tests.helpers import Context, Net, contraction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NETWORKS: dict[str, Any] = {"tensor": Net, "tuple": PairNet, "series": Series}
 CONSTRAINTS = {
     "free": None,
     "box": Box(-0.8, 0.8),
@@ -88,10 +88,6 @@ def on_meta(feasible: FeasibleSet) -> FeasibleSet:
     return feasible
 
 
-def squared(y: Tensor) -> Tensor:
-    return y.square().sum(1)
-
-
 def test_the_watch_sees_what_it_should() -> None:
     x = torch.zeros(3, device="meta")
     for read in (
@@ -109,7 +105,7 @@ def test_the_watch_sees_what_it_should() -> None:
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS.values(), ids=CONSTRAINTS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 def test_the_joint_loop(name: str, constraint: Any) -> None:
     x = torch.zeros(16, 5, dtype=torch.float64)
     feasible = on_meta(FeasibleSet(x) if constraint is None else constraint.bind(x))

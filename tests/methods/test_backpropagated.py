@@ -1,4 +1,4 @@
-"""Layers set from outside, and projected gradient steps through other views of the model."""
+"""Projected gradient steps through other views of the model."""
 
 from __future__ import annotations
 
@@ -9,60 +9,14 @@ from torch import Tensor, nn
 from jiio_plugins import (
     Anderson,
     Implicit,
-    JacobianFree,
     Nested,
-    Picard,
     Unrolled,
     attack,
     attack_objective,
     count_evaluations,
 )
-from jiio_plugins.evaluation import Backpropagated, layers_as, through_intermediate
-from tests.helpers import TIGHT, Net, PairNet, Series, rand
-
-
-def input_gradient(net: nn.Module, x: Tensor) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(net(leaf).square().sum(), leaf)
-    return gradient
-
-
-@pytest.mark.parametrize("kind", [Net, PairNet, Series])
-def test_a_layer_set_from_outside_is_one_built_so(kind: type[nn.Module]) -> None:
-    x = rand(3, 5, seed=1)
-    for adjoint in (Unrolled(steps=4), JacobianFree(), Implicit()):
-        solver = Picard(max_iter=3, tol=0.0)
-        net, built = kind(), kind(solver=solver, adjoint=adjoint)
-        with layers_as(solver=solver, adjoint=adjoint):
-            inside = input_gradient(net, x)
-        torch.testing.assert_close(inside, input_gradient(built, x))
-        torch.testing.assert_close(input_gradient(net, x), input_gradient(kind(), x))
-
-
-def test_what_is_not_told_stays_the_layers_own() -> None:
-    net, x = Net(solver=Picard(max_iter=2, tol=0.0), adjoint=JacobianFree()), rand(3, 5, seed=1)
-    with layers_as():
-        inside = input_gradient(net, x)
-    torch.testing.assert_close(inside, input_gradient(net, x))
-
-
-def test_layers_are_their_own_again_after_an_exception() -> None:
-    net, x = Net(), rand(3, 5, seed=1)
-    before, solver, adjoint = net(x), net.equilibrium.solver, net.equilibrium.adjoint
-
-    def fails() -> None:
-        with layers_as(adjoint=Unrolled(steps=1)):
-            assert not torch.allclose(net(x), before)
-            with layers_as(solver=TIGHT):
-                torch.testing.assert_close(net(x), before)
-            assert not torch.allclose(net(x), before)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    torch.testing.assert_close(net(x), before)
-    assert net.equilibrium.solver is solver
-    assert net.equilibrium.adjoint is adjoint
+from jiio_plugins.evaluation import Backpropagated, through_intermediate
+from tests.helpers import TIGHT, Net, rand
 
 
 def run(net: nn.Module, method: object) -> object:

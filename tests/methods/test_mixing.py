@@ -1,4 +1,4 @@
-"""Smooth problems: no iterate is kept that makes a problem's objective worse."""
+"""Steps of the whole joint iterate, from its history."""
 
 from __future__ import annotations
 
@@ -7,72 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from jiio_plugins import Equilibrium, Joint, optimize_input
-from jiio_plugins.joint.problem import Problem
-from jiio_plugins.joint.variables import Groups, Variable
+from jiio_plugins import Joint, optimize_input
 from jiio_plugins.methods import mixing
 from jiio_plugins.methods.mixing import QuasiNewton, Secants
-from tests.helpers import TIGHT, Net, PairNet, Series, TanhCell, linear, rand
-
-
-class Wells(nn.Module):
-    """``Σ y⁴ − y²`` of an equilibrium's output: a maximum at 0, saddles, and minima."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = linear(3, 5, seed=1)
-        nn.init.zeros_(self.encoder.bias)
-        self.equilibrium = Equilibrium(TanhCell(5, 0.5, seed=2), solver=TIGHT)
-        self.head = linear(5, 3, seed=3)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 4 * self.head(self.equilibrium(self.encoder(x)))
-
-
-def wells(y: Tensor) -> Tensor:
-    return (y**4 - y**2).sum(1)
-
-
-def hessian_at(model: nn.Module, x: Tensor) -> Tensor:
-    def objective(v: Tensor) -> Tensor:
-        u, z = model.encoder(v[None]), 0.0
-        for _ in range(120):
-            z = torch.tanh(z @ model.equilibrium.cell.weight.T + u if torch.is_tensor(z) else u)
-        return wells(4 * model.head(z)).sum()
-
-    return torch.autograd.functional.hessian(objective, x)
-
-
-def test_a_minimum_is_found_where_a_root_finder_finds_saddles() -> None:
-    model = Wells()
-    x = 0.15 * rand(24, 3, seed=4)  # around the maximum
-    solution = optimize_input(model, x, wells, method=Joint(max_iter=400, step_size=0.05, tol=1e-9))
-    start = wells(model(x)).detach()
-    assert bool((solution.value < start).all())
-    for row in solution.x:
-        assert float(torch.linalg.eigvalsh(hessian_at(model, row)).min()) > -1e-6
-
-
-@pytest.mark.parametrize("step", [0.1, 0.4, 2.0])
-@pytest.mark.parametrize("kind", ["quasi-newton", "anderson"])
-def test_a_step_too_long_is_cut_until_the_state_can_follow(kind: Any, step: float) -> None:
-    """The longest is ten times too long for plain descent: v outruns z, and its loss misleads."""
-    model, x = Wells(), 0.3 * rand(16, 3, seed=5)
-    start = wells(model(x)).detach()
-    for iterations in (2, 4, 8, 16, 32, 64 if kind == "quasi-newton" else 200):
-        method = Joint(max_iter=iterations, step_size=step, tol=0.0, mixing=kind)
-        solution = optimize_input(model, x, wells, method=method)
-        assert bool((solution.value <= start + 1e-12).all())
-    assert bool((solution.value < start).all())
-    # the minima are at -0.75
-    if kind == "anderson":
-        assert float(solution.value.mean()) < -0.65
-    else:
-        assert float(solution.value.max()) < -0.74
+from tests.helpers import Net, rand
 
 
 def test_quasi_newton_steps_are_those_of_bfgs() -> None:
@@ -138,57 +79,9 @@ def both(z: Tensor) -> Tensor:
     return torch.stack((z, torch.zeros_like(z)), dim=1)
 
 
-@pytest.mark.parametrize("index", [None, [0] * 5, [2, 0, 1, 0, 0]])
-def test_states_of_a_problem_lie_together(index: list[int] | None) -> None:
-    groups = Groups(5, None if index is None else torch.tensor(index))
-    z, w = rand(5, 4, seed=1), rand(5, 4, seed=2)
-    joined = groups.join(z, w)
-    assert len(joined) == groups.problems
-    for part, block in zip(groups.part(joined), (z, w), strict=True):
-        assert torch.equal(part, block)
-    norms = joined.square().sum(2)
-    expected = torch.stack([groups.sum(t.square().sum(1)) for t in (z, w)], dim=1)
-    torch.testing.assert_close(norms, expected)
-
-
-def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
-    model = Wells()
-    x = torch.full((8, 3), 0.2, dtype=torch.float64)
-    alone, together = (
-        optimize_input(model, rows, wells, method=Joint(max_iter=3)) for rows in (x[:1], x)
-    )
-    assert torch.allclose(together.x, alone.x.expand(8, 3))
-    saved = alone.stats.f_evals - together.stats.f_evals[0]
-    assert float(saved) == pytest.approx(5 * 7 / 8)
-
-
 def test_bad_mixing_is_named() -> None:
     with pytest.raises(ValueError, match="quasi-newton, anderson"):
         Joint(mixing="broyden")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("network", [Net, PairNet, Series])
-def test_the_estimate_of_the_objective_is_exact_to_second_order(network: Any) -> None:
-    """``ℓ(f) + μᵀ J_z (f − z)`` at a state and adjoint that are off by ε: the error falls as ε²."""
-    x = rand(4, 5, seed=1)
-    problem = Problem(Variable(network(), x), lambda y: y.square().sum(1))
-    exact = problem.solve(x, TIGHT)
-    z, value = exact.z, problem.loss(exact.output)
-    w = torch.zeros_like(z)
-    for _ in range(200):
-        at = problem.linearize(x, z)
-        b, _ = at.gradient(problem.loss(at.output))
-        w, _ = at.vjp(w + b)
-    errors = []
-    for eps in (1e-2, 1e-3):
-        away, off = z + eps * rand(*z.shape, seed=2), w + eps * rand(*z.shape, seed=3)
-        at = problem.linearize(x, away)
-        loss = problem.loss(at.output)
-        b, _ = at.gradient(loss)
-        at.vjp(off + b)
-        estimate = loss.detach() + (at.own_jz_mu * (at.fz - away)).sum(1)
-        errors.append(float((estimate - value).abs().max()))
-    assert errors[1] < 2e-2 * errors[0]
 
 
 @pytest.mark.parametrize("kind", ["quasi-newton", "anderson"])

@@ -1,0 +1,120 @@
+"""Around the layer: compile, activation checkpointing, data parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jiio_plugins import L2Ball, optimize_input
+from tests.helpers import Net, TanhCell, assert_same, gradients, input_gradient, rand
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+def test_compile_breaks_the_graph_at_the_layer() -> None:
+    torch._dynamo.reset()
+    net, x = Net(), rand(2, 5, seed=1)
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-9, atol=1e-9)
+    assert_same(
+        {"input": input_gradient(compiled, x)}, {"input": input_gradient(net, x)}, rtol=1e-9
+    )
+    plain = optimize_input(net, x, lambda y: y.sum(1), constraint=L2Ball(0.5))
+    fast = optimize_input(compiled, x, lambda y: y.sum(1), constraint=L2Ball(0.5))
+    torch.testing.assert_close(fast.x, plain.x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fast.value, plain.value, rtol=1e-9, atol=1e-9)
+
+
+def test_compile_with_fullgraph_raises() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(Net(), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"data-dependent loop|torch\.compiler\.disable"):
+        compiled(rand(2, 5, seed=1))
+
+
+class Checkpointed(nn.Module):
+    """:class:`Net` with activation checkpointing around one of its parts."""
+
+    def __init__(self, part: str, reentrant: bool = False) -> None:
+        super().__init__()
+        self.net, self.part, self.reentrant = Net(), part, reentrant
+
+    def _call(self, part: str, *args: Tensor) -> Tensor:
+        module = getattr(self.net, part)
+        if part != self.part:
+            return module(*args)
+        return checkpoint(module, *args, use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self._call("encoder", x)
+        return self._call("head", self._call("equilibrium", u))
+
+
+@pytest.mark.parametrize("part", ["encoder", "head"])
+def test_checkpointing_encoder_or_head_works(part: str) -> None:
+    x = rand(3, 5, seed=1)
+    wrapped, plain = Checkpointed(part), Net()
+    assert_same(
+        {"input": input_gradient(wrapped, x)}, {"input": input_gradient(plain, x)}, rtol=1e-9
+    )
+    one = optimize_input(wrapped, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+    two = optimize_input(plain, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+    torch.testing.assert_close(one.x, two.x, rtol=1e-9, atol=1e-9)
+
+
+def test_checkpointing_the_layer_raises_in_joint_mode() -> None:
+    x = rand(3, 5, seed=1)
+    wrapped = Checkpointed("equilibrium")
+    plain = input_gradient(Net(), x)
+    torch.testing.assert_close(input_gradient(wrapped, x), plain, rtol=1e-8, atol=1e-10)
+    with pytest.raises(RuntimeError, match="activation checkpointing must not wrap the layer"):
+        optimize_input(wrapped, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+    # and the next optimisation is none the worse for it
+    optimize_input(Net(), x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # from the solves
+@pytest.mark.parametrize("part", ["encoder", "equilibrium", "head"])
+def test_reentrant_checkpointing_is_refused_by_autograd(part: str) -> None:
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        optimize_input(Checkpointed(part, reentrant=True), rand(3, 5, seed=1), lambda y: y.sum(1))
+
+
+def test_checkpointing_inside_the_cell_works() -> None:
+    class Cell(TanhCell):
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return checkpoint(super().forward, z, u, use_reentrant=False)
+
+    net, x = Net(), rand(3, 5, seed=1)
+    expected = input_gradient(net, x)
+    plain = optimize_input(net, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+    net.equilibrium.cell = Cell(8, 0.7, seed=2)
+    torch.testing.assert_close(input_gradient(net, x), expected, rtol=1e-8, atol=1e-10)
+    again = optimize_input(net, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+    torch.testing.assert_close(again.x, plain.x, rtol=1e-9, atol=1e-9)
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/sync", rank=0, world_size=1)
+    try:
+        net, x = Net(), rand(3, 5, seed=1)
+        expected = gradients(net, x)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        y = wrapped(x)
+        ((rand(*y.shape, seed=77) * y).sum() + y.square().sum()).backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-10)
+        got = optimize_input(wrapped, x, lambda y: y.sum(1), constraint=L2Ball(0.5))
+        plain = optimize_input(net, x, lambda y: y.sum(1), constraint=L2Ball(0.5))
+        assert torch.equal(got.x, plain.x)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel_raises() -> None:
+    with pytest.raises(TypeError, match=r"DataParallel.*pass model\.module"):
+        optimize_input(nn.DataParallel(Net()), rand(2, 5, seed=1), lambda y: y.sum(1))

@@ -1,0 +1,105 @@
+"""What is JIIO's own: its warm-up, its steps on the state, and what acceleration gains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import Equilibrium, Joint, L2Ball, joint_solution, optimize_input
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
+from tests.cases import Ridge, Wells, squared, wells
+from tests.helpers import Net, linear, rand
+
+
+def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
+    model, x = Net(), rand(4, 5, seed=1)
+    start = Joint(max_iter=1, warmup=2, adjoint_warmup=1)
+    found = joint_solution(model, x, squared, method=start, constraint=L2Ball(0.5))
+    z = found.flat.z  # after a step with ω = 1.5 from where the adjoint was evaluated
+    problem = Problem(Variable(model, x), squared)
+    state = problem.warm_up(x, 2)
+    lin = problem.linearize(x, state)
+    b, _ = lin.gradient(problem.loss(lin.output))
+    assert torch.allclose(z, state + 1.5 * (lin.fz - state))
+    assert torch.allclose(found.flat.mu, b + lin.jz_mu(b))
+    assert torch.allclose(found.flat.jz_mu, lin.vjp(found.flat.mu)[0])
+
+
+def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
+    model = Wells()
+    x = torch.full((8, 3), 0.2, dtype=torch.float64)
+    alone, together = (
+        optimize_input(model, rows, wells, method=Joint(max_iter=3)) for rows in (x[:1], x)
+    )
+    assert torch.allclose(together.x, alone.x.expand(8, 3))
+    saved = alone.stats.f_evals - together.stats.f_evals[0]
+    assert float(saved) == pytest.approx(5 * 7 / 8)
+
+
+def test_acceleration_pays_where_v_settles() -> None:
+    """At the same number of iterations the mixed run is far nearer to the optimum."""
+    model, x = Ridge(rho=0.2), rand(3, 6, seed=4)
+    answer, step = model.answer(seed=3), 0.5 / model.curvature()
+    gaps = [
+        (
+            optimize_input(
+                model,
+                x,
+                model.objective(seed=3),
+                method=Joint(max_iter=40, step_size=step, tol=0.0, acceleration=memory),
+            ).x
+            - answer
+        )
+        .norm(dim=1)
+        .max()
+        for memory in (5, 0)
+    ]
+    assert float(gaps[0]) < 0.05 * float(gaps[1])
+
+
+def test_one_state_step_may_be_damped_but_is_not_over_relaxed() -> None:
+    model, x = Net(seed=1), rand(6, 5, seed=2)
+
+    def end(state_steps: int, relaxation: float) -> Tensor:
+        method = Joint(max_iter=5, state_steps=state_steps, relaxation=relaxation)
+        return optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5)).x
+
+    assert torch.equal(end(1, 1.5), end(1, 1.0))
+    assert not torch.equal(end(1, 0.5), end(1, 1.0))
+    assert not torch.equal(end(2, 1.5), end(2, 1.0))
+
+
+class Slowly(nn.Module):
+    """``z = −0.8 z + x``, which over-relaxed steps leave, then ``z = 0.1 z + 10 z₁``."""
+
+    class Linear(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.rate = rate
+
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return self.rate * z + u
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Equilibrium(self.Linear(-0.8))
+        self.second = Equilibrium(self.Linear(0.1))
+        self.head = linear(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(10 * self.first(x)) / 10)
+
+
+def test_a_later_layer_does_not_hide_that_an_earlier_one_is_over_relaxed() -> None:
+    residuals: list[float] = []
+    optimize_input(
+        Slowly(),
+        rand(8, 5, seed=1),
+        squared,
+        method=Joint(max_iter=40),
+        constraint=L2Ball(0.5),
+        callback=lambda progress: residuals.append(float(progress.z_residual.max())),
+    )
+    assert residuals[-1] < 0.05

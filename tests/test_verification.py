@@ -1,0 +1,273 @@
+"""Values by independent solves: honest, never worse than the start, with a status for each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+
+from jiio_plugins import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Joint,
+    L1Ball,
+    L2Ball,
+    LinfBall,
+    Nested,
+    Picard,
+    Status,
+    optimize_input,
+)
+from tests.cases import (
+    CONSTRAINTS,
+    METHODS,
+    NETWORKS,
+    every_combination,
+    every_method,
+    every_network,
+    mixed_batch,
+    squared,
+    statuses,
+)
+from tests.helpers import Elementwise, LinearNet, Net, TanhCell, independent_output, rand
+
+# Honest values ----------------------------------------------------------------------------------
+
+
+@every_combination
+def test_value_and_output_are_those_of_an_independent_solve(
+    name: str, method: str, constraint: str
+) -> None:
+    loose = Anderson(tol=3e-2, max_iter=100)
+    model, x = NETWORKS[name](seed=2, solver=loose), mixed_batch(16)
+    target = rand(3, seed=3)
+
+    def objective(y: Tensor) -> Tensor:
+        return (y - target).square().sum(1)
+
+    solution = optimize_input(
+        model, x, objective, method=METHODS[method], constraint=CONSTRAINTS[constraint]
+    )
+    output = independent_output(model, solution.x)
+    torch.testing.assert_close(solution.output, output, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(solution.value, objective(output), rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        own = model(solution.x)
+    torch.testing.assert_close(solution.stats.model_output, own, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(solution.stats.model_value, objective(own), rtol=1e-9, atol=1e-10)
+    assert float(solution.stats.z_residual.max()) <= 1e-9
+    if CONSTRAINTS[constraint] is not None:
+        x = CONSTRAINTS[constraint].bind(x).project(x)  # where it starts
+    start = objective(independent_output(model, x))
+    assert bool((solution.value <= start * (1 + 1e-6) + 1e-7).all())
+    assert not solution.output.requires_grad
+    assert not solution.x.requires_grad
+
+
+def test_the_state_is_that_of_the_tight_solve() -> None:
+    for name, make in NETWORKS.items():
+        model, x = make(solver=Anderson(tol=1e-2)), rand(3, 5, seed=1)
+        solution = optimize_input(model, x, squared, constraint=L2Ball(0.2))
+        states: list[Any] = []
+        for layer in (m for m in model.modules() if isinstance(m, Equilibrium)):
+            layer.register_forward_hook(lambda m, a, out, seen=states: seen.append(out))
+        independent_output(model, solution.x)
+        expected = states[0] if len(states) == 1 else tuple(states)
+        torch.testing.assert_close(solution.z, expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    rate=st.sampled_from([0.3, 0.9, 0.99]),
+    step=st.sampled_from([0.01, 1.0, 20.0]),
+    steps=st.integers(1, 4),
+    warmup=st.integers(1, 3),
+    norm=st.sampled_from([L1Ball, L2Ball, LinfBall]),
+)
+def test_never_worse_than_the_start(
+    seed: int, rate: float, step: float, steps: int, warmup: int, norm: Any
+) -> None:
+    """Slow cells, a step that is far too long, one step only: the start is the fallback."""
+    model = LinearNet(inputs=5, n=8, outputs=3, rate=rate, seed=seed)
+    x = rand(6, 5, seed=seed + 1)
+    target = independent_output(model, x) + 0.05 * rand(6, 3, seed=seed + 2)  # x is nearly optimal
+
+    def objective(y: Tensor) -> Tensor:
+        return (y - target).square().sum(1)
+
+    method = Joint(max_iter=steps, step_size=step, warmup=warmup)
+    solution = optimize_input(
+        model,
+        x,
+        objective,
+        method=method,
+        constraint=norm(1.0),
+        verify=Anderson(max_iter=500, tol=1e-10),
+    )
+    start = objective(independent_output(model, x, steps=6000))
+    assert bool((solution.value <= start * (1 + 1e-5) + 1e-8).all())
+
+
+@pytest.mark.parametrize("kind", [Picard, Broyden])
+def test_any_verifier(kind: Any) -> None:
+    model, x, solver = Net(), rand(4, 5, seed=1), kind(max_iter=500, tol=1e-9)
+    usual = optimize_input(model, x, squared, constraint=L2Ball(0.5))
+    other = optimize_input(model, x, squared, constraint=L2Ball(0.5), verify=solver)
+    torch.testing.assert_close(other.value, usual.value, rtol=1e-7, atol=1e-8)
+
+
+class Sluggish(nn.Module):
+    """``z -> z + d (c(z, u) − z)``: the fixed point of c, approached at the rates ``1 − d``."""
+
+    def __init__(self, d: Tensor, cell: nn.Module | None = None) -> None:
+        super().__init__()
+        self.register_buffer("d", d)
+        self.cell = cell
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return z + self.d * ((u if self.cell is None else self.cell(z, u)) - z)
+
+
+SLOW = {
+    "tanh": Sluggish(torch.full((64,), 0.02).double(), TanhCell(64, 0.8, 2)),
+    "spread": Sluggish(torch.logspace(-2, -1, 64).double()),
+    "two rates": Sluggish(torch.tensor([0.01] * 8 + [0.5] * 56).double()),
+}
+
+
+@pytest.mark.parametrize("tol", [1e-4, 1e-9])  # the latter is the verification's
+@pytest.mark.parametrize(
+    "method", [Joint(), Nested(max_iter=4), Nested(max_iter=4, warm_start=True)]
+)
+@pytest.mark.parametrize("constraint", [None, L2Ball(0.3), LinfBall(0.1)])
+@pytest.mark.parametrize("cell", SLOW.values(), ids=SLOW)
+def test_no_sample_of_a_slow_cell_is_worse_than_its_start(
+    cell: nn.Module, constraint: Any, method: Any, tol: float
+) -> None:
+    """Its residual says little of how far off the start's running loss is."""
+    model = Equilibrium(cell, solver=Anderson(max_iter=500, tol=tol))
+    x = rand(8, 64, seed=1)
+    with torch.no_grad():
+        target = model(x) + 0.01 * rand(8, 64, seed=2)
+
+    def objective(z: Tensor) -> Tensor:
+        return (z - target).square().sum(1)
+
+    start = optimize_input(model, x, objective, constraint=L2Ball(0.0)).value
+    found = optimize_input(model, x, objective, constraint=constraint, method=method)
+    assert bool((found.value <= start * (1 + 1e-5)).all())
+
+
+# Status -----------------------------------------------------------------------------------------
+
+
+@every_method
+@every_network
+def test_radius_zero_is_no_improvement(name: str, method: Any) -> None:
+    model, x = NETWORKS[name](), rand(5, 5, seed=1)
+    solution = optimize_input(model, x, squared, method=method, constraint=L2Ball(0.0))
+    assert torch.equal(solution.x, x)
+    assert statuses(solution) == {Status.NO_IMPROVEMENT}
+    assert "NO_IMPROVEMENT" in solution.report()
+
+
+def test_an_unfinished_verification_says_so() -> None:
+    model, x = Net(rate=0.95, solver=Anderson(tol=1e-2)), rand(3, 5, seed=1)
+    solution = optimize_input(
+        model, x, squared, constraint=L2Ball(0.3), verify=Anderson(max_iter=2, tol=1e-12)
+    )
+    assert statuses(solution) == {Status.NOT_VERIFIED}
+    assert "do not trust this value" in solution.report()
+    assert float(solution.stats.z_residual.min()) > 1e-12
+
+
+def test_a_cell_without_a_fixed_point_is_not_verified() -> None:
+    model, x = Net(), rand(3, 5, seed=1)
+    model.equilibrium = Equilibrium(Elementwise(lambda z, u: z * z + z + 1 + u.square()))
+    solution = optimize_input(model, x, squared, constraint=L2Ball(0.3))
+    assert statuses(solution) == {Status.NOT_VERIFIED}
+    assert bool(torch.isfinite(solution.x).all())
+
+
+def test_a_loose_layer_disagrees() -> None:
+    """The model's own solver stops long before the fixed point."""
+    model = LinearNet(inputs=5, n=8, outputs=3, rate=0.95, solver=Picard(max_iter=2, tol=0.0))
+    x = rand(4, 5, seed=1)
+    solution = optimize_input(model, x, lambda y: -squared(y), constraint=L2Ball(0.3))
+    assert statuses(solution) == {Status.DISAGREEMENT}
+    with torch.no_grad():
+        own = -squared(model(solution.x))
+    torch.testing.assert_close(solution.stats.model_value, own)
+    assert float((own - solution.value).abs().min()) > 1e-2
+
+
+def test_disagreement_is_judged_by_the_sample() -> None:
+    """Rows whose solve is easy agree; the others do not."""
+
+    class Cell(nn.Module):
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return u[:, :1] * z + u
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.equilibrium = Equilibrium(Cell(), solver=Picard(max_iter=12, tol=0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.equilibrium(x)
+
+    x = torch.tensor([[0.1, 1.0, 2.0], [0.95, 1.0, 2.0], [-0.2, 1.0, 0.0]]).double()
+    solution = optimize_input(
+        Gate(), x, squared, constraint=L2Ball(0.01), verify=Anderson(max_iter=300, tol=1e-9)
+    )
+    found = [Status(int(s)) for s in solution.status]
+    assert found == [Status.CONVERGED, Status.DISAGREEMENT, Status.CONVERGED]
+
+
+@every_method
+def test_an_objective_that_is_nan(method: Any) -> None:
+    """For one row: that one says so and stays at its start, the others do not notice."""
+    model, x = Net(), rand(4, 5, seed=1)
+
+    def broken(y: Tensor) -> Tensor:
+        return squared(y) * torch.tensor([1.0, 1.0, torch.nan, 1.0])
+
+    solution = optimize_input(model, x, broken, method=method, constraint=L2Ball(0.5))
+    clean = optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5))
+    assert Status(int(solution.status[2])) == Status.NONFINITE
+    assert torch.equal(solution.x[2], x[2])
+    others = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(solution.x[others], clean.x[others], rtol=0, atol=1e-10)
+    assert solution.status[others].tolist() == clean.status[others].tolist()
+
+
+@every_method
+def test_a_cell_that_is_nan(method: Any) -> None:
+    """For one row: never a NaN in x, never CONVERGED; the others do not notice."""
+
+    def cell(z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(0.5 * z + u) + torch.where(u[:, :1] > 50, torch.nan, 0.0)
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.equilibrium = Equilibrium(Elementwise(cell))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.equilibrium(x)
+
+    x = rand(4, 5, seed=1)
+    x[2, 0] = 100.0
+    solution = optimize_input(Direct(), x, squared, method=method, constraint=L2Ball(0.5))
+    assert Status(int(solution.status[2])) == Status.NONFINITE
+    assert bool(torch.isfinite(solution.x).all())
+    others = torch.tensor([0, 1, 3])
+    clean = optimize_input(Direct(), x[others], squared, method=method, constraint=L2Ball(0.5))
+    torch.testing.assert_close(solution.x[others], clean.x, rtol=0, atol=1e-8)
+    assert statuses(clean) == {Status.CONVERGED}
+    assert bool((solution.status[others] == clean.status).all())
