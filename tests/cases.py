@@ -1,7 +1,8 @@
-"""Networks, methods and constraints that many tests of an optimisation run over."""
+"""Networks, methods, constraints and norms that many tests run over."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,7 +57,12 @@ COMBINATIONS = [
     ("series", "joint", "box"),
 ]
 every_combination = pytest.mark.parametrize(("name", "method", "constraint"), COMBINATIONS)
-SOME = [0, 7, 20, 63]
+SOME = [0, 7, 20, 63]  # rows of a batch of 64
+
+NORMS = {1.0: 8.0, 2.0: 1.5, math.inf: 0.2}  # norm: an ε that fools every digit
+LOSSES = ("cross-entropy", "dlr", "margin")
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def squared(y: Tensor) -> Tensor:

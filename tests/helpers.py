@@ -7,6 +7,7 @@ build the same weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from jiio_plugins import Anderson, Broyden, Equilibrium, Picard, Solver, Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+ROOT = Path(__file__).resolve().parent.parent
 TIGHT = Anderson(max_iter=400, tol=1e-13, abs_tol=1e-14)
 
 

@@ -25,12 +25,8 @@ from jiio_plugins import (
 )
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
-from tests.helpers import LinearNet, Net, independent_output, rand
-
-NORMS = {1.0: 8.0, 2.0: 1.5, math.inf: 0.2}  # norm: an ε that fools every digit
-LOSSES = ("cross-entropy", "dlr", "margin")
-every_norm = pytest.mark.parametrize("norm", NORMS)
-every_loss = pytest.mark.parametrize("loss", LOSSES)
+from tests.cases import LOSSES, NORMS, every_loss, every_norm
+from tests.helpers import Net, independent_output, rand
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +185,7 @@ def test_success_needs_both_judgements() -> None:
     assert is_adversarial(solution, 1 - labels, targeted=True).tolist() == [False] * 3 + [True]
 
 
-# Random starts and early stop ---------------------------------------------------------------------
+# Random starts and early stop -------------------------------------------------------------------
 
 
 def small(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
@@ -313,7 +309,7 @@ def test_early_stop_saves_cost_and_loses_no_success(digits: Any, method: Any) ->
     assert_inside(early.x, x, 2.0, 1.5)
 
 
-# The set --------------------------------------------------------------------------------------
+# The set ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50)
@@ -367,110 +363,6 @@ def test_what_is_returned_is_in_the_set(
     assert_inside(
         solution.x, x, norm, radius, box=box, mask=None if mask is None else mask.expand_as(x)
     )
-
-
-# Against the closed form --------------------------------------------------------------------------
-
-DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
-
-
-@pytest.mark.parametrize("method", [Joint(), Nested(max_iter=20)], ids=["joint", "nested"])
-@pytest.mark.parametrize("loss", ["margin", "cross-entropy"])
-@every_norm
-def test_the_worst_case_of_a_linear_equilibrium(norm: float, loss: Any, method: Any) -> None:
-    """``z = A z + B x``, ``y = C z``: the margin is linear, its least value ``m − ε‖w‖_*``."""
-    for seed in range(3):
-        model, x = LinearNet(seed=10 * seed), rand(6, 20, seed=seed)
-        w = model.matrix()
-        y = independent_output(model, x).argmax(1)
-        slope = w[y] - w[1 - y]
-        logits = independent_output(model, x)
-        margin = logits.gather(1, y[:, None])[:, 0] - logits.gather(1, 1 - y[:, None])[:, 0]
-        eps = 0.8
-        best = margin - eps * torch.linalg.vector_norm(slope, ord=DUAL[norm], dim=1)
-        solution = attack(model, x, y, norm=norm, eps=eps, loss=loss, method=method)
-        out = independent_output(model, solution.x)
-        reached = out.gather(1, y[:, None])[:, 0] - out.gather(1, 1 - y[:, None])[:, 0]
-        assert bool((reached >= best - 1e-7).all())  # nobody beats the optimum
-        assert bool((margin - reached >= 0.99 * (margin - best)).all())
-        if loss == "margin":
-            torch.testing.assert_close(solution.value, reached, rtol=1e-6, atol=1e-7)
-        else:
-            torch.testing.assert_close(
-                solution.value, -nn.functional.softplus(-reached), rtol=1e-6, atol=1e-7
-            )
-
-
-@every_norm
-def test_the_worst_case_in_a_box(norm: float) -> None:
-    """A linear function over ball and box; for L1 and L2 by its one multiplier, found by search."""
-    model = LinearNet(seed=5)
-    x = torch.rand(5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    w = model.matrix()
-    y = independent_output(model, x).argmax(1)
-    slope, eps = w[y] - w[1 - y], {1.0: 2.0, 2.0: 1.0, math.inf: 0.3}[norm]
-    room = torch.where(slope > 0, x, 1 - x)  # the way down
-    if norm == math.inf:
-        delta = room.clamp(max=eps)
-    elif norm == 1:  # spend ε on the steepest entries first
-        order = slope.abs().argsort(1, descending=True)
-        sorted_room = room.gather(1, order)
-        left = (eps - (sorted_room.cumsum(1) - sorted_room)).clamp(min=0)
-        delta = torch.zeros_like(room).scatter(1, order, torch.minimum(sorted_room, left))
-    else:
-        low, high = torch.zeros(5, 1).double(), torch.full((5, 1), 1e6).double()
-        for _ in range(200):
-            middle = (low + high) / 2
-            fits = torch.minimum(middle * slope.abs(), room).norm(dim=1, keepdim=True) <= eps
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        delta = torch.minimum(low * slope.abs(), room)
-    best = (slope.abs() * delta).sum(1)  # how far the margin can fall
-    solution = attack(
-        model,
-        x,
-        y,
-        norm=norm,
-        eps=eps,
-        loss="margin",
-        lower=0.0,
-        upper=1.0,
-        method=Joint(max_iter=60),
-    )
-    fell = (slope * (x - solution.x)).sum(1)
-    assert bool((fell <= best * (1 + 1e-6) + 1e-9).all())
-    assert bool((fell >= 0.99 * best).all()), fell / best
-
-
-# Objectives -------------------------------------------------------------------------------------
-
-
-def by_hand(logits: list[float], label: int, loss: str, targeted: bool) -> float:
-    """What ``attack_objective`` gives for one sample, in plain Python."""
-    others = [v for i, v in enumerate(logits) if i != label]
-    order = sorted(logits, reverse=True)
-    sign = -1.0 if targeted else 1.0
-    if loss == "cross-entropy":
-        top = max(logits)
-        return sign * (logits[label] - top - math.log(sum(math.exp(v - top) for v in logits)))
-    margin = sign * (logits[label] - max(others))
-    if loss == "margin":
-        return margin
-    if targeted and len(logits) >= 4:
-        return margin / (order[0] - (order[2] + order[3]) / 2)
-    return margin / (order[0] - order[min(2, len(logits) - 1)])
-
-
-@pytest.mark.parametrize("classes", [2, 3, 10])
-@pytest.mark.parametrize("targeted", [False, True])
-@every_loss
-def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
-    logits = 3 * rand(12, classes, seed=1)
-    labels = torch.arange(12) % classes
-    got = attack_objective(loss, labels, targeted)(logits)
-    want = [
-        by_hand(row.tolist(), int(k), loss, targeted) for row, k in zip(logits, labels, strict=True)
-    ]
-    torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-6, atol=1e-9)
 
 
 # Bad input --------------------------------------------------------------------------------------

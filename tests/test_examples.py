@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 ARGUMENTS = {  # a small run where the default one takes long

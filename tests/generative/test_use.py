@@ -1,10 +1,9 @@
-"""Data, fits, samples and the commands, on the shipped digits generator."""
+"""Fits, samples and the commands, on the shipped digits generator."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 from jiio_plugins import Status
 from jiio_plugins.cli.main import main
 from jiio_plugins.data.classification import load_digits
-from jiio_plugins.data.images import load_images, read_files, to_unit
 from jiio_plugins.generative import (
     Architecture,
     decode,
@@ -23,6 +21,7 @@ from jiio_plugins.generative import (
 )
 from jiio_plugins.generative.files import GENERATOR, LATENTS, save_generator, save_latents
 from jiio_plugins.models import MDEQDecoder, load_pretrained
+from tests.data.helpers import save_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,47 +40,6 @@ def folder(tmp_path: Path, digits: Any) -> Path:
     images = (load_digits("train")[0][:64] * 255).to(torch.uint8)
     save_latents(tmp_path / LATENTS, fit_latents(digits, images, iterations=10))
     return tmp_path
-
-
-def save_picture(path: Path, shape: tuple[int, ...], seed: int = 0) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-# Data -------------------------------------------------------------------------------------------
-
-
-def test_digits_are_split(tmp_path: Path) -> None:
-    images = load_images("digits")
-    assert images.shape == (1, 8, 8)
-    assert (len(images.train), len(images.held_out)) == (1297, 500)
-    assert images.train.dtype == torch.uint8
-    assert torch.allclose(to_unit(images.held_out), load_digits("test")[0], atol=0.5 / 255)
-
-
-def test_a_folder_of_images(tmp_path: Path) -> None:
-    for k in range(20):
-        (tmp_path / f"{k % 2}").mkdir(exist_ok=True)
-        save_picture(tmp_path / f"{k % 2}" / f"{k:02d}.png", (12, 12, 3), k)
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    (tmp_path / "notes.txt").write_text("not looked at")
-    images = load_images(str(tmp_path))
-    assert images.shape == (3, 12, 12)
-    assert (len(images.train), len(images.held_out)) == (18, 2)
-    assert images.skipped == [tmp_path / "broken.jpg"]
-    assert torch.equal(load_images(str(tmp_path)).train, images.train)
-    save_picture(tmp_path / "tall.png", (20, 12))
-    with pytest.raises(ValueError, match=r"one size: 00.png has 12×12 pixels, tall.png 12×20"):
-        load_images(str(tmp_path))
-    assert load_images(str(tmp_path), resize=8).shape == (3, 8, 8)
-
-
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a folder of images; there is no"):
-        load_images(str(tmp_path / "none"))
-    (tmp_path / "broken.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds 0 readable images \(1 could not be read\)"):
-        load_images(str(tmp_path))
 
 
 # Fits and samples -------------------------------------------------------------------------------
@@ -111,6 +69,15 @@ def test_images_that_do_not_fit(digits: Any) -> None:
         fit(digits, torch.full((2, 1, 8, 8), 1.5))
     with pytest.raises(ValueError, match="no images to fit"):
         fit(digits, torch.zeros(0, 1, 8, 8))
+
+
+def test_pixels_out_of_range_say_so(digits: Any) -> None:
+    images = torch.rand(2, 1, 8, 8)
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from nan to nan"):
+        fit(digits, images)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from 255 to 255"):
+        fit(digits, torch.full((2, 1, 8, 8), 255.0))
 
 
 def test_samples_follow_the_latents() -> None:
@@ -192,23 +159,3 @@ def test_shipped_generators(name: str, latent: tuple[int, ...], shape: tuple[int
     images = decode(model, 0.5 * torch.randn(4, *latent))
     assert images.shape == (4, *shape)
     assert float(images.std(0).mean()) > 0.01  # the latent matters
-
-
-def test_sixteen_bits_are_scaled_and_floats_skipped(tmp_path: Path) -> None:
-    wide = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(
-        tmp_path / "float.tiff"
-    )
-    pixels, skipped = read_files([tmp_path / "wide.png", tmp_path / "float.tiff"])
-    assert pixels.flatten().tolist() == [17 * k for k in range(16)]
-    assert [p.name for p in skipped] == ["float.tiff"]
-
-
-def test_pixels_out_of_range_say_so(digits: Any) -> None:
-    images = torch.rand(2, 1, 8, 8)
-    images[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from nan to nan"):
-        fit(digits, images)
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from 255 to 255"):
-        fit(digits, torch.full((2, 1, 8, 8), 255.0))

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,13 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_torchdeq import adapt
-from tests.adapters.torchdeq.test_adapt import Net as TorchDEQNet
-from tests.helpers import Net, Series, rand
+from tests.adapters.torchdeq.toys import Net as TorchDEQNet
+from tests.helpers import ROOT, Net, Series, rand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-ROOT = Path(__file__).resolve().parents[2]
+    from pathlib import Path
 
 
 @pytest.mark.slow

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Anderson
-from tests.adapters.deepinv.toys import Encoder, Generator, Spread
+from tests.adapters.deepinv.toys import SHAPE, Encoder, Generator, Spread
 from tests.helpers import rand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-SHAPE = (1, 4, 4)
 
 
 class Problem:

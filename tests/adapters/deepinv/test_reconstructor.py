@@ -8,29 +8,16 @@ from typing import Any
 import deepinv as dinv
 import pytest
 import torch
-from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting, Physics, PoissonNoise
+from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting, PoissonNoise
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from jiio_deepinv import GaussianEncoder, JIIOReconstructor, likelihood_of
+from jiio_deepinv import JIIOReconstructor, likelihood_of
 from jiio_plugins import Equilibrium, Joint, Nested, Status
 from jiio_plugins.data.classification import load_digits
-from jiio_plugins.models import MDEQRefiner, load_pretrained
-from tests.adapters.deepinv.toys import Encoder, Generator, Spread, reconstructor
+from jiio_plugins.models import load_pretrained
+from tests.adapters.deepinv.toys import SHAPE, Encoder, Generator, Spread, measured, reconstructor
 from tests.helpers import Elementwise, rand
-
-SHAPE = (1, 4, 4)
-
-
-def measured(physics: Physics | None = None, batch: int = 2) -> tuple[Tensor, Tensor, Physics]:
-    """True images in the generator's range, their measurements and the physics."""
-    physics = physics or Denoising(GaussianNoise(0.1, rng=torch.Generator().manual_seed(0)))
-    with torch.no_grad():
-        x = Generator(SHAPE)(rand(batch, 3, seed=7))
-        return x, physics(x), physics
-
-
-# The contract -----------------------------------------------------------------------------------
 
 
 def test_it_is_a_reconstructor() -> None:
@@ -57,118 +44,6 @@ def test_it_finds_the_minimum() -> None:
     assert gradient.abs().max() < 1e-4 * value.max()
 
 
-def test_latents_stay_near_the_encoders_guess() -> None:
-    _, y, physics = measured()
-    encoder = Encoder()
-    with torch.no_grad():
-        m = encoder(y, physics)
-        near, far = (
-            reconstructor(encoder=encoder, latent_penalty=w, iters=200, tol=1e-9)
-            for w in (1e6, 1.0)
-        )
-        torch.testing.assert_close(near(y, physics), near.generator(m), rtol=1e-3, atol=1e-3)
-        image = far(y, physics)
-        u = far.latents
-        value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
-        torch.testing.assert_close(far.solution.value, value + (u - m).square().sum(1) / 2)
-        start = (far.generator(m) - y).square().flatten(1).sum(1) / (2 * 0.1**2)
-        assert (far.solution.value < start).all()
-    assert "encoder.linear.weight" in far.state_dict()
-
-
-def test_latents_move_as_far_as_the_encoder_is_unsure() -> None:
-    _, y, physics = measured()
-    encoder, model = Spread(), reconstructor(encoder=Spread(), iters=300, tol=1e-9)
-    with torch.no_grad():
-        m, s = encoder(y, physics)
-        image = model(y, physics)
-        u = model.latents
-        torch.testing.assert_close(model.generator(u), image)
-        value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
-        away = (u - m) / s
-        torch.testing.assert_close(model.solution.x, away)
-        torch.testing.assert_close(model.solution.value, value + away.square().sum(1) / 2)
-        elsewhere = model(y, physics, init=m + 1)
-        torch.testing.assert_close(elsewhere, image, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model(y, physics, init=u), image, rtol=1e-5, atol=1e-5)
-        model.encoder.log_std.sub_(12)
-        torch.testing.assert_close(model(y, physics), model.generator(m), rtol=1e-4, atol=1e-4)
-
-
-class Adjoint(nn.Module):
-    """The image ``Aᵀy / 2`` as a guess."""
-
-    def forward(self, y: Tensor, physics: Physics) -> Tensor:
-        image: Tensor = physics.A_adjoint(y) / 2
-        return image
-
-
-def test_the_first_steps_are_not_too_long_for_a_sensing_matrix() -> None:
-    """It lengthens its own row space tenfold, and random directions hardly at all."""
-    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-    torch.manual_seed(0)
-    physics = dinv.physics.CompressedSensing(
-        m=16, img_size=(1, 8, 8), dtype=torch.float64, noise_model=GaussianNoise(0.05)
-    )
-    model = reconstructor(
-        generator=MDEQRefiner((1, 8, 8)).double(), encoder=Adjoint(), latent_penalty=100.0, iters=8
-    )
-    with torch.no_grad():
-        _, metrics = model(physics(x), physics, compute_metrics=True)
-    cost = torch.tensor(metrics["cost"])
-    assert (cost[:, 1] < 0.7 * cost[:, 0]).all()
-    assert (cost[:, 1:] <= cost[:, :-1] * 1.001).all()
-
-
-@pytest.mark.parametrize("mode", ["adjoint", "pinv"])
-def test_gaussian_encoder(mode: str) -> None:
-    x, y, physics = measured(dinv.physics.Inpainting((1, 4, 4), mask=0.5))
-    network = nn.Conv2d(2, 1, 3, padding=1).double()
-    encoder = GaussianEncoder(Adjoint(), network, mode=mode, largest=2.0)
-    mean, std = encoder(y, physics)
-    assert mean.shape == std.shape == x.shape
-    assert (std > 0).all()
-    assert (std < 2).all()
-    nn.init.zeros_(network.weight)
-    nn.init.zeros_(network.bias)
-    for largest, first in ((2.0, 0.05), (0.25, 0.05), (0.04, 0.02)):
-        new = GaussianEncoder(Adjoint(), network, mode=mode, largest=largest)(y, physics)[1]
-        torch.testing.assert_close(new, torch.full_like(x, first), rtol=0.1, atol=0)
-    model = reconstructor(generator=MDEQRefiner((1, 4, 4), stride=1).double(), encoder=encoder)
-    model(y, physics).square().sum().backward()
-    assert network.weight.grad.abs().max() > 0
-
-
-def test_an_encoder_that_is_unsure_of_a_few_pixels() -> None:
-    """The exact mode of a Gaussian model, in eight steps, with std from 0.01 to 0.5."""
-    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
-    std = torch.where(rand(4, 1, 28, 28, seed=1) > 2, 0.5, 0.01).double()
-    mean = x + std * rand(4, 1, 28, 28, seed=2)
-    y = x + 0.05 * rand(4, 1, 28, 28, seed=3)
-    model = reconstructor(
-        generator=MDEQRefiner((1, 28, 28)).double(), encoder=Says((mean, std)), iters=8
-    )
-    with torch.no_grad():
-        found = model(y, Denoising(GaussianNoise(0.05)))
-    mode = (mean * 0.05**2 + y * std**2) / (0.05**2 + std**2)
-    torch.testing.assert_close(found, mode, rtol=0, atol=0.02)
-
-
-@pytest.mark.parametrize("guessed", [False, True])
-def test_a_first_image_that_is_zero(guessed: bool) -> None:
-    """A step that is small against the image says nothing there; a new refiner draws it at zero."""
-    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-    mean = torch.zeros_like(x)
-    mean[1:] = 0.5 * guessed
-    settings = {"encoder": Says((mean, torch.full_like(x, 0.5)))} if guessed else {}
-    model = reconstructor(generator=MDEQRefiner((1, 8, 8)).double(), iters=10, **settings)
-    with torch.no_grad():
-        found = model(x, Denoising(GaussianNoise(0.05)))
-    prior = 0.5**2 if guessed else 1.0
-    mode = (mean * 0.05**2 + x * prior) / (0.05**2 + prior)
-    torch.testing.assert_close(found, mode, rtol=0, atol=1e-4)
-
-
 class Bare(nn.Module):
     """A generator without parameters."""
 
@@ -191,22 +66,6 @@ def test_a_generator_without_parameters_and_a_weight_that_is_learned() -> None:
     assert weight.grad < 0
     assert not model.solution.value.requires_grad
     copy.deepcopy(model)
-
-
-@pytest.mark.parametrize(
-    ("guess", "physics", "match"),
-    [
-        (
-            torch.zeros(2, 3, 4, 4),
-            Inpainting((1, 4, 4), mask=0.5),
-            r"does not fit y: A\(guess\) .*\(2, 3, 4, 4\)",
-        ),
-        (torch.zeros(2, 1, 4, 4), Physics(), "needs a physics with an adjoint, Physics has none"),
-    ],
-)
-def test_a_guess_that_no_gaussian_encoder_takes(guess: Tensor, physics: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        GaussianEncoder(Says(guess), nn.Identity())(torch.zeros(2, 1, 4, 4), physics)
 
 
 def test_it_beats_the_measurements() -> None:
@@ -393,167 +252,6 @@ def test_metrics() -> None:
     with torch.no_grad():
         _, metrics = model(y, physics, compute_metrics=True)
     assert metrics["psnr"] == [[], []]
-
-
-# Bad input --------------------------------------------------------------------------------------
-
-
-def bad(y: Any, physics: Any, match: str, error: type = ValueError, **kwargs: Any) -> None:
-    model = reconstructor(**kwargs)
-    with torch.no_grad(), pytest.raises(error, match=match):
-        model(y, physics)
-    assert model.solution is None
-
-
-def test_measurements_that_do_not_fit() -> None:
-    _, y, physics = measured()
-    wrong = y[..., :3]
-    bad(wrong, physics, r"physics\.A of .* has shape \(2, 1, 4, 4\), y has \(2, 1, 4, 3\)")
-    bad(y.index_fill(0, torch.tensor(1), torch.nan), physics, "NaN or Inf .first in sample 1.")
-    bad(y.numpy(), physics, "must be a tensor", TypeError)
-    bad(y.long(), physics, "floating point", TypeError)
-    bad(y[0, 0, 0], physics, "batch first")
-    bad(y[:0], physics, "not empty")
-
-
-def test_a_generator_of_another_shape() -> None:
-    _, y, _ = measured()
-    physics = Inpainting((1, 5, 5), mask=0.5)
-    bad(y, physics, r"images, shape \(batch, 1, 4, 4\).* img_size is \(1, 5, 5\)")
-    physics = Denoising()
-    bad(torch.rand(2, 1, 5, 5), physics, r"\(2, 1, 4, 4\), y has \(2, 1, 5, 5\)")
-
-
-def test_physics_without_a_derivative() -> None:
-    _, y, _ = measured()
-    bad(y, Physics(A=lambda x: x.detach()), "no differentiable forward")
-    bad(y, Physics(A=lambda x: torch.from_numpy(x.numpy())), "no differentiable forward")
-    bad(y, Physics(A=lambda x: (x > 0.5).double()), "no differentiable forward")
-    for steps in (torch.round, torch.floor, torch.sign):
-        bad(y, Physics(A=lambda x, steps=steps: steps(4 * x)), "gradient is zero at all images")
-
-
-def test_a_start_at_the_minimum_is_no_error() -> None:
-    physics = Denoising(GaussianNoise(0.1))
-    model = reconstructor()
-    with torch.no_grad():
-        y = model.generator(torch.zeros(2, 3).double())  # the gradient of the data term is zero
-        torch.testing.assert_close(model(y, physics), y)
-
-
-def test_physics_that_is_none() -> None:
-    _, y, _ = measured()
-    bad(y, None, r"deepinv\.physics\.Physics, got NoneType", TypeError)
-    bad(y, lambda x: x, r"got function; a function becomes one by", TypeError)
-
-
-def test_a_data_fidelity_that_does_not_take_stacked_measurements() -> None:
-    noise = GaussianNoise(0.1)
-    _, y, physics = measured(Denoising(noise).stack(Denoising(noise)))
-    match = r"L2, does not take .*\[\(2, 1, 4, 4\), \(2, 1, 4, 4\)\].* StackedPhysicsDataFidelity"
-    bad(y, physics, match, data_fidelity=dinv.optim.L2())
-
-
-def test_true_images_that_do_not_fit() -> None:
-    x, y, physics = measured()
-    for wrong, got in ((x[:1], r"\(1, 1, 4, 4\)"), (x.numpy(), "ndarray")):
-        with pytest.raises(ValueError, match=f"an image per sample of y, 2 of them, got {got}"):
-            reconstructor()(y, physics, x_gt=wrong, compute_metrics=True)
-
-
-def test_settings_given_to_a_call() -> None:
-    _, y, physics = measured()
-    with pytest.raises(TypeError, match=r"iters, prior: settings of JIIOReconstructor"):
-        reconstructor()(y, physics, iters=500, prior=None)
-    reconstructor(iters=2)(y, physics, update_parameters=True)  # deepinv's own
-
-
-def test_what_was_made_in_inference_mode() -> None:
-    _, y, physics = measured()
-    with torch.inference_mode():
-        weight = torch.ones(SHAPE).double()
-        model = reconstructor()
-        with pytest.raises(ValueError, match="generator was made in inference mode"):
-            model(y, physics)
-    bad(y, Physics(A=lambda x: weight * x), "tensors made in inference mode")
-
-
-def test_a_data_fidelity_that_mixes_samples() -> None:
-    _, y, physics = measured()
-    mean = dinv.optim.DataFidelity(d=lambda u, y: (u - y).square().mean())
-    bad(y, physics, "one value per sample", data_fidelity=mean)
-
-
-def test_latents_that_do_not_fit() -> None:
-    _, y, physics = measured()
-    bad(y, physics, r"latents of shape \(2, 3\), got \(1, 3\)", init=torch.zeros(1, 3))
-    bad(y, physics, "got NoneType", init=lambda y, physics: None)
-    wide = reconstructor(encoder=Encoder(latent=4))
-    with pytest.raises(ValueError, match=r"encoder.* latents of shape \(2, 3\), got \(2, 4\)"):
-        wide(y, physics)
-
-
-class Says(nn.Module):
-    """An encoder that returns what it was made with."""
-
-    def __init__(self, guess: Any) -> None:
-        super().__init__()
-        self.guess = guess
-
-    def forward(self, y: Tensor, physics: Physics) -> Any:
-        return self.guess
-
-
-@pytest.mark.parametrize(
-    ("guess", "match"),
-    [
-        ((torch.zeros(2, 3), torch.ones(2, 4)), r"std must be.* of shape \(2, 3\), got \(2, 4\)"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3)), "std must be real, positive and finite: end it"),
-        ((torch.zeros(2, 3), torch.full((2, 3), torch.nan)), "positive and finite"),
-        ((torch.zeros(2, 3),), r"the latents' mean, or \(mean, std\), got 1 things"),
-        ((None, torch.ones(2, 3)), "mean must be.* got NoneType"),
-        (torch.tensor([[0.0] * 3, [torch.nan] * 3]), r"NaN or Inf \(first in sample 1\)"),
-        ((torch.full((2, 3), torch.inf), torch.ones(2, 3)), "mean holds NaN or Inf"),
-        (torch.zeros(2, 3, dtype=torch.complex64), "mean must be real, as latents are"),
-    ],
-)
-def test_an_encoders_answer_that_does_not_fit(guess: Any, match: str) -> None:
-    _, y, physics = measured()
-    with pytest.raises(ValueError, match=match):
-        reconstructor(encoder=Says(guess))(y, physics)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"), [({"mode": "A"}, '"adjoint" or "pinv"'), ({"largest": 0.0}, "largest")]
-)
-def test_bad_settings_of_an_encoder(settings: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        GaussianEncoder(nn.Identity(), nn.Identity(), **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "match"),
-    [
-        ({"generator": nn.Linear(3, 16)}, ValueError, "Equilibrium"),
-        ({"generator": torch.sin}, TypeError, "nn.Module"),
-        ({"encoder": lambda y, physics: y}, TypeError, "encoder must be an nn.Module"),
-        ({"implicit": 1e-3}, TypeError, "implicit must be Anderson"),
-        ({"data_fidelity": nn.MSELoss()}, TypeError, "DataFidelity"),
-        ({"prior": nn.MSELoss()}, TypeError, "Prior"),
-        ({"prior": dinv.optim.PnP(nn.Identity())}, ValueError, "no value to minimise"),
-        ({"latent_penalty": -1.0}, ValueError, "latent_penalty must be"),
-        ({"latent_penalty": None}, ValueError, "latent_penalty must be .* got None"),
-        ({"prior_weight": float("nan")}, ValueError, "prior_weight must be"),
-        ({"range_penalty": -1.0}, ValueError, "range_penalty must be"),
-        ({"latent_shape": (3, 0)}, ValueError, "positive integers"),
-        ({"iters": 0}, ValueError, "max_iter"),
-        ({"step_size": -0.1}, ValueError, "step_size"),
-        ({"method": "joint"}, TypeError, "Joint"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], error: type, match: str) -> None:
-    with pytest.raises(error, match=match):
-        reconstructor(**settings)
 
 
 class Tracked(Blur):

@@ -1,22 +1,23 @@
-"""Small generators for any image, and a reconstructor of them."""
+"""Small generators for any image, a reconstructor of them, and measurements."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepinv.physics import Denoising, GaussianNoise, Physics
 from torch import Tensor, nn
 
 from jiio_deepinv import JIIOReconstructor
 from jiio_plugins import Equilibrium
-from tests.helpers import TIGHT, TanhCell, linear
+from tests.helpers import TIGHT, TanhCell, linear, rand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deepinv.physics import Physics
-
     from jiio_plugins import Solver
+
+SHAPE = (1, 4, 4)
 
 
 class Generator(nn.Module):
@@ -80,3 +81,11 @@ def reconstructor(image_shape: Sequence[int] = (1, 4, 4), **kwargs: Any) -> JIIO
     """Of a float64 toy generator, unless ``generator=`` is given."""
     generator = kwargs.pop("generator", None)
     return JIIOReconstructor(generator or Generator(image_shape), **kwargs)
+
+
+def measured(physics: Physics | None = None, batch: int = 2) -> tuple[Tensor, Tensor, Physics]:
+    """True images in the generator's range, their measurements and the physics."""
+    physics = physics or Denoising(GaussianNoise(0.1, rng=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        x = Generator(SHAPE)(rand(batch, 3, seed=7))
+        return x, physics(x), physics

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.helpers import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SMALL = [
     "--steps",
     "3",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from jiio_learn2learn import JIIOLearner
 from jiio_plugins import Equilibrium, Unrolled
 from tests.helpers import TIGHT, PairCell, TanhCell, linear, rand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HEAD = ("head.weight", "head.bias")
 
 
 class Toy(nn.Module):
@@ -40,6 +43,11 @@ def task(seed: int, queries: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Support of five and query: inputs and labels of three classes."""
     x, y = rand(5 + queries, 4, seed=seed), torch.arange(5 + queries) % 3
     return x[:5], y[:5], x[5:], y[5:]
+
+
+def learner(**kwargs: Any) -> JIIOLearner:
+    settings = {"lr": 1.0, "reg": 0.3, "iters": 200, **kwargs}
+    return JIIOLearner(settings.pop("model", None) or Toy(), settings.pop("lr"), **settings)
 
 
 def exact(model: Toy) -> Toy:

@@ -9,23 +9,14 @@ import threading
 import weakref
 from typing import Any
 
-import deepinv as dinv
-import numpy as np
 import pytest
 import torch
-import torchattacks
 import torchdeq
-from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torchdeq.core import DEQBase, DEQIndexing, DEQSliced
 
-from jiio_art import JIIOAdversarialTrainer, JIIOAttack
-from jiio_deepinv import JIIOReconstructor
-from jiio_learn2learn import JIIOLearner
 from jiio_plugins import (
     Anderson,
-    Equilibrium,
     Implicit,
     Joint,
     L2Ball,
@@ -36,74 +27,15 @@ from jiio_plugins import (
     optimize_input,
 )
 from jiio_plugins.adversarial.step import AdversarialTraining
-from jiio_plugins.data.classification import load_digits
 from jiio_plugins.evaluation import layers_as
-from jiio_torchattacks import JIIO
 from jiio_torchdeq import adapt
-from tests.helpers import TanhCell, contraction, linear, rand
+from tests.adapters.torchdeq.toys import TIGHT, Net, Ours, objective
+from tests.helpers import linear, rand
 
-TIGHT = {
-    f"{which}_{name}": value
-    for which in "fb"
-    for name, value in {
-        "solver": "anderson",
-        "max_iter": 200,
-        "tol": 1e-12,
-        "stop_mode": "rel",
-    }.items()
-}
 CORES = pytest.mark.parametrize("core", ["sliced", "indexing"])
 
 
-class Net(nn.Module):
-    """Three parts around a TorchDEQ layer, float64; ``pair`` splits its state into two tensors."""
-
-    def __init__(self, *, pair: bool = False, **settings: Any) -> None:
-        super().__init__()
-        self.encoder, self.cell = linear(5, 6, seed=1), TanhCell(6, 0.7, seed=2)
-        self.head = linear(6, 3, seed=3)
-        self.deq = torchdeq.get_deq(**{**TIGHT, **settings})
-        self.pair = pair
-        self.calls = 0
-
-    def f(self, z: Tensor, u: Tensor) -> Tensor:
-        self.calls += 1
-        out: Tensor = self.cell(z, u)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.encoder(x)
-        if not self.pair:
-            z_out, _ = self.deq(lambda z: self.f(z, u), torch.zeros_like(u))
-            return self.head(z_out[-1])
-
-        def func(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            out = self.f(torch.cat([a, b.flatten(1)], dim=1), u)
-            return out[:, :2], out[:, 2:].reshape(-1, 2, 2)
-
-        z_out, _ = self.deq(func, (torch.zeros_like(u[:, :2]), u.new_zeros(len(u), 2, 2)))
-        a, b = z_out[-1]
-        return self.head(torch.cat([a, b.flatten(1)], dim=1))
-
-
-class Ours(nn.Module):
-    """The same network with a layer of ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.cell = linear(5, 6, seed=1), TanhCell(6, 0.7, seed=2)
-        self.head = linear(6, 3, seed=3)
-        self.deq = Equilibrium(self.cell, solver=Anderson(max_iter=200, tol=1e-12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.deq(self.encoder(x)))
-
-
-def objective(logits: Tensor) -> Tensor:
-    return -cross_entropy(logits, torch.arange(len(logits)) % 3, reduction="none")
-
-
-# Outside an optimisation --------------------------------------------------------------------------
+# Outside an optimisation ------------------------------------------------------------------------
 
 
 @CORES
@@ -306,7 +238,7 @@ def test_copies_work() -> None:
     assert optimize_input(net, x, objective, constraint=L2Ball(0.5)).report().startswith("4 ×")
 
 
-# Inside one ---------------------------------------------------------------------------------------
+# Inside one -------------------------------------------------------------------------------------
 
 
 @CORES
@@ -411,108 +343,7 @@ def test_a_class_of_the_users_own() -> None:
     assert torch.allclose(found.value, wanted.value, atol=1e-8)
 
 
-# In the other toolkits ----------------------------------------------------------------------------
-
-
-class Digits(nn.Module):
-    """A small classifier of 8×8 digits, float32, as a user of TorchDEQ writes it."""
-
-    def __init__(self, width: int = 40) -> None:
-        super().__init__()
-        self.encoder, self.head = nn.Linear(64, width), nn.Linear(width, 10)
-        self.weight = nn.Parameter(contraction(width, 0.6, symmetric=False, seed=1).float())
-        self.deq = torchdeq.get_deq(f_solver="anderson", f_max_iter=40, f_tol=1e-4, ift=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.encoder(x.flatten(1))
-        z_out, _ = self.deq(lambda z: torch.tanh(z @ self.weight + u), torch.zeros_like(u))
-        return self.head(z_out[-1])
-
-
-@pytest.fixture(scope="module")
-def digits() -> nn.Module:
-    torch.manual_seed(0)
-    net = Digits()
-    images, labels = load_digits("train")
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    for _ in range(10):
-        for batch in torch.randperm(len(images)).split(100):
-            loss = cross_entropy(net(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return adapt(net).eval()
-
-
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float((net(x).argmax(1) == y).float().mean())
-
-
-def test_attacks_of_both_kinds(digits: nn.Module) -> None:
-    x, y = (t[:100] for t in load_digits("test"))
-    assert accuracy(digits, x, y) > 0.9
-    ours = JIIO(digits, norm="L2", eps=0.6)
-    found = accuracy(digits, ours(x, y), y)
-    with count_evaluations() as counter:
-        attack = torchattacks.PGDL2(digits, eps=0.6, alpha=0.15, steps=20)
-        theirs = accuracy(digits, attack(x, y), y)
-    assert found <= theirs + 0.02 < 0.7
-    stats = ours.solution.stats
-    assert float((stats.f_evals + stats.vjps).mean()) < (counter.f_evals + counter.vjps) / 500
-
-
-def test_art(digits: nn.Module) -> None:
-    x, y = (t[:50] for t in load_digits("test"))
-    net = copy.deepcopy(digits)
-    classifier = PyTorchClassifier(
-        net,
-        nn.CrossEntropyLoss(),
-        (1, 8, 8),
-        10,
-        clip_values=(0, 1),
-        device_type="cpu",
-        optimizer=torch.optim.Adam(net.parameters(), lr=1e-3),
-    )
-    adversarial = JIIOAttack(classifier, norm=2, eps=0.6).generate(x.numpy(), y.numpy())
-    attacked = accuracy(net, torch.from_numpy(adversarial), y)
-    assert attacked < 0.7
-    attack = JIIOAttack(classifier, norm=2, eps=0.6)
-    trainer = JIIOAdversarialTrainer(classifier, attack, trades=2.0, verbose=False)
-    trainer.fit(x.numpy(), y.numpy(), nb_epochs=8, batch_size=25)
-    assert accuracy(net, torch.from_numpy(adversarial), y) > attacked + 0.1
-    assert np.isfinite(classifier.predict(x.numpy())).all()
-
-
-def test_learn2learn() -> None:
-    x, y = rand(12, 5, seed=4), torch.arange(12) % 3
-
-    def adapted(net: nn.Module) -> Tensor:
-        learner = JIIOLearner(net, lr=0.1, adapt=("head.weight",), reg=1.0, iters=40).clone()
-        learner.adapt(cross_entropy(learner(x), y))
-        loss = cross_entropy(learner(x), y)
-        loss.backward()
-        return torch.cat([loss.detach()[None], net.encoder.weight.grad.flatten()])
-
-    assert torch.allclose(adapted(adapt(Net()).eval()), adapted(Ours()), rtol=1e-4, atol=1e-7)
-
-
-def test_deepinv() -> None:
-    class Generator(Net):
-        latent_shape = (5,)
-
-        def forward(self, u: Tensor) -> Tensor:
-            return super().forward(u).reshape(len(u), 1, 1, 3)
-
-    generator = adapt(Generator()).eval()
-    truth = generator(rand(4, 5, seed=6)).detach()
-    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.01))
-    model = JIIOReconstructor(generator, latent_penalty=1e-3, iters=60)
-    with torch.no_grad():
-        assert float((model(truth, physics) - truth).abs().max()) < 0.02
-
-
-# Bad input ----------------------------------------------------------------------------------------
+# Bad input --------------------------------------------------------------------------------------
 
 
 def test_bad_input() -> None:

@@ -1,0 +1,180 @@
+"""A killed, diverged or misdirected run keeps what it has and goes on from there."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jiio_plugins.cli.main import main
+from jiio_plugins.generative import TrainConfig, train
+from jiio_plugins.generative.config import CONFIG
+from jiio_plugins.generative.files import (
+    CHECKPOINT,
+    GENERATOR,
+    load_checkpoint,
+    save_checkpoint,
+    save_generator,
+)
+from jiio_plugins.generative.step import TrainingStep
+from jiio_plugins.utils import checkpoint
+from tests.generative.helpers import SMALL, assert_same, config, run, states
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first_run = run(whole, "--latents", "table")
+    output, _ = first_run.communicate()
+    assert first_run.returncode == 0, output
+    process = run(killed, "--latents", "table")
+    deadline = time.monotonic() + 120
+    while not (killed / CHECKPOINT).is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < states(killed)["step"] < 12
+    resumed = run(killed, "--resume")
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    first, second = states(whole), states(killed)
+    for part in ("step", "training", "optimizer", "ema", "table"):
+        assert_same(first[part], second[part])
+    assert_same(load_file(whole / GENERATOR), load_file(killed / GENERATOR))
+
+
+def test_runs_that_cannot_start(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2))
+    with pytest.raises(FileExistsError, match=r"exists and is not empty: .*--resume"):
+        train(config(out))
+    with pytest.raises(FileNotFoundError, match=r"there is no run in .*leave out --resume"):
+        train(config(tmp_path / "other", resume=True))
+    content = (out / CHECKPOINT).read_bytes()
+    (out / CHECKPOINT).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        train(config(out, resume=True))
+    checkpoint.write(out / CHECKPOINT, {"format": "something else"})
+    with pytest.raises(ValueError, match="not a checkpoint of jiio train-generator"):
+        train(config(out, resume=True))
+    wider = config(tmp_path / "wide", steps=2, model=replace(SMALL, channels=(8, 4)))
+    train(wider)
+    (out / CHECKPOINT).write_bytes((wider.out / CHECKPOINT).read_bytes())
+    with pytest.raises(ValueError, match="belongs to another model: size mismatch"):
+        train(config(out, resume=True))
+    (out / CHECKPOINT).unlink()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):  # there was one
+        train(config(out, steps=9, resume=True))
+    assert TrainConfig.from_json((out / CONFIG).read_text()).steps == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(out), on_step=kill)
+    assert not (out / CHECKPOINT).exists()
+    train(config(out, resume=True))
+    whole = config(tmp_path / "whole")
+    train(whole)
+    assert_same(states(out)["training"], states(whole.out)["training"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_diverged_run_keeps_what_it_has(tmp_path: Path, first: bool) -> None:
+    out = tmp_path / "run"
+    if not first:
+        train(config(out, steps=2))
+        kept = (out / GENERATOR).read_bytes()
+
+    def diverge(step: int, _: Any) -> None:
+        modules = [m for m in gc.get_objects() if type(m) is TrainingStep]
+        if step == (2 if first else 4):  # its own loss was finite, and a checkpoint is due
+            with torch.no_grad():
+                for module in modules:
+                    next(module.parameters()).fill_(torch.nan)
+
+    said = "There is no checkpoint yet" if first else "The last checkpoint is from before"
+    with pytest.raises(FloatingPointError, match=f"NaN or Inf at step .*{said}"):
+        train(config(out, steps=4, resume=not first), on_step=diverge)
+    if first:
+        assert not (out / CHECKPOINT).exists()
+    else:
+        assert states(out)["step"] == 2
+        assert (out / GENERATOR).read_bytes() == kept
+
+
+def test_what_is_typed_on_resuming_counts_also_where_it_is_a_default(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, epochs=2, seed=3))
+    words = ["train-generator", "--data=digits", f"--out={out}", "--resume", "--accelerator=cpu"]
+    with pytest.raises(SystemExit, match=r"seed was 3 and cannot be 0 in a resumed run"):
+        main([*words, "--seed", "0"])
+    main([*words, "--steps", "None", "--epochs", "1"])
+    saved = TrainConfig.from_json((out / CONFIG).read_text())
+    assert (saved.steps, saved.epochs, saved.seed, saved.model) == (None, 1, 3, SMALL)
+    assert states(out)["step"] == 81
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, epochs=3))
+    train(TrainConfig(data="digits", out=out, steps=3, resume=True))
+    saved = TrainConfig.from_json((out / "config.json").read_text())
+    assert (saved.epochs, saved.steps, saved.checkpoint_every) == (3, 3, 2)
+    with pytest.raises(ValueError, match=r"lr was 0\.003 and cannot be 0\.1 in a resumed run"):
+        train(TrainConfig(data="digits", out=out, lr=0.1, resume=True))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, {"step": 1})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"could not write checkpoint.pt; the one before is kept"):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_run_goes_on_after_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2))
+    weights = load_file(out / GENERATOR)
+    write = Path.open
+
+    def full(self: Path, mode: str = "r", **rest: Any) -> Any:
+        return write(Path("/dev/full") if self.suffix == ".tmp" else self, mode, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match=r"could not write checkpoint.pt; the one before is kept"):
+            train(config(out, steps=2, resume=True))
+        with pytest.raises(OSError, match=r"could not write config.json; the one before is kept"):
+            train(config(out, steps=4, resume=True))
+        with pytest.raises(OSError, match=r"could not write g.safetensors: .*Free some space"):
+            save_generator(out / "g.safetensors", SMALL.build((1, 8, 8)), SMALL)
+    assert states(out)["step"] == 2
+    assert TrainConfig.from_json((out / CONFIG).read_text()) == config(out, steps=2)
+    assert_same(load_file(out / GENERATOR), weights)
+    train(config(out, steps=4, resume=True))
+    whole = config(tmp_path / "whole", steps=4)
+    train(whole)
+    assert_same(states(out)["training"], states(whole.out)["training"])
