@@ -1,7 +1,7 @@
-"""The same model with other gradients: what its layers do is set from outside, for a block.
+"""The same model with the gradients of autograd, taken at one state of a solve or another.
 
-Yang, Pang and Liu (NeurIPS 2022) break defences of DEQs that resist ready-made attacks by taking
-gradients from somewhere else than the (inexact) implicit backward pass: through the unrolled
+Yang, Pang and Liu (NeurIPS 2022) break defences of DEQs that resist ready-made attacks. They take
+gradients from somewhere else than the inexact implicit backward pass: through the unrolled
 iteration, or at its intermediate states. Each of these is the same network with another solver or
 gradient rule in its equilibrium layers.
 """
@@ -29,19 +29,31 @@ if TYPE_CHECKING:
 class Backpropagated(Method):
     """Projected gradient steps along what autograd gives for the mean loss over some *views*.
 
-    ``v⁺ = Π(v + α_k ε d(∇_v (1/m) Σ_j ℓ(h(z_j(v)))))`` with ``z_j`` the state that view j yields.
-    Steps, projection and final check are those of :class:`jiio_plugins.Joint` and
-    :class:`jiio_plugins.Nested`: only the gradient differs, which is what is to be compared.
-
-    Args:
-        views: gradient rules. ``(None,)``, the default: the model's own, as any attack of another
-            library would use it. ``(Unrolled(steps=30),)``: through the unrolled iteration.
-            ``(Unrolled(steps=2), Unrolled(steps=4), …)``: through intermediate states.
-        solver: for rules that need one; None: the layers' own.
+    ``v⁺ = Π(v + α_k ε d(∇_v (1/m) Σ_j ℓ(h(z_j(v)))))`` with ``z_j`` the state that view j yields, h
+    the head and d the steepest descent direction of length one. Steps, projection and final check
+    are those of :class:`jiio_plugins.Joint` and :class:`jiio_plugins.Nested`. Only the gradient
+    differs, which is what is to be compared.
 
     Costs are what autograd did, as a mean over the rows: it treats a batch as a whole.
 
-    Source: Madry et al. (ICLR 2018); for the views Yang, Pang and Liu, "A Closer Look at the
+    Args:
+        max_iter: steps on v.
+        step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
+            v²/objective. None: 2.0 with a ball, 0.1 without.
+        final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
+            step_size, without one step_size.
+        warmup: unused. Every view solves from the layer's initial state.
+        precision: dtype in which the model runs under autocast. None: as it is.
+        views: gradient rules. ``(None,)``, the default, is the model's own, as any attack of
+            another library would use it. ``(Unrolled(steps=30),)`` goes through the unrolled
+            iteration, ``(Unrolled(steps=2), Unrolled(steps=4), …)`` through intermediate states.
+        solver: for rules that need one. None: the layers' own.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range, or views that are no gradient rules.
+
+    Source: Madry et al. (ICLR 2018). For the views Yang, Pang and Liu, "A Closer Look at the
     Adversarial Robustness of Deep Equilibrium Models" (NeurIPS 2022).
     """
 
@@ -60,7 +72,7 @@ class Backpropagated(Method):
 
 
 class _BackpropagatedIteration(Iteration):
-    """One pass forward and back for each view; nothing is kept from one v to the next."""
+    """One pass forward and back for each view. Nothing is kept from one v to the next."""
 
     def __init__(self, method: Backpropagated, problem: Problem) -> None:
         self.method, self.problem = method, problem
@@ -83,19 +95,30 @@ class _BackpropagatedIteration(Iteration):
         return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
-        """See :class:`Iteration`; autograd treats a batch as a whole, so rows share the cost."""
+        """See :class:`Iteration`. Autograd treats a batch as a whole, so rows share the cost."""
         counter, rows = self.counter, self.problem.rows
         self.problem.pay(counter.f_evals / rows, counter.vjps / rows)
         return super().finish(at, v, best)
 
 
 def through_unrolled(steps: int = 30, *, max_iter: int = 20) -> Backpropagated:
-    """PGD through ``steps`` plain iterations from the initial state."""
+    """PGD through plain iterations from the initial state.
+
+    Args:
+        steps: iterations of f, all with their graph.
+        max_iter: steps on v.
+    """
     return Backpropagated(views=(Unrolled(steps=steps),), max_iter=max_iter)
 
 
 def through_intermediate(
     states: tuple[int, ...] = (2, 4, 8, 16), *, max_iter: int = 20
 ) -> Backpropagated:
-    """PGD on the mean loss at several states of the unrolled iteration."""
+    """PGD on the mean loss at several states of the unrolled iteration.
+
+    Args:
+        states: numbers of the iterations of f after which the loss is taken. Each has an unrolled
+            pass of its own.
+        max_iter: steps on v.
+    """
     return Backpropagated(views=tuple(Unrolled(steps=k) for k in states), max_iter=max_iter)

@@ -1,7 +1,13 @@
 """The one loop over the variable, and what all methods share.
 
-A method takes steps on the variable v (the input x, or parameters). What it does about the state z
-and the adjoint μ between two of them is its :class:`Iteration`.
+A method optimises the variable v: the input x, or parameters of the model. :meth:`Method.run` is
+the loop. It owns the steps and their schedule, the projection, the best iterate, stopping and the
+callback. What a method does about the state z and the adjoint μ between two steps on v is its
+:class:`Iteration`. :func:`solve` runs a method where nothing of the caller's is disturbed.
+
+Read on in :mod:`jiio_plugins.methods.joint`, where z, μ and v advance together, and in
+:mod:`jiio_plugins.methods.nested`, the two solves that this replaces. What a method works on is a
+:class:`jiio_plugins.joint.Problem`. What it found is judged in :mod:`jiio_plugins.verification`.
 """
 
 from __future__ import annotations
@@ -32,11 +38,11 @@ class Progress(NamedTuple):
 
     Attributes:
         iteration: from 0 on.
-        v: the variable, flat ``(problems, d)``.
-        gradient: of the objective by v, likewise.
+        v: the variable, flat, ``(problems, d)``.
+        gradient: of the objective by v, ``(problems, d)``.
         loss: running objective, ``(rows,)``.
-        z_residual: ‖f(z) − z‖ / ‖f(z)‖, ``(rows,)``.
-        z: flat state, ``(rows, n)``.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖``, ``(rows,)``.
+        z: state, flat, ``(rows, n)``.
     """
 
     iteration: int
@@ -57,10 +63,10 @@ class Evaluation(NamedTuple):
         loss: running objective, ``(rows,)``.
         output: what the model returned.
         gradient: of the objective by v, ``(problems, d)``.
-        z: flat state, ``(rows, n)``.
-        r: ``f(z) − z``, likewise; ``(rows, 1)`` of Inf where it is not known.
-        fz: ``f(z)``, likewise.
-        dl_dz: ``∂ℓ/∂z``, likewise.
+        z: state, flat, ``(rows, n)``.
+        r: ``f(z) − z``, ``(rows, n)``. Where it is not known ``(rows, 1)`` of Inf.
+        fz: ``f(z)``, ``(rows, n)``. Where it is not known like r.
+        dl_dz: ``∂ℓ/∂z``, ``(rows, n)``. Where it is not known like r.
     """
 
     loss: Tensor
@@ -73,25 +79,30 @@ class Evaluation(NamedTuple):
 
     @property
     def z_residual(self) -> Tensor:
-        """‖f(z) − z‖ / ‖f(z)‖, ``(rows,)``."""
+        """``‖f(z) − z‖ / ‖f(z)‖``, ``(rows,)``."""
         return relative(self.r, self.fz)
 
 
 @dataclass
 class MethodResult:
-    """Where a method ended. Flat tensors; losses are unverified.
+    """Where a method ended. Flat tensors, and losses that nobody has verified.
 
     Attributes:
-        v, z, mu: last iterate; ``mu`` is from before the last step on v.
-        jz_mu: ``J_zᵀ μ`` of it: with the ∂ℓ/∂z of where v is now, it makes the next μ.
-        v_best, loss_best: iterate of least running loss per problem; after mixing, the last whose
-            gain was beyond doubt, and a bound on its objective.
-        bounded: whether ``loss_best`` is such a bound.
-        loss_first, loss_last: running loss at the start and at the last iterate, ``(problems,)``.
-        error_first: ‖∂ℓ/∂z‖ ‖f(z) − z‖ at the start: how far off that running loss may be.
-        iterations: per row.
-        z_residual, mu_residual: relative residuals of z and of the adjoint equation before the last
-            step on v, ``(rows,)``.
+        v: last iterate, ``(problems, d)``.
+        z: state there, ``(rows, n)``.
+        mu: adjoint μ from before the last step on v, ``(rows, n)``.
+        jz_mu: ``J_zᵀμ`` of it, ``(rows, n)``. With the ∂ℓ/∂z of where v is now it makes the next μ.
+        v_best: iterate of least running loss, ``(problems, d)``. After mixing it is the last whose
+            gain was beyond doubt.
+        loss_best: its running loss, ``(problems,)``. After mixing it is a bound on its objective.
+        loss_first: running loss at the start, ``(problems,)``.
+        loss_last: running loss at the last iterate that was evaluated, ``(problems,)``.
+        error_first: ``‖∂ℓ/∂z‖ ‖f(z) − z‖`` at the start, ``(problems,)``. It tells how far off
+            ``loss_first`` may be.
+        iterations: of the loop, ``(rows,)``.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` before the last step on v, ``(rows,)``.
+        mu_residual: the same of the adjoint equation, ``(rows,)``.
+        bounded: whether ``loss_best`` is a bound.
     """
 
     v: Tensor
@@ -113,10 +124,10 @@ class Iteration(abc.ABC):
     """One run of a method: what it does about z and μ between two steps on v.
 
     Attributes:
-        z: flat state, ``(rows, n)``.
-        mu: adjoint, likewise.
-        jz_mu: ``J_zᵀ μ``, likewise.
-        mu_residual: ‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖ at the last evaluation, ``(rows,)``.
+        z: state, flat, ``(rows, n)``.
+        mu: adjoint μ, ``(rows, n)``.
+        jz_mu: ``J_zᵀμ``, ``(rows, n)``.
+        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖`` at the last evaluation, ``(rows,)``.
     """
 
     z: Tensor
@@ -129,34 +140,43 @@ class Iteration(abc.ABC):
         """Take z and μ on at ``v``, and tell the loss and its gradient there.
 
         Args:
-            k: number of the iteration.
-            v: ``(problems, d)``.
-            active: 1 for the rows that still cost something, ``(rows,)``.
+            k: number of the iteration, from 0 on.
+            v: the variable, ``(problems, d)``.
+            active: 1 for the rows that still cost something, else 0, ``(rows,)``.
         """
 
     def direction(self, feasible: FeasibleSet, gradient: Tensor, v: Tensor) -> Tensor:
-        """Where v goes, ``(problems, d)``: the steepest descent, see :class:`Method`.
+        """Where v goes, ``(problems, d)``. Here that is the steepest descent, see :class:`Method`.
 
         Args:
             feasible: the constraint set.
             gradient: of the objective by v, ``(problems, d)``.
-            v: ``(problems, d)``.
+            v: the variable, ``(problems, d)``.
         """
         return feasible.descent_direction(gradient, v)
 
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
-        """Take z and μ along with v, which a plain step would take to ``v_next``; the next v.
+        """Take z and μ along with v, and say where v goes. Here that is ``v_next``.
 
         Args:
             at: the evaluation at ``v``.
-            v: where the step starts.
-            v_next: where it ends, in the constraint set.
+            v: where the step starts, ``(problems, d)``.
+            v_next: where a plain step ends, in the constraint set, ``(problems, d)``.
             best: which problems still move.
+
+        Returns:
+            The next v, ``(problems, d)``.
         """
         return v_next
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
-        """The record of the whole run, which ended at ``v`` after the evaluation ``at``."""
+        """The record of the whole run.
+
+        Args:
+            at: the last evaluation.
+            v: where the run ended, ``(problems, d)``.
+            best: the best iterate, and what it knows of the others.
+        """
         return MethodResult(
             v=v,
             z=self.z,
@@ -177,23 +197,29 @@ class Iteration(abc.ABC):
 class Method(abc.ABC):
     """The steps on v, and the loop that takes them.
 
-    With a ball of norm p and radius ε the step is ``v⁺ = Π(v + α_k ε · d)``, d the steepest descent
-    direction of unit p-norm and α_k falling from ``step_size`` to ``final_step_size`` on a cosine.
-    Without a ball it is the plain gradient step ``v⁺ = Π(v − α g)`` with α constant.
+    With a ball of norm p and radius ε the step is ``v⁺ = Π(v + α_k ε · d)``. Here d is the steepest
+    descent direction of unit p-norm, and α_k falls from ``step_size`` to ``final_step_size`` on a
+    cosine. Without a ball it is the plain gradient step ``v⁺ = Π(v − α g)``, whose α is constant
+    unless a ``final_step_size`` is given.
 
     Args:
         max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
             evaluated: the last of them is not taken.
-        step_size: α_0, in units of ε (one value, or one per problem). Without a ball α, in units
-            of v² / objective. None: 2.0 with a ball, 0.1 without.
-        final_step_size: α at the last step, same units. None: with a ball 0.8 / max_iter of
-            step_size, so that a short run ends in a long step; without one step_size.
-        warmup: forward-only evaluations of f before the first step, at most. A row that reaches
-            1e-2 needs fewer. The adjoint at a state far from the fixed point is noise. 0 is for a
-            state to start with that is a fixed point already. Without a state it counts as 1.
+        step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
+            v²/objective. None: 2.0 with a ball, 0.1 without.
+        final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
+            step_size, so that a short run ends in a long step. Without one it is step_size.
+        warmup: forward-only evaluations of f before the first step, at most. A row that reaches a
+            relative residual of 1e-2 needs fewer. The adjoint at a state far from the fixed point
+            is noise. 0 is for a state to start with that is a fixed point already. Without a state
+            it counts as 1.
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
             verification. None: as the model is.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range, or another precision.
     """
 
     max_iter: int = 30
@@ -225,10 +251,14 @@ class Method(abc.ABC):
         """Optimise from ``problem.v_start``.
 
         Args:
-            problem: see :class:`jiio_plugins.joint.Problem`.
-            stop: ``stop(output) -> (rows,)`` booleans; a problem for which it holds four
-                evaluations in a row is finished.
-            callback: called with a :class:`Progress` after every evaluation.
+            problem: what to optimise.
+            stop: ``stop(output) -> (rows,)`` booleans. A problem for which it holds four
+                evaluations in a row is finished. None: no problem is.
+            callback: called with a :class:`Progress` after every evaluation. None: nothing is.
+
+        Raises:
+            TypeError: ``stop`` returns anything but booleans.
+            ValueError: it returns another shape, or the step sizes are not one per problem.
         """
         feasible, v = problem.feasible, problem.v_start
         best = BestSoFar(problem, stop)
@@ -248,7 +278,7 @@ class Method(abc.ABC):
         return iteration.finish(at, v, best)
 
     def restrict(self, rows: Tensor) -> Self:
-        """The same method for some of the problems: theirs of the steps given one per problem."""
+        """The method for the problems of these indices, with their step sizes if each has one."""
 
         def some(step: float | Tensor | None) -> float | Tensor | None:
             return step[rows] if isinstance(step, Tensor) and step.numel() > 1 else step
@@ -258,7 +288,15 @@ class Method(abc.ABC):
         )
 
     def steps(self, feasible: FeasibleSet, like: Tensor) -> list[Tensor]:
-        """The step lengths α_k (times ε), ``(1 or problems, 1)`` each."""
+        """The step lengths ``α_k ε``, ``(1 or problems, 1)`` each. Without a ball they are α_k.
+
+        Args:
+            feasible: the constraint set, whose radius is ε.
+            like: v, ``(problems, d)``, for dtype and device.
+
+        Raises:
+            ValueError: the step sizes are neither one nor one per problem.
+        """
         has_ball = feasible.radius is not None
         first = self.step_size
         if first is None:
@@ -280,7 +318,7 @@ class Method(abc.ABC):
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
-    """``(1 or problems, 1)``; a number does not make the host wait for the device."""
+    """``(1 or problems, 1)``. A number does not make the host wait for the device."""
     if isinstance(value, Tensor):
         return value.detach().to(like.device, like.dtype).reshape(-1, 1)
     return like.new_full((1, 1), value)
@@ -302,7 +340,10 @@ def solve(
         problem: what to optimise.
         method: how.
         stop: see :meth:`Method.run`.
-        callback: likewise.
+        callback: see :meth:`Method.run`.
+
+    Raises:
+        TypeError, ValueError: see :meth:`Method.run`.
     """
     with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
         return method.run(problem, stop=stop, callback=callback)
@@ -311,12 +352,24 @@ def solve(
 class BestSoFar:
     """Best iterate, stopping and NaN handling.
 
+    Args:
+        problem: what is optimised.
+        stop: ``stop(output) -> (rows,)`` booleans, or None.
+
     Attributes:
-        v, loss: iterate of least running loss, and that loss.
-        active: 1 for the rows that still cost something, ``(rows,)``.
-        paused: problems whose v stands still because the stop condition holds, ``(problems,)``.
-        finished: problems that have met it for four evaluations in a row while z moved on.
-        none_paused: whether no problem is paused; may be False all the same.
+        v: iterate of least running loss, ``(problems, d)``.
+        loss: that loss, ``(problems,)``.
+        loss_first: running loss at the start, ``(problems,)``.
+        loss_last: running loss at the last evaluation, ``(problems,)``.
+        error_first: how far off ``loss_first`` may be, ``(problems,)``.
+        iterations: so far, ``(rows,)``.
+        active: 1 for the rows that still cost something, else 0, ``(rows,)``.
+        paused: problems whose v stands still because the stop condition holds, bool
+            ``(problems,)``.
+        finished: problems that have met it for four evaluations in a row while z moved on, bool
+            ``(problems,)``.
+        none_paused: whether no problem is paused. On an accelerator, where asking would make the
+            host wait, it is always False.
     """
 
     def __init__(self, problem: Problem, stop: Stop | None) -> None:
@@ -330,7 +383,16 @@ class BestSoFar:
         self.first = True
 
     def update(self, v: Tensor, at: Evaluation) -> None:
-        """Take in what was found at ``v``."""
+        """Take in what was found at ``v``.
+
+        Args:
+            v: the variable, ``(problems, d)``.
+            at: the evaluation there.
+
+        Raises:
+            TypeError: the stop condition is not of booleans.
+            ValueError: it has another shape than ``(rows,)``.
+        """
         self.iterations = self.iterations + self.active
         loss = self.groups.sum(at.loss.detach())
         better = loss < self.loss
@@ -341,6 +403,7 @@ class BestSoFar:
             self.loss_first, self.first = loss, False
             self.error_first = self.groups.sum(row_norm(at.dl_dz) * row_norm(at.r))
         if self.stop is not None:
+            # z lags behind v, so the condition may hold for a moment only: four in a row count
             met = self.groups.worst((~self._reached(self.stop, at.output)).float()) == 0
             self._pause(torch.where(met, self.met + 1, torch.where(self.finished, self.met, 0.0)))
 
@@ -359,7 +422,7 @@ class BestSoFar:
         return reached
 
     def finish(self, problems: Tensor) -> None:
-        """These problems have converged: they stand still and cost nothing from now on."""
+        """Let these problems, bool ``(problems,)``, stand still and cost nothing more."""
         if not surely_none(problems):
             self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
 
@@ -371,18 +434,29 @@ class BestSoFar:
         self.none_paused = surely_none(self.paused)
 
     def all_finished(self) -> bool:
-        """Whether every problem has finished (may lag on an accelerator)."""
+        """Whether every problem has finished. On an accelerator the answer may lag."""
         return self.flag(self.finished.all())
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
-        """``v_next`` where it is finite and the problem is not paused."""
+        """The proposed v where it is finite and its problem not paused, else the old one.
+
+        Args:
+            v: where the step starts, ``(problems, d)``.
+            v_next: where it ends, ``(problems, d)``.
+        """
         if self.none_paused and surely_finite(v_next):
             return v_next
+        # a paused v stands still so that z can catch up, and show whether the condition holds
         ok = torch.isfinite(v_next).all(1) & ~self.paused
         return torch.where(ok[:, None], v_next, v)
 
     def keep(self, now: Tensor, after: Tensor) -> Tensor:
-        """``after``, but ``now`` in the rows of problems that have finished."""
+        """The new tensor, but the old one in the rows of problems that have finished.
+
+        Args:
+            now: what there is, ``(rows, ...)``.
+            after: what would come next, ``(rows, ...)``.
+        """
         if self.none_paused:
             return after
         return torch.where(self.groups.spread(self.finished)[:, None], now, after)

@@ -1,4 +1,10 @@
-"""JIIO: state, adjoint and variable advance together."""
+"""JIIO: state, adjoint and variable advance together.
+
+:class:`Joint` holds the settings, and its docstring has the iteration. ``_JointIteration`` is what
+all of its runs share: one evaluation of f with its graph and one VJP a step. Where v moves by
+normalised steps inside a ball, ``_Relaxed`` takes z along. Where v settles, ``_Mixed`` does, by
+:mod:`jiio_plugins.methods.mixing` and :mod:`jiio_plugins.methods.safeguard`.
+"""
 
 from __future__ import annotations
 
@@ -24,41 +30,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Joint(Method):
-    """JIIO: z, μ and v advance together; no solve is run to its end.
+    """JIIO: z, μ and v advance together. No solve is run to its end.
 
-    One iteration at ``(z, w, v)``, where ``w`` stands for ``J_zᵀμ`` and ω = ``relaxation``::
+    One iteration at ``(z, jz_mu, v)``, with ``jz_mu`` for ``J_zᵀμ`` and ω for ``relaxation``::
 
         z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph and with
                                            what comes before and after the layer
-        μ = w + ∂ℓ/∂z at f(z, v)           the head's gradient is free: it needs no VJP of f
-        w ← J_zᵀ μ                         one VJP, which yields J_vᵀμ too; in the first
+        μ = jz_mu + ∂ℓ/∂z at f(z, v)       the head's gradient is free: it needs no VJP of f
+        jz_mu ← J_zᵀμ                      one VJP, which yields J_vᵀμ too. In the first
                                            adjoint_warmup iterations these two lines twice
         v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
 
-    Deviations from the paper, each measured at equal cost: the adjoint carries ``J_zᵀμ`` rather
-    than μ, so that it always holds the current ∂ℓ/∂z; the head sees f(z, v) rather than z, a state
-    one step further that is there anyway; with a ball, two evaluations of f for each VJP
-    (``state_steps=1`` is the paper's one), a second step of the adjoint while v makes its longest
-    steps and μ has only just begun, z over-relaxed where the paper damps it, and no mixing over the
-    history while v moves by normalised steps. The two residuals at one v tell whether ω is
-    too long for a row: if a layer's second is not smaller, the row's ω is halved.
+    Here d(g) is the steepest descent direction for a gradient g, see :class:`Method`. The iteration
+    deviates from the paper in these points, each measured at equal cost:
 
-    Without a ball v settles, and the history of z, μ and v helps it to (``mixing``): by L-BFGS
-    steps of v that z and μ follow along their secants
-    (:class:`jiio_plugins.methods.mixing.QuasiNewton`), which goes far in few iterations; or by
-    Anderson's method on all three at once as in the paper
-    (:class:`jiio_plugins.methods.mixing.BlockAnderson`), which settles to more digits where z and μ
+    - The adjoint carries ``J_zᵀμ`` rather than μ, so that it always holds the current ∂ℓ/∂z.
+    - The head sees f(z, v) rather than z, a state one step further that is there anyway.
+    - With a ball there are two evaluations of f for each VJP. ``state_steps=1`` is the paper's one.
+    - The adjoint takes a second step while v makes its longest steps and μ has only just begun.
+    - z is over-relaxed where the paper damps it.
+    - While v moves by normalised steps there is no mixing over the history.
+
+    The two residuals at one v tell whether ω is too long for a row. If a layer's second is not
+    smaller, the row's ω is halved.
+
+    Without a ball v settles, and the history of z, μ and v helps it to. With ``mixing``
+    "quasi-newton" v takes L-BFGS steps, and z and μ follow along their secants
+    (:class:`jiio_plugins.methods.mixing.QuasiNewton`). That goes far in few iterations. "anderson"
+    is Anderson's method on all three at once, as in the paper
+    (:class:`jiio_plugins.methods.mixing.BlockAnderson`). It settles to more digits where z and μ
     converge slowly. An iterate that makes a problem's objective worse is taken back
     (:class:`jiio_plugins.methods.safeguard.Safeguard`).
 
     Args:
-        state_steps: evaluations of f an iteration; one where there is mixing.
-        adjoint_warmup: iterations at the beginning that take a second VJP; 0 where there is mixing.
-        relaxation: ω in (0, 2). With one state step more than 1 counts as 1, as nothing would tell
-            that it is too long; 1 where there is mixing.
+        max_iter: steps on v. Without a ball no iterate is returned that has not been evaluated: the
+            last of them is not taken.
+        step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
+            v²/objective. None: 2.0 with a ball, 0.1 without.
+        final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
+            step_size, without one step_size.
+        warmup: forward-only evaluations of f before the first step, at most, see :class:`Method`.
+        precision: dtype in which the loop runs the model under autocast, such as
+            ``torch.bfloat16``. None: as the model is.
+        state_steps: evaluations of f an iteration. Where there is mixing it is one.
+        adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
+            none do.
+        relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1
+            counts as 1, as nothing would tell that it is too long.
         mixing: "quasi-newton" or "anderson", for problems without a ball.
-        acceleration: memory of the mixing, in iterations; 0 switches it off.
+        acceleration: memory of the mixing, in iterations. 0 switches it off.
         tol: without a ball: relative residual of all three blocks at which the loop stops.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range, another precision or another mixing.
 
     Not for: an f that is not contractive around its fixed point (the status tells), nor batch
     normalisation in train mode inside f.
@@ -216,25 +241,33 @@ class _StateSteps:
     def shrank(self, r: Sequence[Tensor]) -> Tensor:
         """Rows in which every layer's residual ``r`` is smaller than before, ``(rows, 1)``.
 
-        Each by itself: a later layer starts with the jump of what goes into it, and that it
-        shrinks says nothing about an earlier one.
+        Each layer is judged by itself. A later one starts with the jump of what goes into it, and
+        that this shrinks says nothing about an earlier one.
         """
         smaller = [row_norm(now) < size for now, size in zip(r, self.sizes, strict=True)]
         return torch.stack(smaller, dim=1).all(1, keepdim=True)
 
 
 def _finite(new: Tensor, old: Tensor) -> Tensor:
-    """``new``; ``old`` for a row in which it holds NaN or Inf."""
+    """``new``, but ``old`` for a row in which it holds NaN or Inf."""
     return torch.where(torch.isfinite(row_norm(new))[:, None], new, old)
 
 
 def _step(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
-    """``z + ω r``; z for a row in which ‖r‖ = ``size`` says that r holds NaN or Inf."""
+    """``z + ω r``, but z for a row in which ‖r‖ = ``size`` says that r holds NaN or Inf."""
     return torch.where(torch.isfinite(size)[:, None], torch.addcmul(z, omega, r), z)
 
 
 def check_method(method: Method | None, name: str = "method") -> Method:
-    """The method, :class:`Joint` for None; TypeError for anything else."""
+    """The method, or :class:`Joint` with its defaults for None.
+
+    Args:
+        method: what was given.
+        name: what the message calls it.
+
+    Raises:
+        TypeError: anything but a method or None.
+    """
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"{name} must be Joint(...) or Nested(...), got {method!r}")
     return method if method is not None else Joint()

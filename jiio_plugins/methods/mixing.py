@@ -135,14 +135,14 @@ class Mixing(abc.ABC):
 
     @abc.abstractmethod
     def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
-        """See ``__call__``; ``squares`` are ‖r‖², ``self.last`` what the call before was given."""
+        """See ``__call__``. ``squares`` are ‖r‖², ``self.last`` what the call before was given."""
 
 
 class BlockAnderson(Mixing):
     """Anderson's method on (z, w, v) as one: v comes from the same least squares as z and w.
 
     With Y the differences of residuals and ΔT those of iterates, ``γ`` cancels the residuals and
-    ``t⁺ = t + r − (ΔT + Y) γ``. The residual of v is its plain step; only ``step`` times that is
+    ``t⁺ = t + r − (ΔT + Y) γ``. The residual of v is its plain step. Only ``step`` times that is
     taken, ``v⁺ = v + s r − (ΔV + s Y) γ``.
 
     A problem takes a plain step (γ = 0) where the mixed one would turn v against it: near a maximum
@@ -214,7 +214,7 @@ class QuasiNewton(Mixing):
         return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv
 
     def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
-        """Take in a step of v and how its gradient changed; those taken back start anew."""
+        """Take in a step of v and how its gradient changed. Those taken back start anew."""
         s_size, y_size = row_norm(s), row_norm(y).clamp(min=torch.finfo(y.dtype).tiny)
         cosine = (s * y).sum(1) / (s_size * y_size).clamp(min=torch.finfo(y.dtype).tiny)
         keep = cosine > _CURVED
@@ -229,7 +229,7 @@ class QuasiNewton(Mixing):
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:
-        """``H r``; a pair of zeros has no part in H."""
+        """``H r``. A pair of zeros has no part in H."""
         s, y, g = self.s, self.y, r.double().unsqueeze(2)
         gamma = self.gamma.double().unsqueeze(2)
         upper = torch.bmm(s, y.transpose(1, 2)).triu()

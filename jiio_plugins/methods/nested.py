@@ -20,15 +20,32 @@ if TYPE_CHECKING:
 class Nested(Method):
     """The nested loop: solve for z, solve for μ, step on v, and again.
 
-    Costs are counted as low as they are: the evaluation of f that carries the graph is the solve's
-    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too. On a CPU, where a solve
-    goes on with the rows that still run, making their graph anew is an evaluation of f for each.
+    ``z* = f(z*, v)``, then ``μ* = J_zᵀμ* + ∂ℓ/∂z``, then ``v⁺ = Π(v + α d(J_vᵀμ* + ∂ℓ/∂v))``. Here
+    d(g) is the steepest descent direction for a gradient g, see :class:`Method`.
+
+    Costs are counted as low as they are. The evaluation of f that carries the graph is the solve's
+    last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too. On a CPU a solve goes on
+    with the rows that still run. Making their graph anew is an evaluation of f for each.
 
     Args:
-        solver: for z; ``max_iter`` caps the evaluations of f a step, the one with the graph
+        max_iter: steps on v.
+        step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
+            v²/objective. None: 2.0 with a ball, 0.1 without.
+        final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
+            step_size, without one step_size.
+        warmup: forward-only evaluations of f before the first step, at most, see :class:`Method`.
+            Unused without ``warm_start``.
+        precision: dtype in which the loop runs the model under autocast, such as
+            ``torch.bfloat16``. None: as the model is.
+        solver: for z. Its ``max_iter`` caps the evaluations of f a step, the one with the graph
             included.
-        adjoint_solver: for μ; None: as ``solver``.
-        warm_start: start both solves where the last ones ended; else from scratch, without warm-up.
+        adjoint_solver: for μ. None: as ``solver``.
+        warm_start: start both solves where the last ones ended. Otherwise they start from scratch,
+            without warm-up.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: a number out of its range, or another precision.
     """
 
     solver: Solver = field(default_factory=lambda: Anderson(tol=1e-3))
@@ -46,7 +63,7 @@ class _NestedIteration(Iteration):
 
     def __init__(self, method: Nested, problem: Problem) -> None:
         self.method, self.problem = method, problem
-        self.warm: Tensor | None = None  # where the next solve for z starts; None: from scratch
+        self.warm: Tensor | None = None  # where z starts next. None: from scratch
         self.mu_start: Tensor | None = None
         if method.warm_start:
             self.warm = problem.warm_up(problem.v_start, method.warmup)
@@ -104,7 +121,7 @@ class _Solving:
 
 
 class _AdjointEquation:
-    """``μ -> J_zᵀμ + ∂ℓ/∂z`` at one ``(z, v)``; keeps ``J_vᵀμ`` of the last μ of every row."""
+    """``μ -> J_zᵀμ + ∂ℓ/∂z`` at one ``(z, v)``. It keeps ``J_vᵀμ`` of the last μ of every row."""
 
     # restricting evaluates f anew, so it must save more than in a forward solve
     compact_below = 0.5

@@ -25,10 +25,10 @@ _SURE = 0.1  # of the gain: an error below it does not put the gain in question
 class Safeguard:
     """A :class:`Mixing` that rejects every iterate whose objective got worse.
 
-    The objective at v is ``φ(v) = ℓ(z*)``. At a state that is not yet z* the loss may rise while φ
-    falls, so the merit is an estimate of φ, ``ℓ(f) + μᵀ J_z (f(z, v) − z)``. It is free, and exact
+    The objective at v is ``φ(v) = ℓ(z*(v))``. At a state that is not yet z* the loss may rise while
+    φ falls, so the merit is an estimate of φ, ``ℓ(f) + μᵀJ_z (f(z, v) − z)``. It is free, and exact
     up to products of the residuals of z and μ. A problem whose merit has risen beyond those goes
-    back to its last accepted v with half the plain step and no history, moves z and J_zᵀμ there
+    back to its last accepted v with half the plain step and no history. It moves z and J_zᵀμ there
     once, and goes on.
 
     Where v outran z, a merit can be far too low, and the v that it spoke for be accepted. Coming
@@ -36,8 +36,13 @@ class Safeguard:
     if need be, to the incumbent: the last whose gain was beyond doubt. It returns to that one at
     once from an iterate that is worse than it beyond doubt.
 
+    Args:
+        mixing: what proposes iterates.
+        groups: which problem each row belongs to.
+
     Attributes:
-        rejected: problems whose last iterate was, so that the accepted one is evaluated once more.
+        rejected: problems whose last iterate was, so that the accepted one is evaluated once more,
+            bool ``(problems,)``.
         incumbent_limit: a bound on the incumbent's objective, ``(problems,)``.
 
     Source: a non-monotone watchdog as in Chamberlain, Powell, Lemarechal and Pedersen (1982).
@@ -48,7 +53,12 @@ class Safeguard:
         self.first = True
 
     def unless_rejected(self, before: Tensor, now: Tensor) -> Tensor:
-        """``now``, but ``before`` in rows whose iterate was rejected at the last call."""
+        """What is now, but what was before in rows whose iterate the last call rejected.
+
+        Args:
+            before: ``(rows, ...)``.
+            now: ``(rows, ...)``.
+        """
         if surely_none(self.rejected):
             return now
         return torch.where(self.groups.spread(self.rejected)[:, None], before, now)
@@ -63,7 +73,7 @@ class Safeguard:
 
         Args:
             iterate: (z, J_zᵀμ, v), the first two ``(rows, n)``, v ``(problems, d)``.
-            residuals: of each, that of v being its plain step.
+            residuals: of each, in the same shapes. That of v is its plain step.
             merit: estimate of φ, ``(problems,)``.
             merit_error: by how much it may be wrong, ``(problems,)``.
         """
@@ -99,7 +109,7 @@ class Safeguard:
     def _decide(
         self, now: Iterate, low: Tensor, high: Tensor, sure: Tensor, halved: Tensor
     ) -> Tensor:
-        """Accept or reject by problem; whether what is accepted now is beyond doubt."""
+        """Accept or reject by problem, and tell whether what is accepted now is beyond doubt."""
         accepted, was_incumbent = self._accepted, self._is_incumbent
         worse = ~(low <= self._limit) & ~self.rejected
         below_incumbent = ~(low <= self.incumbent_limit)
