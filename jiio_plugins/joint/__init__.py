@@ -7,8 +7,8 @@ An adapter of a *toolkit* translates its words into an objective and a constrain
 :class:`Variable`, and runs a method on it with :func:`jiio_plugins.methods.solve`. What is around
 the call and must not disturb the caller's model goes into ``with guarded(model):``.
 
-An adapter of another library's *layer* gives it a joint mode: the layer asks :func:`current_mode`,
-and if there is one, answers with ``mode.on_layer(layer, f, z0)``, where f is its map as a
+An adapter of another library's *layer* gives it a joint mode. The layer asks :func:`current_mode`.
+If there is one, it answers with ``mode.on_layer(layer, f, z0)``, where f is its map as a
 :class:`jiio_plugins.equilibrium.CellMap`.
 """
 

@@ -92,7 +92,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Let the block move copies of the buffers (running statistics), and put the own ones back.
 
-    A graph made in the block may have saved them, so they are exchanged, not written over.
+    A graph made in the block may have saved the copies, so buffers are exchanged, not written over.
     """
     owners = list(model.modules())
     places = [(owner, key, b) for owner in owners for key, b in owner._buffers.items()]

@@ -37,19 +37,21 @@ def problem_of(
     """The problem of optimising a model's input, or parameters of it, everything checked.
 
     Args:
-        model: see :func:`jiio_plugins.optimize_input`.
-        x: likewise, ``(batch, ...)``.
-        objective: likewise.
-        constraint: likewise.
-        given: likewise.
-        variables: likewise.
-        groups: likewise.
-        start: where x starts, shaped like x; None: at x.
-        state: where z and μ start; None: from scratch.
-        training_mode: see :func:`jiio_plugins.optimize_input`.
+        model: any module whose forward reaches an equilibrium layer. It is called as
+            ``model(x, *given)``.
+        x: its input, ``(rows, ...)``, floating point, finite.
+        objective: ``objective(output) -> (rows,)``, minimised.
+        constraint: the set, around x unless it names a centre. None: no bounds.
+        given: what else the model takes, tensors ``(rows, ...)``.
+        variables: names of parameters to optimise instead of x. None: x is optimised.
+        groups: with ``variables``, the problem of each row, integers ``(rows,)``. None: one for
+            all.
+        start: where x starts, shaped like x. None: at x.
+        state: where z and μ start. None: from scratch.
+        training_mode: leave the model's train/eval flags as they are.
 
     Raises:
-        TypeError, ValueError: bad input; the message says what was given and what is accepted.
+        TypeError, ValueError: bad input. The message says what was given and what is accepted.
     """
     constraint = check_constraint(constraint)
     model = unwrap(model)
@@ -76,7 +78,11 @@ def problem_of(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module whose forward the loop calls: without DistributedDataParallel."""
+    """The module whose forward the loop calls: without DistributedDataParallel.
+
+    Raises:
+        TypeError: no module, or DataParallel.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
@@ -91,7 +97,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_gradients_possible(name: str) -> None:
-    """Raise in inference mode."""
+    """Raise in inference mode. ``name`` is what the message calls the caller.
+
+    Raises:
+        RuntimeError: it is on.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name} needs gradients, which torch.inference_mode() forbids: call it outside "
@@ -100,7 +110,19 @@ def check_gradients_possible(name: str) -> None:
 
 
 def check_input(x: Tensor, name: str = "x") -> Tensor:
-    """``x``, raise unless it is finite, batch first and floating point."""
+    """The input, if it is finite, batch first and floating point.
+
+    Args:
+        x: the input, ``(rows, ...)``.
+        name: what the message calls it.
+
+    Returns:
+        x itself, or a copy of one made in inference mode.
+
+    Raises:
+        TypeError: no tensor, or of integers.
+        ValueError: no batch, NaN or Inf.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
@@ -120,7 +142,16 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
 
 
 def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
-    """What else the model takes, a tensor each with a row per sample."""
+    """What else the model takes.
+
+    Args:
+        given: tensors ``(rows, ...)``, in a tuple or a list.
+        rows: rows of the batch.
+
+    Raises:
+        TypeError: anything but tensors in a tuple or a list.
+        ValueError: another number of rows.
+    """
     if not isinstance(given, (tuple, list)) or not all(isinstance(t, Tensor) for t in given):
         raise TypeError(
             f"given must be a tuple or list of tensors, model(x, *given), got {given!r}"
@@ -135,7 +166,17 @@ def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def check_groups(groups: Tensor, variables: Sequence[str] | None, rows: int) -> Tensor:
-    """Which problem each row belongs to, as long integers without gaps."""
+    """Which problem each row belongs to, as long integers without gaps.
+
+    Args:
+        groups: integers ``0 … P−1``, ``(rows,)``.
+        variables: names of what is optimised. None: the input, of which each row has its own.
+        rows: rows of the batch.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape or dtype, gaps, or no ``variables``.
+    """
     if variables is None:
         raise ValueError("groups= says which rows share a variable: it needs variables=")
     if not isinstance(groups, Tensor):

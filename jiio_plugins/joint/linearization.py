@@ -1,4 +1,15 @@
-"""One pass of the network, and its derivatives."""
+"""One pass of the network at ``(z, v)``, and the derivatives that are read off it.
+
+A method needs the loss, ``f(z, v)``, and products with the Jacobians ``J_z`` and ``J_v``. One
+forward pass in joint mode yields them all. A :class:`jiio_plugins.joint.RecordMode` cuts the graph
+at each layer: f is evaluated at a leaf, and the layer answers with a leaf. So what comes after the
+layers, and f itself, are differentiated apart from each other. :meth:`Linearization.gradient` gives
+``∂ℓ/∂z`` and the direct ``∂ℓ/∂v``, which needs no product with f. :meth:`Linearization.vjp` gives
+``J_zᵀμ`` and ``J_vᵀμ`` by one vector-Jacobian product.
+
+What the layers do in the pass is in :mod:`jiio_plugins.joint.modes`. What a method makes of it is
+in :mod:`jiio_plugins.methods.joint`.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +28,24 @@ if TYPE_CHECKING:
 
 
 class Linearization:
-    """One pass of the network at ``(v, z)``: its loss, ``f(z, v)``, and their derivatives.
+    """One pass of the network at ``(z, v)``: its loss, ``f(z, v)``, and their derivatives.
 
     Args:
         call: the network as a function of v.
-        v: flat variable.
-        mode: what the layers do: :class:`RecordMode`. With ``answer_fz`` what comes after a layer
-            sees ``f(z, v)`` instead of z. At a fixed point that is the same; before, the loss and
-            its gradient are those of a state one step further. With ``empty`` v reaches no layer:
-            there are no z and no μ to advance, both are ``(rows, 0)``.
+        v: the variable, ``(problems, d)``.
+        mode: what the layers do. With ``answer_fz`` what comes after a layer sees f(z, v) instead
+            of z. At a fixed point that is the same. Before, the loss and its gradient are those of
+            a state one step further. With ``empty`` v reaches no layer: there are no z and no μ to
+            advance, and both are ``(rows, 0)``.
 
     Attributes:
         output: what the model returned.
-        z: the state of the pass, flat ``(rows, n)``.
-        fz: ``f(z, v)``, likewise.
-        own_jz_mu: of the last VJP, what went through each layer's own state.
+        z: state of the pass, flat, ``(rows, n)``.
+        fz: ``f(z, v)``, ``(rows, n)``.
+        own_jz_mu: of the last VJP, what went through each layer's own state, ``(rows, n)``.
+
+    Raises:
+        RuntimeError: the pass called more or fewer layers than the mode has states of.
     """
 
     own_jz_mu: Tensor
@@ -63,7 +77,18 @@ class Linearization:
         return flatten(self._f).to(self.z.dtype)
 
     def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """``∂ℓ/∂z`` ``(rows, n)`` and the direct ``∂ℓ/∂v``, with f held constant (head only)."""
+        """Derivatives of what is around f, which is held constant.
+
+        Args:
+            loss: ℓ, ``(rows,)``, made of ``output``.
+            create_graph: let the result be differentiated again.
+
+        Returns:
+            ``∂ℓ/∂z``, ``(rows, n)``, and the direct ``∂ℓ/∂v``, ``(problems, d)``.
+
+        Raises:
+            ValueError: the loss has no gradient.
+        """
         if not loss.requires_grad:
             raise ValueError(
                 "the objective has no gradient: it depends on neither x nor a state of the model. "
@@ -83,22 +108,30 @@ class Linearization:
     def vjp(
         self, mu: Tensor, *, last: bool = True, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """``J_zᵀ μ`` ``(rows, n)`` and ``J_vᵀ μ``: one vector-Jacobian product.
+        """Derivatives of f along μ: one vector-Jacobian product.
 
         With ``answer_fz`` a later layer's f depends on z through the answers of the earlier ones.
-        What arrives there belongs to the earlier layer's part of ``J_zᵀ μ``.
+        What arrives there belongs to the earlier layer's part of ``J_zᵀμ``.
+
+        Args:
+            mu: μ, ``(rows, n)``.
+            last: no other product follows, so the graph may go.
+            create_graph: let the result be differentiated again.
+
+        Returns:
+            ``J_zᵀμ``, ``(rows, n)``, and ``J_vᵀμ``, ``(problems, d)``.
         """
         jz_mu, of_v = self._products(mu, [self._v], not last, create_graph)
         return jz_mu, self._of_v(of_v[0])
 
     def jz_mu(self, mu: Tensor) -> Tensor:
-        """``J_zᵀ μ`` alone, with another product to come: what is before the layer is left out."""
+        """``J_zᵀμ`` alone, with another product to come: what is before the layer is left out."""
         return self._products(mu, [], True, False)[0]
 
     def _products(
         self, mu: Tensor, more: list[Tensor], retain: bool, create_graph: bool
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """``J_zᵀ μ``, and the gradients of ``μᵀf`` by ``more``."""
+        """``J_zᵀμ``, and the gradients of ``μᵀf`` by ``more``."""
         parts = mu.split([leaf.shape[1:].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
         for f, part in zip(self._f, parts, strict=True):
@@ -108,6 +141,7 @@ class Linearization:
         if not outputs:
             self.own_jz_mu = torch.zeros_like(mu)
             return self.own_jz_mu, [None] * len(more)
+        # in series, what a layer answered with went into the next one's injection
         passed_on = self._answers if self._mode.answer_fz and len(self._mode.f) > 1 else []
         with layer_mode(self._mode):
             grads = torch.autograd.grad(

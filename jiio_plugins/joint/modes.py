@@ -1,8 +1,15 @@
 """Joint mode: what equilibrium layers do while an optimisation runs, and what is read off them.
 
-The network's own forward is called, nothing else. A *mode* tells each equilibrium layer what to
-return and keeps what it saw, in the order of the calls, so a model may hold several layers, in
-series or called twice. All states together form one flat matrix ``z`` ``(rows, n)``.
+The network's own forward is called, nothing else. A *mode* is set for a block of code. Each
+equilibrium layer that is called there asks its ``on_layer`` what to answer. The mode keeps what it
+saw, in the order of the calls, so a model may hold several layers, in series or called twice. All
+states together form one flat matrix z ``(rows, n)``. Nothing is stored in the layers.
+
+A :class:`RecordMode` is the heart of the method: each layer evaluates its cell once, at the state
+that the optimisation has reached. A :class:`SolveMode` solves, an :class:`EnvelopeMode` and a
+:class:`PenaltyMode` serve training. The layer's side is in :mod:`jiio_plugins.equilibrium.layer`.
+What is read off a pass is in :mod:`jiio_plugins.joint.linearization`. A
+:class:`jiio_plugins.joint.Problem` makes the passes.
 """
 
 from __future__ import annotations
@@ -59,16 +66,19 @@ CALLED_MORE = (
 
 
 class SolveMode:
-    """Every layer solves its fixed point, with a graph; what is not told is the layer's own.
+    """Every layer solves its fixed point, with a graph.
+
+    What the mode does not name is the layer's own.
 
     Args:
-        solver: instead of the layers' own.
-        adjoint: gradient rule instead of the layers' own.
-        start: flat state of each layer to start from; None: the layer's initial state.
+        solver: instead of the layers' own. None: theirs.
+        adjoint: gradient rule instead of the layers' own. None: theirs.
+        start: flat state of each layer to start from. None: the layer's initial state.
 
     Attributes:
+        layouts: of each layer's state.
         z: of each layer, the flat state that it answered with.
-        results: how each solve ended; empty where the gradient rule solves.
+        results: how each solve ended. Empty where the gradient rule solves.
     """
 
     def __init__(
@@ -83,7 +93,16 @@ class SolveMode:
         self.z: list[Tensor] = []
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """Solve; keep the state."""
+        """Solve, and keep the state.
+
+        Args:
+            layer: whose solver and gradient rule hold where the mode names none.
+            f: its cell, at the injection of this call.
+            z0: its initial state, as the cell has it.
+
+        Returns:
+            The solved state, as the cell has it.
+        """
         flat = f.layout.pack(z0) if self.start is None else self.start[len(self.layouts)]
         flat = self.solve(layer, f, flat)
         self.layouts.append(f.layout)
@@ -91,16 +110,27 @@ class SolveMode:
         return f.layout.unpack(flat.clone())  # the network may change it in place
 
     def solve(self, layer: LayerDefaults, f: CellMap, flat: Tensor) -> Tensor:
-        """The fixed point of ``f``, from ``flat``."""
+        """The fixed point of f, flat, ``(rows, n)``.
+
+        Args:
+            layer: whose solver and gradient rule hold where the mode names none.
+            f: its cell, at the injection of this call.
+            flat: where to start, ``(rows, n)``.
+        """
         rule = self.adjoint or layer.adjoint
         return rule.forward(f, flat, self.solver or layer.solver)
 
 
 class IterateMode(SolveMode):
-    """The same by one solver, without a graph and uncounted; ``results`` says how it ended.
+    """Every layer solves by one solver, without a graph and uncounted.
+
+    Args:
+        solver: of all layers.
+        start: flat state of each layer to start from. None: the layer's initial state.
 
     Attributes:
-        moved: of each layer, ``‖z − z0‖``.
+        results: how each solve ended.
+        moved: of each layer, ``‖z − z0‖``, ``(rows,)``.
     """
 
     def __init__(self, solver: Solver, start: Sequence[Tensor] | None = None) -> None:
@@ -108,7 +138,13 @@ class IterateMode(SolveMode):
         self.moved: list[Tensor] = []
 
     def solve(self, layer: LayerDefaults, f: CellMap, flat: Tensor) -> Tensor:
-        """The fixed point of ``f``, from ``flat``."""
+        """The fixed point of f, flat, ``(rows, n)``.
+
+        Args:
+            layer: not asked.
+            f: its cell, at the injection of this call.
+            flat: where to start, ``(rows, n)``.
+        """
         assert self.solver is not None
         result = iterate(f, flat, self.solver)
         self.results.append(result)
@@ -121,17 +157,18 @@ class RecordMode:
 
     Args:
         z: flat state of each layer.
-        answer_fz: whether a layer answers with ``f(z)``, which is one step nearer to the fixed
-            point and costs nothing, instead of z; either as a leaf.
-        advance: takes a layer's flat state on before it is evaluated; None: nothing does.
-        empty: the state of a pass in which those of the layers stand still, graphs and all, and no
-            cell is evaluated, ``(rows, 0)``. None: cells are.
+        answer_fz: a layer answers with f(z) instead of z, either as a leaf. f(z) is one step nearer
+            to the fixed point and costs nothing.
+        advance: takes a layer's flat state on before it is evaluated. None: nothing does.
+        empty: for a pass in which ``z`` stands still, graphs and all, and no cell is evaluated. It
+            is the state of such a pass, ``(rows, 0)``. None: cells are evaluated.
 
     Attributes:
-        z: as it was evaluated.
+        z: flat state of each layer as it was evaluated.
         calls: of layers so far.
-        leaves, answers: of each layer, what f was evaluated at and what the layer returned.
-        f: of each layer, the evaluation with its graph.
+        leaves: of each layer, the tensors that f was evaluated at.
+        answers: of each layer, the tensors that it returned copies of.
+        f: of each layer, the tensors of its evaluation, with their graph.
     """
 
     def __init__(
@@ -150,7 +187,19 @@ class RecordMode:
         self.open = True
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """Record ``cell(z, u)``, answer."""
+        """Evaluate the cell once, record it, and answer.
+
+        Args:
+            layer: not asked.
+            f: its cell, at the injection of this call.
+            z0: its initial state, not used.
+
+        Returns:
+            f(z) or z, as the cell has it.
+
+        Raises:
+            RuntimeError: there were more calls than states, or the pass has been closed.
+        """
         if not self.open or self.calls >= len(self.z):
             raise RuntimeError(CALLED_MORE)
         k = self.calls
@@ -168,7 +217,11 @@ class RecordMode:
         return answer if f.layout.is_tuple else answer[0]
 
     def close(self) -> None:
-        """End the pass: a layer called from now on, as in a recomputation, is an error."""
+        """End the pass. A layer called from now on, as in a recomputation, is an error.
+
+        Raises:
+            RuntimeError: there were fewer calls than states.
+        """
         self.open = False
         if self.calls != len(self.z):
             raise RuntimeError(
@@ -182,15 +235,20 @@ def _as_leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class EnvelopeMode:
-    """Every layer answers with ``f`` at a joint solution's state; backward passes its μ on.
+    """Every layer answers with f at a joint solution's state. Its backward pass sends μ on.
 
-    The pass ends in one value per row; :meth:`watch` learns the weight c with which each enters
+    The pass ends in one value per row. :meth:`watch` learns the weight c with which each enters
     what ``backward`` is called on. With g the gradient that reaches a layer, its adjoint is then
     ``c J_zᵀμ + g``, whatever was done to the values after this pass.
 
     Args:
-        z, mu, jz_mu: flat, per layer.
-        refine: solvers of further steps on z and on the adjoint; None: there are none.
+        z: flat state of each layer.
+        mu: μ of each layer, in the same shapes.
+        jz_mu: ``J_zᵀμ`` of each layer, in the same shapes.
+        refine: solvers of further steps on z and on the adjoint. None: there are none.
+
+    Attributes:
+        weight: c, ``(rows,)``. None before ``backward``.
     """
 
     def __init__(
@@ -207,11 +265,15 @@ class EnvelopeMode:
 
     @property
     def residual(self) -> Tensor | None:
-        """Largest relative residual of z after its refinement, ``(rows,)``; None without one."""
+        """Largest relative residual of z after its refinement, ``(rows,)``. None without one."""
         return torch.stack(self.residuals).amax(0) if self.residuals else None
 
     def watch(self, value: Tensor) -> None:
-        """Note the gradient of ``value`` ``(rows,)``, which backward meets before any layer."""
+        """Note the gradient of ``value`` ``(rows,)``, which backward meets before any layer.
+
+        Raises:
+            ValueError: the model called another number of layers than the solution has.
+        """
         if len(self.z) != self.calls:
             raise ValueError(
                 f"the model called {self.calls} equilibrium layers, the solution has the states "
@@ -225,7 +287,16 @@ class EnvelopeMode:
             value.register_hook(note)
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """``f(z)``, connected to the graph of f through its adjoint."""
+        """``f(z)``, connected to the graph of f through its adjoint.
+
+        Args:
+            layer: not asked.
+            f: its cell, at the injection of this call.
+            z0: its initial state, for the number of rows.
+
+        Raises:
+            ValueError: the solution holds no state of this shape for this call.
+        """
         k, rows, width = self.calls, len(as_tensors(z0)[0]), sum(f.layout.sizes)
         self.calls += 1
         if k >= len(self.z) or self.z[k].shape != (rows, width):
@@ -259,8 +330,13 @@ class EnvelopeMode:
 class PenaltyMode:
     """Every layer answers with a given state and adds the Jacobian penalty of its cell there.
 
+    Args:
+        z: flat state of each layer, without a graph.
+        probes: number of ξ in each estimate.
+        generator: source of the probes. None: the global one.
+
     Attributes:
-        value: ‖J_z‖²_F / n averaged over rows, summed over layers; differentiable.
+        value: ``‖J_z‖²_F / n`` averaged over rows, summed over layers. A differentiable scalar.
     """
 
     def __init__(self, z: Sequence[Tensor], probes: int, generator: torch.Generator | None) -> None:
@@ -269,7 +345,13 @@ class PenaltyMode:
         self.value = z[0].new_zeros(())
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """The state as it is."""
+        """The state as it is.
+
+        Args:
+            layer: not asked.
+            f: its cell, at the injection of this call.
+            z0: its initial state, not used.
+        """
         state = f.layout.unpack(self.z[self.calls])
         self.calls += 1
         penalty = jacobian_penalty(
@@ -292,8 +374,8 @@ def layers_as(*, solver: Solver | None = None, adjoint: Adjoint | None = None) -
     attack can be run inside.
 
     Args:
-        solver: instead of the layers' own; None: their own.
-        adjoint: likewise.
+        solver: instead of the layers' own. None: theirs.
+        adjoint: gradient rule instead of the layers' own. None: theirs.
 
     Example:
         >>> from jiio_plugins import Anderson

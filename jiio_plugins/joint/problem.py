@@ -1,4 +1,15 @@
-"""Model, objective, constraint and optimised variable as functions of flat tensors."""
+"""The problem that a method works on: model, objective, constraint and variable on flat tensors.
+
+A :class:`Problem` knows how to call the model, in whatever joint mode is asked for. A method asks
+it for a state to start with (:meth:`Problem.warm_up`), for passes with derivatives
+(:meth:`Problem.linearize`) and for solves (:meth:`Problem.solve`). It keeps the count of what all
+that cost. Methods see the variable v as ``(problems, d)`` and the layers' states z as
+``(rows, n)``, whatever shapes the model has.
+
+What v stands for is in :mod:`jiio_plugins.joint.variables`. What the layers do in a call is in
+:mod:`jiio_plugins.joint.modes`. The loop that works on a problem is
+:meth:`jiio_plugins.methods.Method.run`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +47,9 @@ class FlatState:
 
     Attributes:
         layout: how they are packed.
-        z: ``(rows, n)``.
-        mu: ``(rows, n)``, or None where none is known.
-        jz_mu: ``J_zᵀ μ``, likewise.
+        z: state, ``(rows, n)``.
+        mu: μ, ``(rows, n)``. None where it is not known.
+        jz_mu: ``J_zᵀμ``, ``(rows, n)``. None where it is not known.
     """
 
     layout: StateLayout
@@ -53,9 +64,9 @@ class Problem:
     Args:
         variable: v, with the model that it enters.
         objective: ℓ, ``objective(output) -> (rows,)``.
-        constraint: C around the variable's start, or a set that is bound already; None: no bounds.
-        start: where v starts, flat or as the variable; None: at the variable's own start.
-        state: where z and ``J_zᵀ μ`` start; None: from scratch.
+        constraint: C around the variable's start, or a set that is bound already. None: no bounds.
+        start: where v starts, flat or as the variable. None: at the variable's own start.
+        state: where z and ``J_zᵀμ`` start. None: from scratch.
         share_start: look whether all rows start at one and the same input, as latents at zero do,
             and then warm up one for all. The host waits for an accelerator once.
         fixed: flat state of each layer, with its graph, where v reaches none of them. They stand
@@ -66,8 +77,11 @@ class Problem:
         groups: which problem each row belongs to.
         feasible: C.
         v_start: ``(problems, d)``, in C.
-        state: see above.
-        cost: per row, that of all layers together, ``(rows,)`` each.
+        state: as given. None where the layers are fixed.
+        cost: that of all layers together, ``(rows,)`` each.
+
+    Raises:
+        ValueError: a state of another number of rows.
     """
 
     def __init__(
@@ -114,14 +128,18 @@ class Problem:
 
     @property
     def layout(self) -> StateLayout:
-        """The layers' states in one flat matrix; the first pass tells."""
+        """The layers' states in one flat matrix. The first pass tells.
+
+        Raises:
+            RuntimeError: there was none yet.
+        """
         if self._layout is None:
             raise RuntimeError("no layer has been called yet: solve or warm_up comes first")
         return self._layout
 
     @contextmanager
     def in_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Call the model under autocast to ``dtype`` meanwhile; None: as it is."""
+        """Call the model under autocast to ``dtype`` meanwhile. None: as it is."""
         before, self._precision = self._precision, dtype
         try:
             yield
@@ -129,11 +147,17 @@ class Problem:
             self._precision = before
 
     def call(self, v: Tensor, rows: Tensor | None = None) -> Any:
-        """The model's output at ``v``, for all rows or some."""
+        """The model's output, in the joint mode that is set.
+
+        Args:
+            v: the variable, ``(problems, d)``.
+            rows: indices of the rows to call it on. None: all.
+        """
         if self._precision is None:
             return self.variable(v, rows)
         with torch.autocast(v.device.type, dtype=self._precision):
             output = self.variable(v, rows)
+        # the objective and the stop test are the caller's, who knows the model without autocast
         return tree_map(lambda t: t.float() if _is_half(t) else t, output)
 
     @property
@@ -159,16 +183,31 @@ class Problem:
         return torch.as_tensor(self.cost.vjps)
 
     def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """Add to the cost per row, which is the sum of all layers'."""
+        """Add to the cost, which is the sum of all layers'.
+
+        Args:
+            f_evals: evaluations of f, a number or ``(rows,)``.
+            vjps: vector-Jacobian products, a number or ``(rows,)``.
+        """
         self.cost = self.cost.plus(Cost(f_evals, vjps))
 
     def pay_passes(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
-        """The same where every layer is evaluated as often."""
+        """Add to the cost where every layer is evaluated as often.
+
+        Args:
+            f_evals: evaluations of f a layer, a number or ``(rows,)``.
+            vjps: vector-Jacobian products a layer, a number or ``(rows,)``.
+        """
         layers = len(self.layout.layouts)
         self.pay(layers * f_evals, layers * vjps)
 
     def loss(self, output: Any) -> Tensor:
-        """The objective per row, checked."""
+        """The objective of what the model returned, ``(rows,)``, checked.
+
+        Raises:
+            TypeError: it is not real floating point.
+            ValueError: it is not one value per row.
+        """
         value = self.objective(output)
         if not isinstance(value, Tensor) or value.shape != (self.rows,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -184,7 +223,16 @@ class Problem:
         return value
 
     def run_layers(self, mode: SolveMode, v: Tensor, rows: Tensor | None = None) -> Any:
-        """The model's output, its layers solving as ``mode`` says."""
+        """The model's output, its layers solving as a mode says.
+
+        Args:
+            mode: how they solve. It holds their states afterwards.
+            v: the variable, ``(problems, d)``.
+            rows: indices of the rows to call it on. None: all.
+
+        Raises:
+            ValueError: the forward reaches no equilibrium layer.
+        """
         with layer_mode(mode):
             output = self.call(v, rows)
         if not mode.z:
@@ -203,10 +251,13 @@ class Problem:
         """Solve all layers at ``v``, for all rows or some.
 
         Args:
-            v: ``(problems, d)``.
-            solver: of all layers; None: every layer does what it does outside an optimisation.
-            start: flat state to start from; None: the layers' own.
-            rows: indices of the rows to solve; None: all.
+            v: the variable, ``(problems, d)``.
+            solver: of all layers. None: every layer does what it does outside an optimisation.
+            start: flat state to start from, ``(rows, n)``. None: the layers' own.
+            rows: indices of the rows to solve. None: all.
+
+        Raises:
+            ValueError: the forward reaches no equilibrium layer.
         """
         parts = None if start is None else self.layout.split(start)
         mode = SolveMode(start=parts) if solver is None else IterateMode(solver, parts)
@@ -216,10 +267,13 @@ class Problem:
         return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
 
     def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
-        """A state to start with: that of ``state`` or the initial one, and some steps on from it.
+        """A state to start with, ``(rows, n)``: the one given or the initial one, some steps on.
 
-        At most ``max_iter``; a row that reaches 1e-2 needs fewer. Where all rows start at the same
-        input, one is solved for all.
+        Where all rows start at the same input, one is solved for all.
+
+        Args:
+            v: the variable, ``(problems, d)``.
+            max_iter: steps at most. A row that reaches a relative residual of 1e-2 needs fewer.
         """
         if self.fixed is not None:
             return v.new_zeros(self.rows, 0)
@@ -231,11 +285,18 @@ class Problem:
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, known, rows)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
+        # one step further for free, unless it is the step that overflows
         z = torch.where(torch.isfinite(found.fz), found.fz, found.z)
         return z.expand(self.rows, -1).contiguous()
 
     def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``f(z, v)`` without a graph, for all rows or some (``z`` then holds those)."""
+        """``f(z, v)`` without a graph, ``(rows, n)``.
+
+        Args:
+            v: the variable, ``(problems, d)``.
+            z: state of the rows that are evaluated, flat.
+            rows: their indices. None: all.
+        """
         mode = RecordMode(self.layout.split(z))
         with torch.no_grad(), layer_mode(mode):
             self.call(v, rows)
@@ -253,11 +314,12 @@ class Problem:
         """One evaluation of f with its graph.
 
         Args:
-            v: ``(problems, d)``.
-            z: flat state of the rows.
-            rows: indices of the rows; None: all.
+            v: the variable, ``(problems, d)``.
+            z: state of the rows that are evaluated, flat.
+            rows: their indices. None: all.
             answer_fz: see :class:`jiio_plugins.joint.RecordMode`.
             advance: takes each layer's state on where the layer is called, before the evaluation.
+                None: nothing does.
         """
         if self.fixed is not None:
             mode = RecordMode(self.fixed, empty=z)
@@ -298,7 +360,14 @@ class _Repeated:
 
 
 class Solved(NamedTuple):
-    """Output and flat state of a solve; ``results`` is empty after a layer's own solve."""
+    """How a solve of all layers ended.
+
+    Attributes:
+        output: what the model returned.
+        z: state, flat, ``(rows, n)``.
+        results: of each layer. Empty where each did what it does outside an optimisation.
+        moved: of each layer, ``‖z − z0‖``, ``(rows,)``. Empty likewise.
+    """
 
     output: Any
     z: Tensor
@@ -307,30 +376,30 @@ class Solved(NamedTuple):
 
     @property
     def evals(self) -> Tensor:
-        """F evaluations per row, all layers together."""
+        """Evaluations of f, all layers together, ``(rows,)``."""
         return torch.stack([r.evals for r in self.results]).sum(0)
 
     @property
     def residual(self) -> Tensor:
-        """Largest relative residual of any layer, per row."""
+        """Largest relative residual of any layer, ``(rows,)``."""
         return torch.stack([r.residual for r in self.results]).amax(0)
 
     @property
     def converged(self) -> Tensor:
-        """Rows in which every layer reached its tolerance."""
+        """Rows in which every layer reached its tolerance, bool ``(rows,)``."""
         return torch.stack([r.status == Status.CONVERGED for r in self.results]).all(0)
 
     @property
     def nonfinite(self) -> Tensor:
-        """Rows in which some layer met NaN or Inf."""
+        """Rows in which some layer met NaN or Inf, bool ``(rows,)``."""
         return torch.stack([r.status == Status.NONFINITE for r in self.results]).any(0)
 
     @property
     def amplification(self) -> Tensor:
-        """How far a state moved for each unit of residual, the most of any layer, per row.
+        """How far a state moved for each unit of residual, the most of any layer, ``(rows,)``.
 
-        ``‖z − z0‖ / (‖f(z0) − z0‖ + ‖f(z) − z‖)`` is at most the norm of ``(I − J_z)⁻¹``. 0 where a
-        layer was solved already.
+        ``‖z − z0‖ / (‖f(z0) − z0‖ + ‖f(z) − z‖)`` is at most the norm of ``(I − J_z)⁻¹``. It is 0
+        where a layer was solved already.
         """
         tiny = torch.finfo(self.z.dtype).tiny
         sizes = [(r.first_size + r.size).clamp(min=tiny) for r in self.results]
@@ -339,5 +408,5 @@ class Solved(NamedTuple):
 
     @property
     def fz(self) -> Tensor:
-        """F at the state: one step further, for free."""
+        """``f(z)``, ``(rows, n)``: one step further, for free."""
         return torch.cat([r.fz for r in self.results], dim=1)

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Groups:
-    """Which problem each row of the batch belongs to; one row per problem by default.
+    """Which problem each row of the batch belongs to. By default a row is a problem of its own.
+
+    Args:
+        rows: of the batch.
+        index: problem of each row, integers ``0 … P−1``, ``(rows,)``. None: a problem a row.
 
     Attributes:
         problems: how many there are.
@@ -62,7 +66,7 @@ class Groups:
 
     @cached_property
     def place(self) -> tuple[Tensor, Tensor]:
-        """Problem of each row, and which of its rows it is."""
+        """Problem of each row, and which of its rows it is, ``(rows,)`` each."""
         assert self.index is not None
         rows = torch.arange(len(self.index), device=self.index.device)
         order = torch.argsort(self.index, stable=True)
@@ -90,7 +94,12 @@ class Groups:
         return gathered[0] if self.problems == 1 else gathered[self.place]
 
     def join(self, z: Tensor, w: Tensor) -> Tensor:
-        """Two blocks by row -> ``(problems, 2, width · n)``."""
+        """Two blocks by row as one block by problem, ``(problems, 2, width · n)``.
+
+        Args:
+            z: the first, ``(rows, n)``.
+            w: the second, ``(rows, n)``, such as ``J_zᵀμ``.
+        """
         return torch.stack((self.gather(z), self.gather(w)), dim=1).flatten(2)
 
     def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +126,7 @@ class Variable:
     Attributes:
         rows: of the batch.
         origin: v with its graph, where it has one, in its own shape.
-        start: the same without.
+        start: v without a graph, in its own shape.
         groups: which problem each row belongs to.
         rows_see_v_alone: whether v and ``given`` are all that the output of a row depends on.
     """
@@ -145,11 +154,19 @@ class Variable:
         return other
 
     def guarded(self, *, freeze: bool = True) -> AbstractContextManager[None]:
-        """What an optimisation runs in: see :func:`jiio_plugins.joint.guarded`."""
+        """What an optimisation runs in, see :func:`jiio_plugins.joint.guarded`.
+
+        With ``freeze`` the model's parameters are constants meanwhile.
+        """
         return guarded(self.model, evaluate=not self.repeatable, freeze=freeze)
 
     def __call__(self, v: Tensor, rows: Tensor | None = None) -> Any:
-        """The model's output at ``v``, for all rows or some."""
+        """The model's output at v.
+
+        Args:
+            v: the variable, ``(problems, d)``.
+            rows: indices of the rows to call it on. None: all.
+        """
         with self._replay():
             return self._call(v, rows)
 
@@ -160,20 +177,24 @@ class Variable:
         return self.model(*_own(v[rows].reshape(len(rows), *self.shape[1:])), *given)
 
     def unflatten(self, v: Tensor) -> Any:
-        """``v`` as the caller knows it."""
+        """The variable ``(problems, d)`` as the caller knows it."""
         return v.reshape(self.shape)
 
 
 class ParameterVariable(Variable):
-    """Named parameters of the model; with several problems each row sees its problem's copy.
+    """Named parameters of the model. With several problems each row sees its problem's copy.
 
     Args:
-        model: see :class:`Variable`.
-        x: likewise; it stands still.
+        model: what is called.
+        x: its input, ``(rows, ...)``, which stands still.
         names: of ``model.named_parameters()``.
-        groups: problem of each row, ``(rows,)`` integers ``0 … P−1``; None: one for all.
-        given: see :class:`Variable`.
-        repeatable: likewise.
+        groups: problem of each row, integers ``0 … P−1``, ``(rows,)``. None: one for all.
+        given: what else it is called with, tensors ``(rows, ...)``.
+        repeatable: draw the same random numbers at every call.
+
+    Raises:
+        ValueError: an unknown name, or a parameter without a leading dimension of 1 for several
+            problems.
     """
 
     rows_see_v_alone = False  # but their row of x too
