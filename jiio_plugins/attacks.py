@@ -1,6 +1,6 @@
 """Adversarial attacks on classifiers: labels, norms and restarts on top of ``optimize_input``.
 
-Both host adapters call :func:`attack`; they only translate their toolkit's words.
+Both host adapters call :func:`attack`. They only translate their toolkit's words.
 """
 
 from __future__ import annotations
@@ -55,45 +55,47 @@ def attack(
     training_mode: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
-    """Adversarial examples ``max_x L(model(x), y)  s.t.  ‖x − x₀‖_p ≤ ε,  l ≤ x ≤ u``.
+    """Adversarial examples ``max_x L(model(x), y)  s.t.  ‖x − x₀‖_p ≤ ε,  lower ≤ x ≤ upper``.
 
     Args:
-        model: returns logits ``(batch, classes)``; has an equilibrium layer.
-        x: images ``(batch, ...)``, inside the box.
-        labels: ``(batch,)`` integers: the true classes, or with ``targeted`` the wanted ones.
+        model: returns logits ``(rows, classes)``. It has an equilibrium layer.
+        x: images ``(rows, ...)``, inside the box.
+        labels: integers ``(rows,)``: the true classes, or with ``targeted`` the wanted ones.
         norm: 1, 2 or inf.
-        eps: ε in the units of x, a number or one per sample ``(batch,)``.
+        eps: ε in the units of x, a number or one per sample, ``(rows,)``.
         loss: "cross-entropy", "dlr" (difference of logits ratio) or "margin".
         targeted: minimise the loss of ``labels`` instead of maximising it.
-        lower: pixel box, a number or broadcastable to x; None: no bound.
-        upper: likewise.
-        mask: broadcastable to x; entries where it is 0 or False keep their value.
-        random_starts: 0: start at x. n: up to n random starts in the ball, the best kept per
-            sample; a sample that has succeeded is not started again.
-        generator: of the random starts; None: a fixed seed, so that the call is deterministic.
+        lower: least pixel value, a number or broadcastable to x. None: no bound.
+        upper: largest pixel value, likewise.
+        mask: broadcastable to x. Entries where it is 0 or False keep their value. None: all may
+            change.
+        random_starts: 0: start at x. k: up to k random starts in the ball, the best kept per
+            sample. A sample that has succeeded is not started again.
+        generator: of the random starts. None: a fixed seed, so that the call is deterministic.
         early_stop: stop a sample once it has been adversarial for four evaluations in a row.
-        method: see :func:`optimize_input`.
-        retry: a longer method, run once more from x on the samples that have not succeeded; where
+        method: :class:`Joint` (default) or :class:`Nested`.
+        retry: a longer method, run once more from x on the samples that have not succeeded. Where
             these are few it costs little. A short run for all and a long one for the few reaches
-            further than one of their mean length.
-        verify: as in :func:`optimize_input`.
-        training_mode: likewise.
-        callback: likewise.
+            further than one of their mean length. None: there is no second run.
+        verify: solver of the final check, see :func:`optimize_input`.
+        training_mode: leave the model's train/eval flags as they are.
+        callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
 
     Returns:
-        A :class:`Solution` whose ``value`` is the negative loss (the loss with ``targeted``);
-        :func:`is_adversarial` tells success. Costs add up over restarts and the retry; since
-        verification then decides which samples go on, it counts among ``f_evals``.
+        A :class:`Solution` whose ``value`` is the negative loss (the loss with ``targeted``).
+        :func:`is_adversarial` tells success. Costs add up over restarts and the retry. Verification
+        then decides which samples go on, so it counts among ``f_evals``.
 
     Raises:
         TypeError, ValueError: bad input.
+        RuntimeError: called in inference mode.
 
     Example:
         >>> solution = attack(model, x, y, norm=2, eps=0.3, lower=0, upper=1)
         >>> is_adversarial(solution, y)
         tensor([ True, False, False, False])
 
-    Source: Gurumurthy et al. (NeurIPS 2021), section 4.3; DLR: Croce and Hein (ICML 2020), eq. 6
+    Source: Gurumurthy et al. (NeurIPS 2021), section 4.3. DLR: Croce and Hein (ICML 2020), eq. 6
     and 7.
     """
     threat = ThreatModel(norm=norm, eps=eps, lower=lower, upper=upper, mask=mask)
@@ -146,7 +148,7 @@ def attack(
 
 
 def _with_verification_paid(found: Solution) -> Solution:
-    """Counts its verification among the costs of the search."""
+    """The solution with its verification among the costs of the search."""
     stats = found.stats
     assert stats.verification_f_evals is not None  # there are samples
     spent, seconds = stats.verification_f_evals, stats.verification_seconds
@@ -173,14 +175,25 @@ class _Rows(Constraint):
 def attack_objective(
     loss: Loss, labels: Tensor, targeted: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """The function of the logits that an attack minimises, ``(batch, classes) -> (batch,)``.
+    """The function of the logits that an attack minimises, ``(rows, classes) -> (rows,)``.
 
-    cross-entropy: ``log p_y``; margin: ``z_y − max_{i≠y} z_i``; dlr: the margin divided by
-    ``z_π1 − z_π3`` (π sorts the logits, largest first). With ``targeted`` the sign of the first two
-    turns; dlr becomes ``−(z_t − z_π1) / (z_π1 − (z_π3 + z_π4) / 2)``, as far as there are classes.
+    With the logits a, the labels y and π sorting the logits, largest first:
+
+    - cross-entropy: ``log p_y``.
+    - margin: ``a_y − max_{i≠y} a_i``.
+    - dlr: the margin divided by ``a_π1 − a_π3``.
+
+    With ``targeted`` the sign of the first two turns. dlr becomes
+    ``−(a_y − a_π1) / (a_π1 − (a_π3 + a_π4) / 2)``, as far as there are classes.
+
+    Args:
+        loss: "cross-entropy", "dlr" or "margin".
+        labels: y, integers ``(rows,)``.
+        targeted: whether y is wanted, or to be left.
 
     Raises:
-        ValueError: an unknown loss, labels out of range, or logits of another shape.
+        ValueError: an unknown loss. The function raises it for labels out of range, or logits of
+            another shape.
         TypeError: labels that are not integers.
     """
     if loss not in LOSSES:
@@ -217,13 +230,20 @@ def attack_objective(
             span = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
         else:
             span = ordered[:, 0] - ordered[:, min(2, classes - 1)]
+        # equal logits have no span, and the loss stays finite
         return margin / (span + 1e-12)
 
     return objective
 
 
 def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -> Tensor:
-    """Samples that succeed by ``model(x)`` itself and by the tight solve too, ``(batch,)``."""
+    """Samples that succeed by ``model(x)`` itself and by the tight solve too, bool ``(rows,)``.
+
+    Args:
+        solution: of :func:`attack`.
+        labels: integers ``(rows,)``: the true classes, or with ``targeted`` the wanted ones.
+        targeted: whether the attack was.
+    """
     tight = _hit(solution.output, labels, targeted)
     return tight & _hit(solution.stats.model_output, labels, targeted)
 
@@ -245,7 +265,7 @@ def _check_logits(logits: Any, rows: int) -> None:
 def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted: bool) -> Solution:
     """``old`` with the samples ``rows`` replaced where ``new`` (those samples alone) is better.
 
-    Success is better than none, then the lower value; costs add up.
+    Success is better than none, then the lower value. Costs add up.
     """
     assert old.value is not None
     assert new.value is not None

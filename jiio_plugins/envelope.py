@@ -2,8 +2,8 @@
 
 A model trained against an optimised input (adversarial training), or to let an optimised input fit
 (a generator and its latents), needs ``d/dθ min_x ℓ(h(z*))``. By the envelope theorem the minimiser
-x is held constant, and where the joint loop ends its z and μ are there already: the gradient is one
-more VJP, of ``ℓ(h(z)) + μᵀ f(z, x)`` with respect to θ.
+x is held constant. Where the joint loop ends its z and μ are there already. So the gradient is one
+more VJP, of ``ℓ(h(z)) + μᵀf(z, x)`` with respect to θ.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class JointSolution:
 
     Attributes:
         x: the optimised input, in the constraint set.
-        z: the state there, as the cell has it (a tuple over layers if there are several).
+        z: the state there, as the cell has it. Of several layers, a tuple over them.
         costate: the adjoint μ in the layout of ``z``, from before the last step on x.
-        loss: running objective at the last iterate that was evaluated, ``(batch,)``.
-        z_residual: ‖f(z) − z‖ / ‖f(z)‖ there, ``(batch,)``.
-        costate_residual: the same of the adjoint equation, ``(batch,)``.
-        iterations: of the loop, ``(batch,)``.
-        f_evals: evaluations of f, ``(batch,)``.
-        vjps: vector-Jacobian products, ``(batch,)``.
+        loss: running objective at the last iterate that was evaluated, ``(rows,)``.
+        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` there, ``(rows,)``.
+        costate_residual: the same of the adjoint equation, ``(rows,)``.
+        iterations: of the loop, ``(rows,)``.
+        f_evals: evaluations of f, ``(rows,)``.
+        vjps: vector-Jacobian products, ``(rows,)``.
         flat: z and μ as the engine keeps them.
     """
 
@@ -81,28 +81,31 @@ def joint_solution(
     """``min_x ℓ(h(z*))  s.t.  z* = f(z*, x),  x ∈ C`` as in training: the loop alone.
 
     :func:`jiio_plugins.optimize_input` judges its result by independent solves, which cost more
-    than the loop. A training step needs no judgement: x is only a hard example, and
+    than the loop. A training step needs no judgement. There x is only a hard example, and
     :func:`envelope_loss` makes the gradient from the z and μ that the loop ended with.
 
     Args:
-        model: see :func:`jiio_plugins.optimize_input`; DistributedDataParallel is unwrapped.
-        x: input ``(batch, ...)``; a ball's centre unless it names another.
-        objective: ``objective(output) -> (batch,)``, minimised; to attack, minus the loss.
+        model: any module whose forward reaches an equilibrium layer. DistributedDataParallel is
+            unwrapped.
+        x: its input, ``(rows, ...)``. It is a ball's centre unless the ball names another.
+        objective: ``objective(output) -> (rows,)``, minimised. To attack, give minus the loss.
         method: :class:`jiio_plugins.Joint` (default) or :class:`jiio_plugins.Nested`.
-        constraint: see :func:`jiio_plugins.optimize_input`.
-        start: where x starts, shaped like x, projected on the set; None: at x. An earlier
-            :class:`JointSolution` of the same rows: its x, z and μ are carried on.
-        state: where z (and μ) start, such as ``solution.flat`` of the same rows; None: those of
-            ``start``, or from scratch.
-        training_mode: see :func:`jiio_plugins.optimize_input`.
-        stop: likewise.
-        callback: likewise.
+        constraint: see :func:`jiio_plugins.optimize_input`. None: no bounds.
+        start: where x starts, shaped like x, projected on the set. None: at x. Of an earlier
+            :class:`JointSolution` of the same rows x, z and μ are carried on.
+        state: where z and μ start, such as ``solution.flat`` of the same rows. None: where
+            ``start`` has them, or from scratch.
+        training_mode: leave the model's train/eval flags as they are.
+        stop: ``stop(output) -> (rows,)`` booleans. A sample for which it holds four evaluations in
+            a row is finished early.
+        callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
 
     Returns:
         A :class:`JointSolution`, the last iterate.
 
     Raises:
         TypeError, ValueError: bad input.
+        RuntimeError: called in inference mode.
 
     Not for: judging robustness, or anything else that reports the loss it reached.
 
@@ -162,31 +165,33 @@ def envelope_loss(
 ) -> Tensor:
     """The optimised objective as a differentiable function of the model's parameters.
 
-    ``∇_θ min_x ℓ = ∂ℓ/∂θ + μᵀ ∂f/∂θ`` at the solution's (z, x), both held constant, where μ takes
-    one step ``μ = J_zᵀμ + ∂ℓ/∂z`` on from the loop's; the state the head sees is ``f(z, x)``. That
-    is one evaluation of f and one VJP. The result is an ordinary tensor: take its negative (the
-    attacker minimises minus the loss), scale it, add to it, call ``backward()``. Whatever else
-    ``objective`` uses that requires grad gets its gradient too.
+    ``∇_θ min_x ℓ = ∂ℓ/∂θ + μᵀ ∂f/∂θ`` at the solution's (z, x), both held constant. Here μ takes
+    one step ``μ = J_zᵀμ + ∂ℓ/∂z`` on from the loop's, and the state the head sees is ``f(z, x)``.
+    That is one evaluation of f and one VJP.
+
+    The result is an ordinary tensor: take its negative (the attacker minimises minus the loss),
+    scale it, add to it, call ``backward()``. Whatever else ``objective`` uses that requires grad
+    gets its gradient too.
 
     Args:
         model: called as ``model(solution.x)``, train/eval flags as they are. Give the
             DistributedDataParallel (or other) wrapper here, so that it sees the pass.
         solution: of :func:`joint_solution` for this model.
-        objective: the one that was minimised, ``objective(output) -> (batch,)``.
+        objective: the one that was minimised, ``objective(output) -> (rows,)``.
         refine: further steps on z before the pass and on μ in its backward, at most so many of
-            each, warm-started at the solution's; a pair ``(on z, on μ)``; or the solver that takes
-            them. A model with several equilibrium layers takes one step on μ at least.
-        reduction: "mean", "sum" or "none" over the batch.
+            each, warm-started at the solution's. A pair is ``(on z, on μ)``, a solver takes them
+            itself. A model with several equilibrium layers takes one step on μ at least.
+        reduction: "mean", "sum" or "none" over the rows.
 
     Returns:
-        A scalar, or ``(batch,)`` with "none".
+        A scalar, or ``(rows,)`` with "none".
 
     Raises:
         TypeError, ValueError: bad input.
 
     Not for: second derivatives, and gradients with respect to x.
 
-    Source: envelope (Danskin's) theorem; Gurumurthy et al. (NeurIPS 2021), section 3.3.
+    Source: envelope (Danskin's) theorem. Gurumurthy et al. (NeurIPS 2021), section 3.3.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -199,9 +204,20 @@ def envelope_loss(
 def envelope_pass(
     model: nn.Module, solution: JointSolution, objective: Objective, *, refine: Refine = 0
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """The loss of :func:`envelope_loss` per sample, the model's output, and how well z settled.
+    """The pass of :func:`envelope_loss`, with all that it saw.
 
-    That is its relative residual after the refinement, ``(batch,)``; None without one.
+    Args:
+        model: see :func:`envelope_loss`.
+        solution: of :func:`joint_solution` for this model.
+        objective: the one that was minimised, ``objective(output) -> (rows,)``.
+        refine: see :func:`envelope_loss`.
+
+    Returns:
+        The loss, ``(rows,)``, the model's output, and the relative residual of z after the
+        refinement, ``(rows,)``, or None without one.
+
+    Raises:
+        TypeError, ValueError: bad input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -232,7 +248,15 @@ def envelope_pass(
 
 
 def refiner(refine: Refine, dtype: torch.dtype) -> tuple[Solver | None, Solver | None]:
-    """The solvers on z and on μ that ``refine=`` stands for; None for no steps."""
+    """The solvers on z and on μ that ``refine=`` stands for. None stands for no steps.
+
+    Args:
+        refine: a number of steps, a pair of them (on z, on μ), or a solver.
+        dtype: of the state, which sets the tolerance.
+
+    Raises:
+        ValueError: anything else, or negative numbers.
+    """
     if isinstance(refine, Solver):
         return refine, refine
     steps: Any = refine if isinstance(refine, tuple | list) else (refine, refine)

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 LOOSEST = 0.5  # from which it is in any case
 _PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
-_TRIES = 12
+_TRIES = 12  # how often a step may be cut to a third
 _AMPLIFY = 10.0  # of a doubt that comes from residuals, which are errors times about 1 − ρ
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def adjoint_solver(dtype: torch.dtype) -> Solver:
-    """The default for λ; a long memory pays, since the equation is linear."""
+    """The default solver for λ. A long memory pays, since the equation is linear."""
     return Anderson(max_iter=300, memory=30, tol=1e-10 if dtype == torch.float64 else 1e-5)
 
 
@@ -52,6 +52,14 @@ class Blocks:
 
     A problem with fewer rows than the largest is padded with zeros. Each block can be measured in
     units of its own, or the largest would decide alone in a least squares over all of them.
+
+    Args:
+        groups: which problem each row belongs to.
+        n: entries of a row's state.
+        d: entries of v.
+
+    Attributes:
+        units: of each block, ``(problems, 1)``. None: they are as they are.
     """
 
     def __init__(self, groups: Groups, n: int, d: int) -> None:
@@ -59,16 +67,34 @@ class Blocks:
         self.units: Parts | None = None
 
     def measure(self, z: Tensor, mu: Tensor, v: Tensor) -> None:
-        """Take the norms of these blocks as units from now on."""
+        """Take the norms of these blocks as units from now on.
+
+        Args:
+            z: ``(rows, n)``.
+            mu: ``(rows, n)``.
+            v: ``(problems, d)``.
+        """
         self.units = tuple(torch.where(n > 0, n, 1.0)[:, None] for n in self.norms(z, mu, v))  # type: ignore[assignment]
 
     def norms(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
-        """Euclidean norm of each block, ``(problems,)`` each."""
+        """Euclidean norm of each block, ``(problems,)`` each.
+
+        Args:
+            z: ``(rows, n)``.
+            mu: ``(rows, n)``.
+            v: ``(problems, d)``.
+        """
         by_row = [self.groups.sum(row_norm(t).square()).sqrt() for t in (z, mu)]
         return by_row[0], by_row[1], row_norm(v)
 
     def pack(self, z: Tensor, mu: Tensor, v: Tensor) -> Tensor:
-        """Blocks -> flat."""
+        """Blocks -> flat, ``(problems, N)``.
+
+        Args:
+            z: ``(rows, n)``.
+            mu: ``(rows, n)``.
+            v: ``(problems, d)``.
+        """
         if self.units is not None:
             z = z / self.groups.spread(self.units[0])
             mu = mu / self.groups.spread(self.units[1])
@@ -77,7 +103,7 @@ class Blocks:
         return torch.cat([rows.flatten(1), v], dim=1)
 
     def unpack(self, flat: Tensor) -> Parts:
-        """Flat -> blocks."""
+        """Flat ``(problems, N)`` -> blocks."""
         rows, v = flat.split([flat.shape[1] - self.d, self.d], dim=1)
         rows = rows.reshape(len(flat), self.groups.width, 2 * self.n)
         z, mu = self.groups.scatter(rows).split([self.n, self.n], dim=1)
@@ -89,14 +115,25 @@ class Blocks:
 
 
 class JointMap:
-    """F at the θ of ``problem``, for α = ``step`` ``(1 or problems, 1)``."""
+    """F at the θ of a problem.
+
+    Args:
+        problem: whose model, objective and constraint.
+        step: α, ``(1 or problems, 1)``.
+    """
 
     def __init__(self, problem: Problem, step: Tensor) -> None:
         self.problem, self.step = problem, step
 
     @torch.enable_grad()
     def evaluate(self, z: Tensor, mu: Tensor, v: Tensor) -> Parts:
-        """``F(z, μ, v)`` without a graph: one evaluation of f and one VJP."""
+        """``F(z, μ, v)`` without a graph: one evaluation of f and one VJP.
+
+        Args:
+            z: ``(rows, n)``.
+            mu: ``(rows, n)``.
+            v: ``(problems, d)``.
+        """
         linearized = self.problem.linearize(v, z, answer_fz=False)
         dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output))
         jz_mu, jv_mu = linearized.vjp(mu)
@@ -105,7 +142,13 @@ class JointMap:
 
     @torch.enable_grad()
     def linearize(self, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Parts, list[Tensor]]:
-        """``F(z, μ, v)`` with its graph, and the leaves of z, μ and v in it."""
+        """``F(z, μ, v)`` with its graph, and the leaves of z, μ and v in it.
+
+        Args:
+            z: ``(rows, n)``.
+            mu: ``(rows, n)``.
+            v: ``(problems, d)``.
+        """
         linearized = self.problem.linearize(v, z, answer_fz=False)
         mu = mu.detach().requires_grad_()
         dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output), create_graph=True)
@@ -185,7 +228,11 @@ def settle(
         problem: that was solved.
         result: where the method ended.
         step: α, ``(1 or problems, 1)``.
-        solver: None: Anderson with at most 300 iterations, to 1e-5 (1e-11 in float64).
+        solver: what accelerates. None: Anderson with at most 300 iterations, to 1e-5 (1e-11 in
+            float64).
+
+    Returns:
+        The record with z, μ and v replaced where they are better.
     """
     blocks = Blocks(problem.groups, result.z.shape[1], result.v.shape[1])
     blocks.measure(result.z, result.mu, result.v)
@@ -218,10 +265,13 @@ def attach(
     """The v ``(problems, d)`` as a function of θ, and how accurate its gradient is.
 
     Args:
-        problem: that was solved; every tensor of θ is taken as its caller gave it.
+        problem: that was solved. Every tensor of θ is taken as its caller gave it.
         result: the solution's v, z and μ.
-        step: α, ``(1 or problems, 1)``; it only sets how fast the equation for λ converges.
-        solver: for λ; None: :func:`adjoint_solver`.
+        step: α, ``(1 or problems, 1)``. It only sets how fast the equation for λ converges.
+        solver: for λ. None: :func:`adjoint_solver`.
+
+    Returns:
+        v with a graph, and the residuals. Those of the gradient are filled in by its backward pass.
     """
     problem, (z, mu, v) = problem.live(), (result.z, result.mu, result.v)
     images, leaves = JointMap(problem, step).linearize(z, mu, v)
@@ -242,7 +292,7 @@ def attach(
 
 
 def graph_of(*tensors: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """All nodes of the tensors' graphs; a leaf is there as its gradient accumulator."""
+    """All nodes of the tensors' graphs. A leaf is there as its gradient accumulator."""
     edge = torch.autograd.graph.get_gradient_edge
     todo = [edge(t).node for t in tensors if t.requires_grad]
     seen: set[torch.autograd.graph.Node] = set()
@@ -371,12 +421,17 @@ class _Gate(torch.autograd.Function):
 
 
 def warn_above(solver: Solver | None) -> float:
-    """The residual from which a warning is due; one who asked for a loose solver expects its."""
+    """The residual from which a warning is due. One who asked for a loose solver expects its."""
     return max(WARN_ABOVE, min(10 * solver.tol, LOOSEST)) if solver is not None else WARN_ABOVE
 
 
 def warn_if_loose(residuals: Residuals, solver: Solver | None = None) -> None:
-    """Warn when the point is not accurate enough for its implicit gradient."""
+    """Warn when the point is not accurate enough for its implicit gradient.
+
+    Args:
+        residuals: of the point.
+        solver: that the caller gave for the gradient, or None.
+    """
     worst = float(residuals.joint.max())
     if not worst <= warn_above(solver):
         warnings.warn(

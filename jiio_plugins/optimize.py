@@ -46,45 +46,50 @@ def optimize_input(
     ``min_x ℓ(h(z*))  s.t.  z* = f(z*, x),  x ∈ C``, each row of the batch by itself.
 
     Args:
-        model: any module whose forward reaches at least one :class:`jiio_plugins.Equilibrium`.
-            It is called as ``model(x, *given)``; nothing of it is changed.
-        x: where to start, ``(batch, ...)``, floating point, finite.
-        objective: ``objective(output) -> (batch,)``, minimised; to attack, give minus the loss.
-        given: what else the model takes, tensors ``(batch, ...)``: a condition, a mask. They stand
+        model: any module whose forward reaches at least one :class:`jiio_plugins.Equilibrium`. It
+            is called as ``model(x, *given)``, and nothing of it is changed.
+        x: where to start, ``(rows, ...)``, floating point, finite.
+        objective: ``objective(output) -> (rows,)``, minimised. To attack, give minus the loss.
+        given: what else the model takes, tensors ``(rows, ...)``: a condition, a mask. They stand
             still.
         method: :class:`Joint` (default) or :class:`Nested`.
         constraint: an :class:`L2Ball`, :class:`LinfBall`, :class:`L1Ball`, :class:`Box` or
-            :class:`Intersection`. A ball's centre is x unless it names another.
-        variables: names of the model's parameters to optimise instead of x; the model keeps its
+            :class:`Intersection`. A ball's centre is x unless it names another. None: no bounds.
+        variables: names of the model's parameters to optimise instead of x. The model keeps its
             own, the result has the optimised ones.
-        groups: with ``variables``: which problem each row belongs to, ``(batch,)`` integers
-            ``0 … P−1``; None: all rows share one. With P > 1 a parameter needs a leading dimension
+        groups: with ``variables``: which problem each row belongs to, integers ``0 … P−1``,
+            ``(rows,)``. None: all rows share one. With P > 1 a parameter needs a leading dimension
             of 1 that the model broadcasts over rows. What is kept of each is as large as of the
             largest, so give problems of about the same size.
         differentiable: attach ``x`` of the result to every tensor requiring grad that model,
-            objective or constraint uses, closures included (a ball's default centre is x itself),
-            by implicit differentiation of the whole joint fixed point
-            (:mod:`jiio_plugins.implicit`). It needs plain gradient steps to settle: the result is
-            refined until they do, and a warning says when they do not. First derivatives only. A
-            solver instead of True refines the result and solves the equation of the gradient: one
-            with fewer iterations and a larger ``tol`` makes a cheaper, less exact gradient, and
-            warnings begin at ten times its ``tol``, or at 0.5.
-        verify: solver of the final check, started from the model's own solution; None: Anderson
+            objective or constraint uses, closures included (a ball's default centre is x itself).
+            This is implicit differentiation of the whole joint fixed point
+            (:mod:`jiio_plugins.implicit`), for first derivatives only. It needs plain gradient
+            steps to settle. The result is refined until they do, and a warning says when they do
+            not. A solver instead of True refines the result and solves the equation of the
+            gradient. One with fewer iterations and a larger ``tol`` makes a cheaper, less exact
+            gradient. Warnings then begin at ten times its ``tol``, or at 0.5.
+        verify: solver of the final check, started from the model's own solution. None: Anderson
             with relative tolerance 1e-5 (1e-9 in float64).
-        training_mode: leave the model's train/eval flags as they are (default: eval mode while the
-            loop runs). Dropout keeps one mask for the whole call.
-        stop: ``stop(output) -> (batch,)`` booleans; a problem for which it holds four evaluations
-            in a row is finished early.
+        training_mode: leave the model's train/eval flags as they are. By default it is in eval mode
+            while the loop runs. Dropout keeps one mask for the whole call.
+        stop: ``stop(output) -> (rows,)`` booleans. A problem for which it holds four evaluations in
+            a row is finished early.
         callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
 
     Returns:
         A :class:`Solution`. ``value`` and ``output`` come from an independent solve at the returned
-        x, never from the state the loop ended in; ``stats.model_value`` is what ``model(x)`` itself
-        says. No problem is worse than its start by ``value``: where the running loss there leaves
-        a doubt, the start is judged too. ``x`` is in the constraint set.
+        x, never from the state the loop ended in. ``stats.model_value`` is what ``model(x)`` itself
+        says. No problem is worse than its start by ``value``: where the running loss there leaves a
+        doubt, the start is judged too. ``x`` is in the constraint set.
 
     Raises:
-        TypeError, ValueError: bad input; the message says what was given and what is accepted.
+        TypeError, ValueError: bad input. The message says what was given and what is accepted.
+        RuntimeError: called in inference mode.
+
+    Not for: models in which rows influence each other (batch statistics), and objectives that need
+    the output of all rows at once. Nor for cells that hardly contract (``1 − ρ`` below about 1e-3),
+    where a small residual does not mean that z has settled.
 
     Example:
         >>> from jiio_plugins import L2Ball
@@ -93,10 +98,6 @@ def optimize_input(
         [-5.6, -6.0, -3.4, 10.1]
         >>> model(solution.x)[:, 7].tolist()
         [-0.6, 1.8, 3.2, 13.1]
-
-    Not for: models in which rows influence each other (batch statistics), objectives that need the
-    output of all rows at once, and cells that hardly contract (``1 − ρ`` below about 1e-3), where a
-    small residual does not mean that z has settled.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
     """

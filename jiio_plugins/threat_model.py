@@ -19,14 +19,15 @@ BALLS: dict[float, Callable[..., Constraint]] = {1.0: L1Ball, 2.0: L2Ball, math.
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
-    """``{x′ : ‖x′ − x‖_p ≤ ε, l ≤ x′ ≤ u, x′ = x off the mask}`` around an image x.
+    """``{x′ : ‖x′ − x‖_p ≤ ε, lower ≤ x′ ≤ upper, x′ = x off the mask}`` around an image x.
 
     Args:
-        norm: p: 1, 2 or inf; "inf", as hosts write it, too.
-        eps: ε in the units of x, a number or one per sample ``(rows,)``.
-        lower: l, a number or broadcastable to x. None: no bound.
-        upper: u, likewise.
-        mask: broadcastable to x; entries where it is 0 or False keep their value.
+        norm: p, which is 1, 2 or inf. "inf", as hosts write it, is accepted too.
+        eps: ε in the units of x, a number or one per sample, ``(rows,)``.
+        lower: a number or broadcastable to x. None: no bound.
+        upper: likewise.
+        mask: broadcastable to x. Entries where it is 0 or False keep their value. None: all may
+            change.
 
     Raises:
         ValueError: another norm.
@@ -49,21 +50,26 @@ class ThreatModel:
 
     @property
     def span(self) -> float:
-        """Width of the box where it is widest; inf without one."""
+        """Width of the box where it is widest, in the units of x. Inf without one."""
         if self.lower is None or self.upper is None:
             return math.inf
         return float((torch.as_tensor(self.upper) - torch.as_tensor(self.lower)).max())
 
     @property
     def box(self) -> Box | None:
-        """``l ≤ x′ ≤ u``; None without bounds."""
+        """The box alone. None without bounds."""
         if self.lower is None and self.upper is None:
             return None
         low = -math.inf if self.lower is None else self.lower
         return Box(low, math.inf if self.upper is None else self.upper)
 
     def within(self, eps: float | Tensor, norm: float | None = None) -> Self:
-        """The same with another ball."""
+        """The threat model with another ball.
+
+        Args:
+            eps: ε in the units of x, a number or one per sample, ``(rows,)``.
+            norm: p. None: as it is.
+        """
         return replace(self, eps=eps, norm=self.norm if norm is None else norm)
 
     def around(self, x: Tensor) -> Intersection:
@@ -77,7 +83,11 @@ class ThreatModel:
         return Intersection(ball) if self.box is None else Intersection(ball, self.box)
 
     def check_clean(self, x: Tensor) -> None:
-        """Raise unless ``l ≤ x ≤ u``."""
+        """Raise unless ``lower ≤ x ≤ upper``.
+
+        Raises:
+            ValueError: it is not.
+        """
         if self.box is None:
             return
         low, high = (torch.as_tensor(b).to(x) for b in (self.box.lower, self.box.upper))
@@ -96,6 +106,9 @@ class ThreatModel:
             name: of the attack, for the messages.
             found: what it returned.
             x: what it was given, ``(rows, ...)``.
+
+        Returns:
+            The images, clipped to the box.
 
         Raises:
             TypeError: not a floating-point tensor.

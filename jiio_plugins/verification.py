@@ -1,4 +1,16 @@
-"""The judge: values by independent solves, never from the state that an optimisation ended in."""
+"""The judge: values by independent solves, never from the state that an optimisation ended in.
+
+Where an optimisation ends, z has not settled, and the loss that it saw there may be far off. So its
+end is only a candidate. A :class:`Judge` evaluates it twice: by the solver that the model carries,
+as a user of ``model(x)`` would, and by a tight solve that no method had a part in. :func:`verified`
+makes a :class:`jiio_plugins.Solution` of that. It judges the best iterate and the start as well
+where they may be better, so that nothing returned is worse than its start. What did not converge,
+and where the two solves disagree, is a status.
+
+Statuses and their remedies are in :mod:`jiio_plugins.solution`. Methods are judged here for
+:func:`jiio_plugins.optimize_input`, attacks of any library for
+:func:`jiio_plugins.evaluation.robust_accuracy`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +32,7 @@ if TYPE_CHECKING:
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
-# better than the start beyond this many times that, plus this share of ℓ; else the start is judged.
+# better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.
 _AMPLIFY = 10.0  # or this many times what the verification shows, where that is more
 _SLOWER = 3.0
 _CLEAR = 0.5
@@ -38,12 +50,12 @@ class Verdict:
     Attributes:
         v: ``(problems, d)``.
         value: the objective by the independent solve, ``(problems,)``.
-        model_value: by the model's own answer, likewise.
+        model_value: by the model's own answer, ``(problems,)``.
         z: state of the independent solve, ``(rows, n)``.
-        model_z: the one that the model itself stops at.
-        residual: ‖f(z) − z‖ / ‖f(z)‖ of the former, ``(rows,)``.
-        converged: whether that solve reached its tolerance, likewise.
-        nonfinite: whether it met NaN or Inf, likewise.
+        model_z: state that the model itself stops at, ``(rows, n)``.
+        residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the independent solve, ``(rows,)``.
+        converged: whether that solve reached its tolerance, bool ``(rows,)``.
+        nonfinite: whether it met NaN or Inf, bool ``(rows,)``.
         output: the model's, by the independent solve.
         model_output: by its own.
     """
@@ -66,11 +78,12 @@ class Judge:
     Args:
         problem: whose objective counts.
         verifier: of the independent solve.
-        warm: start that one where the model's own ended; else from the layers' initial state.
+        warm: start that one where the model's own ended. Otherwise it starts from the layers'
+            initial state.
 
     Attributes:
         f_evals: what judging has cost so far, ``(rows,)``.
-        amplification: of the last judgement of all problems, see
+        amplification: of the last judgement of all problems, ``(rows,)``, see
             :attr:`jiio_plugins.joint.problem.Solved.amplification`.
     """
 
@@ -81,7 +94,7 @@ class Judge:
         self.f_evals = torch.zeros(problem.rows, device=problem.v_start.device)
 
     def everything(self, v: Tensor) -> Verdict:
-        """All problems."""
+        """The verdict on v ``(problems, d)``, for all problems."""
         with counting_into((counter := RowCounter(self.f_evals),)):
             own = self.problem.solve(v)
         tight = self.problem.solve(v, self.verifier, own.z if self.warm else None)
@@ -90,7 +103,13 @@ class Judge:
         return self._verdict(v, _by_row(own, tight))
 
     def some(self, v: Tensor, where: Tensor, base: Verdict) -> Verdict:
-        """The problems ``where``; the other rows are taken from ``base``."""
+        """The verdict on some problems. The other rows are taken from another verdict.
+
+        Args:
+            v: the candidate, ``(problems, d)``.
+            where: problems to judge, bool ``(problems,)``.
+            base: verdict that has the other rows.
+        """
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
         if not self._splits(base.output) or not self.problem.row_separable:
             return self.everything(v)
@@ -102,7 +121,13 @@ class Judge:
         return self._verdict(v, {k: getattr(base, k).index_copy(0, rows, t) for k, t in parts})
 
     def take_better(self, best: Verdict, v: Tensor, where: Tensor) -> Verdict:
-        """``best``, with the candidate ``v`` for the problems ``where`` it is better."""
+        """The better of two candidates, problem by problem.
+
+        Args:
+            best: the verdict so far.
+            v: the other candidate, ``(problems, d)``.
+            where: problems for which it is tried, bool ``(problems,)``.
+        """
         if not bool(where.any()):
             return best
         other = self.some(v, where, best)
@@ -147,14 +172,15 @@ def _by_row(own: Solved, tight: Solved) -> dict[str, Any]:
 
 
 def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[Solution, Tensor]:
-    """Judge where a method ended; fall back where another point was better.
-
-    The flat v of the solution comes with it.
+    """Judge where a method ended, and fall back where another point was better.
 
     Args:
         problem: that was solved.
         result: where the method ended.
         verifier: of the independent solves.
+
+    Returns:
+        The solution, and its v ``(problems, d)``.
     """
     judge, v_start = Judge(problem, verifier), problem.v_start
     begin = time.perf_counter()
