@@ -88,7 +88,13 @@ class Implicit(Adjoint):
     solver: Solver | None = None
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`."""
+        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`.
+
+        Args:
+            f: the cell at its injection, on flat states.
+            z0: where to start, ``(rows, n)``.
+            solver: the layer's own.
+        """
         solved = solve_counted(f, z0, solver)
         if not torch.is_grad_enabled():
             return solved.fz
@@ -232,7 +238,13 @@ class Phantom(Adjoint):
         check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then ``steps`` evaluations with it. See :class:`Adjoint`."""
+        """Solve without a graph, then ``steps`` evaluations with it. See :class:`Adjoint`.
+
+        Args:
+            f: the cell at its injection, on flat states.
+            z0: where to start, ``(rows, n)``.
+            solver: the layer's own.
+        """
         z = solve_counted(f, z0, solver).z.detach()
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping)
@@ -248,7 +260,13 @@ class JacobianFree(Adjoint):
     """
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`."""
+        """Solve without a graph, then one evaluation with it. See :class:`Adjoint`.
+
+        Args:
+            f: the cell at its injection, on flat states.
+            z0: where to start, ``(rows, n)``.
+            solver: the layer's own.
+        """
         return Phantom(steps=1, damping=1.0).forward(f, z0, solver)
 
 
@@ -276,7 +294,13 @@ class Unrolled(Adjoint):
         check_positive("damping", self.damping, 1.0)
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """Plain iterations, all in the graph. See :class:`Adjoint`."""
+        """Plain iterations, all in the graph. See :class:`Adjoint`.
+
+        Args:
+            f: the cell at its injection, on flat states.
+            z0: where to start, ``(rows, n)``.
+            solver: unused.
+        """
         z = z0
         for _ in range(self.steps):
             z = torch.lerp(z, f(z), self.damping) if self.damping != 1.0 else f(z)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Cost(NamedTuple):
-    """What something took; numbers for a batch, or tensors with an entry per row.
+    """What something took. Numbers for a batch, or tensors with an entry per row.
 
     Attributes:
-        f_evals: evaluations of f.
-        vjps: vector-Jacobian products.
-        verification_f_evals: evaluations of f in the final verification, which every method shares;
-            they are not in ``f_evals``.
+        f_evals: evaluations of f, a number or ``(rows,)``.
+        vjps: vector-Jacobian products, a number or ``(rows,)``.
+        verification_f_evals: evaluations of f in the final verification, which every method shares.
+            They are not in ``f_evals``.
         verification_seconds: by the host's clock.
     """
 
@@ -34,12 +34,12 @@ class Cost(NamedTuple):
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
     def total(self) -> Cost:
-        """Summed over rows; nothing is read by the host."""
+        """Summed over rows. Nothing is read by the host."""
         return Cost(*(t.detach().sum() if isinstance(t, Tensor) else t for t in self))
 
 
 class Counter:
-    """Sums over samples; divide by the number of samples for the cost of one.
+    """Sums over samples. Divide by the number of samples for the cost of one.
 
     A sample that has converged adds nothing, even where the batch runs on.
     """
@@ -60,12 +60,12 @@ class Counter:
 
     @property
     def verification_f_evals(self) -> float:
-        """Evaluations in the final verification of ``optimize_input``; not in ``f_evals``."""
+        """Evaluations of f in final verifications, which are not in ``f_evals``."""
         return sum(float(cost.verification_f_evals) for cost in self._costs)
 
     @property
     def verification_seconds(self) -> float:
-        """What the final verifications took."""
+        """What the final verifications took, in seconds by the host's clock."""
         return sum(float(cost.verification_seconds) for cost in self._costs)
 
     @property
@@ -74,21 +74,36 @@ class Counter:
         return max((float(t) for t in self._residuals), default=0.0)
 
     def add(self, cost: Cost, residual: Tensor | None = None) -> None:
-        """Take in per-row counts; nothing is read by the host until asked for."""
+        """Take in a cost. Nothing is read by the host until asked for.
+
+        Args:
+            cost: numbers, or one entry per row.
+            residual: relative residuals that a forward solve ended with, ``(rows,)``. None: there
+                was no solve.
+        """
         self._costs.append(cost.total())
         if residual is not None and residual.numel():
             self._residuals.append(residual.detach().max())
 
 
 class RowCounter(Counter):
-    """Counts f evaluations per row, on top of ``start`` ``(rows,)``."""
+    """Counts evaluations of f per row, on top of ``start`` ``(rows,)``.
+
+    Attributes:
+        f_evals_by_row: so far, ``(rows,)``.
+    """
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.f_evals_by_row = start
 
     def add(self, cost: Cost, residual: Tensor | None = None) -> None:
-        """Take in the counts of a solve of all these rows."""
+        """Take in the cost of a solve of all these rows.
+
+        Args:
+            cost: one entry per row.
+            residual: not kept.
+        """
         self.f_evals_by_row = self.f_evals_by_row + cost.f_evals
 
 
@@ -96,7 +111,13 @@ _counters: ContextVar[tuple[Counter, ...]] = ContextVar("jiio_counters", default
 
 
 def count(cost: Cost, residual: Tensor | None = None) -> None:
-    """Report a cost, and how well a forward solve ended, to every open counter."""
+    """Report a cost to every open counter.
+
+    Args:
+        cost: numbers, or one entry per row.
+        residual: relative residuals that a forward solve ended with, ``(rows,)``. None: there was
+            no solve.
+    """
     for counter in _counters.get():
         counter.add(cost, residual)
 
@@ -108,7 +129,7 @@ def open_counters() -> tuple[Counter, ...]:
 
 @contextmanager
 def counting_into(counters: tuple[Counter, ...]) -> Iterator[None]:
-    """Count into ``counters`` instead of those open here."""
+    """Count into these counters instead of those open here."""
     token = _counters.set(counters)
     try:
         yield
@@ -117,7 +138,12 @@ def counting_into(counters: tuple[Counter, ...]) -> Iterator[None]:
 
 
 def count_rows(rows: int, device: torch.device) -> Tensor:
-    """One evaluation for each of ``rows`` rows."""
+    """One evaluation a row, ``(rows,)``.
+
+    Args:
+        rows: how many there are.
+        device: where the tensor is to be.
+    """
     return torch.ones(rows, device=device)
 
 

@@ -1,8 +1,8 @@
 """The equilibrium layer: a fixed point inside an ordinary network.
 
 Outside an optimisation it solves ``z = cell(z, u)`` and attaches a gradient. Inside one it has a
-*joint mode*: a mode (:mod:`jiio_plugins.joint.modes`) decides what a call of the layer does.
-The mode belongs to the running optimisation; nothing is ever stored in the module. A layer of
+*joint mode*: a mode (:mod:`jiio_plugins.joint.modes`) decides what a call of the layer does. The
+mode belongs to the running optimisation, and nothing is ever stored in the module. A layer of
 another library has a joint mode as soon as it asks :func:`current_mode` too.
 """
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 class LayerDefaults(Protocol):
-    """What a layer does where a mode leaves it to the layer."""
+    """What a layer does where a mode leaves it to the layer.
+
+    Attributes:
+        solver: of its fixed point.
+        adjoint: how gradients pass it.
+    """
 
     solver: Solver
     adjoint: Adjoint
@@ -35,7 +40,16 @@ class Mode(Protocol):
     """Decides what an equilibrium layer answers while an optimisation runs."""
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
-        """The state that ``layer`` returns; ``z0`` gives its initial state when called."""
+        """The state that a layer returns.
+
+        Args:
+            layer: its solver and gradient rule, where the mode has none of its own.
+            f: its cell, at the injection of this call.
+            z0: its initial state, as the cell has it.
+
+        Returns:
+            A state as the cell has it.
+        """
 
 
 _mode: ContextVar[Mode | None] = ContextVar("jiio_mode", default=None)
@@ -52,12 +66,15 @@ def layer_mode(mode: Mode) -> Iterator[None]:
 
 
 def current_mode() -> Mode | None:
-    """The mode that decides here what equilibrium layers do; None outside an optimisation."""
+    """The mode that decides here what equilibrium layers do. None outside an optimisation."""
     return _mode.get()
 
 
 def full_precision_state(state: Any) -> Any:
-    """Under autocast an encoder answers in half precision; a solve needs its state in float32."""
+    """The state in float32 where an encoder under autocast answered in half precision.
+
+    A solve needs it so. Without autocast the state stays as it is.
+    """
     tensors = as_tensors(state)
     kind = tensors[0].device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
@@ -76,8 +93,8 @@ class Equilibrium(EquilibriumLayer):
 
     Args:
         cell: an ``nn.Module`` with ``cell(z, *injection) -> z``, batch first, working on each row
-            by itself; z is a tensor or a tuple of tensors. It must see its input through these
-            arguments only: rows that have converged are left out of later calls. If it has a
+            by itself. z is a tensor or a tuple of tensors. The cell must see its input through
+            these arguments only: rows that have converged are left out of later calls. If it has a
             method ``initial_state(*injection)``, the solve starts there, else at zeros shaped like
             the first injection.
         solver: :class:`Anderson` (default), :class:`Picard` or :class:`Broyden`.
@@ -87,17 +104,15 @@ class Equilibrium(EquilibriumLayer):
     Shape:
         ``forward(*injection, z0=None)`` returns a state of the shape of the initial one.
 
+    Raises:
+        TypeError: a cell, solver or adjoint of another type.
+
     Example:
         >>> layer = Equilibrium(cell, solver=Anderson(tol=1e-5))
         >>> u = encoder(x)
         >>> z = layer(u)
         >>> torch.allclose(z, cell(z, u), rtol=1e-4)
         True
-
-    Raises:
-        ValueError: the cell's output has another shape than its state.
-        TypeError: no injection is given, or none that an initial state can be built from.
-        ValueError: an injected tensor has neither the state's rows nor one row for all of them.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models" (NeurIPS 2019).
     """
@@ -122,7 +137,21 @@ class Equilibrium(EquilibriumLayer):
         reason="an equilibrium layer runs a data-dependent loop"
     )
     def forward(self, *injection: Any, z0: Any = None) -> Any:
-        """Solve the fixed point; in joint mode, do what the running optimisation asks."""
+        """Solve the fixed point. In joint mode, do what the running optimisation asks.
+
+        Args:
+            *injection: u, what goes into the cell beside z. Tensors are ``(rows, ...)``, or one row
+                for all.
+            z0: where to start, a tensor or tuple as the cell has it. None: :meth:`initial_state`.
+
+        Returns:
+            The state, as the cell has it.
+
+        Raises:
+            ValueError: the cell's output has another shape than its state, or an injected tensor
+                has neither the state's rows nor one row for all of them.
+            TypeError: no injection is given, or none that an initial state can be built from.
+        """
         start = self.initial_state(*injection) if z0 is None else z0
         start = full_precision_state(start)
         f = CellMap(self.cell, injection, Layout.of(start))
