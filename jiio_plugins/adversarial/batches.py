@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class Batches(Protocol):
     """Training data as batches, the same for every run of the same seed.
 
-    For ``restart_every`` they must tell which samples a batch holds: by ``order(index)``, the
-    numbers of all samples as the epoch has them, and ``batch_size``.
+    For ``restart_every`` they must tell which samples a batch holds, by ``order(index)`` and
+    ``batch_size``. ``order`` gives the numbers of all samples as the epoch has them.
 
     Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
-    that a resumed training has seen; it is called, if there is one, before the first epoch. What
+    that a resumed training has seen. It is called, if there is one, before the first epoch. What
     ``settings()`` returns, if it is there, plain values by name, must be the same in a resumed one.
     """
 
@@ -31,12 +31,28 @@ class Batches(Protocol):
         ...
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch ``index`` after the first ``skip``, on the model's device."""
+        """The batches of an epoch, on the model's device.
+
+        Args:
+            index: of the epoch, from 0 on.
+            skip: batches at its beginning that are left out.
+        """
         ...
 
 
 class TensorBatches:
-    """Batches of tensors, shuffled anew in every epoch by ``(seed, epoch)``."""
+    """Batches of tensors, shuffled anew in every epoch by ``(seed, epoch)``.
+
+    Args:
+        x: images, ``(samples, ...)``.
+        y: labels, ``(samples, ...)``.
+        batch_size: samples a batch.
+        seed: of the order.
+        drop_last: leave out an incomplete last batch.
+
+    Raises:
+        ValueError: x and y of different length, or too few samples for a batch.
+    """
 
     def __init__(
         self, x: Tensor, y: Tensor, batch_size: int, *, seed: int = 0, drop_last: bool = False
@@ -62,11 +78,16 @@ class TensorBatches:
         }
 
     def order(self, index: int) -> Tensor:
-        """The samples as epoch ``index`` has them, ``(n,)``."""
+        """The numbers of all samples as epoch ``index`` has them, ``(samples,)``."""
         return torch.randperm(len(self.x), generator=generator_for((self.seed, index), "cpu"))
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :class:`Batches`."""
+        """The batches of an epoch, see :class:`Batches`.
+
+        Args:
+            index: of the epoch, from 0 on.
+            skip: batches at its beginning that are left out.
+        """
         for rows in self.order(index).split(self.batch_size)[skip : self.count]:
             at = rows.to(self.x.device)
             yield self.x[at], self.y[at]

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 def carry(
     training: AdversarialTraining, batches: Batches, every: int, carried: AdversarialTraining | None
 ) -> Carried | None:
-    """What ``restart_every`` and ``carried`` ask for."""
+    """What ``restart_every`` and ``carried`` ask for. None: every search starts by itself.
+
+    Args:
+        training: the step of the searches that start by themselves.
+        batches: the data.
+        every: epochs from one such search to the next.
+        carried: the step of the searches in between. None: ``training.carried()``.
+
+    Raises:
+        TypeError: ``carried`` is no such step, or the batches do not tell which samples they hold.
+        ValueError: another ball, or a number of epochs that does not fit.
+    """
     if not is_count(every, 1):
         raise ValueError(f"restart_every must be a number of epochs >= 1, got {every!r}")
     if every == 1:
@@ -42,9 +53,19 @@ def carry(
 class Carried:
     """The images that the last searches ended with, one step ahead, by sample.
 
+    Args:
+        batches: the data, which tells the samples of each batch.
+        every: epochs from one search that starts by itself to the next.
+        search: the step of the searches in between.
+
     Attributes:
-        images: ``(n, ...)``; None before the first search.
-        known: whether there was one, ``(n,)``: an epoch may leave samples out, or not attack them.
+        images: ``(samples, ...)``. None before the first search.
+        known: whether there was one, bool ``(samples,)``. An epoch may leave samples out, or not
+            attack them.
+
+    Raises:
+        TypeError: the batches do not tell which samples they hold.
+        ValueError: their order is none.
     """
 
     def __init__(self, batches: Batches, every: int, search: AdversarialTraining) -> None:
@@ -62,7 +83,17 @@ class Carried:
         self.known = torch.zeros(len(self._rows(0, slice(None))), dtype=torch.bool)
 
     def start(self, epoch: int, step: int, x: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Where the searches of a batch start; None: as they do by themselves."""
+        """Where the searches of a batch start, shaped like x. None: as they do by themselves.
+
+        Args:
+            epoch: its number, from 0 on.
+            step: number of the batch in it, from 0 on.
+            x: images of the batch, ``(rows, ...)``.
+            generator: of random starts, for samples without an earlier search.
+
+        Raises:
+            ValueError: the batch has another number of images than its order says.
+        """
         if epoch % self.every == 0 or self.images is None:
             return None
         rows = self._batch(epoch, step, x)
@@ -71,7 +102,17 @@ class Carried:
         return torch.where(known, self.images[rows].to(x), x if own is None else own)
 
     def keep(self, epoch: int, step: int, x: Tensor, attacked: int) -> None:
-        """Note where they go on: those of the first rows, the others were not attacked."""
+        """Note where the searches of a batch go on.
+
+        Args:
+            epoch: its number, from 0 on.
+            step: number of the batch in it, from 0 on.
+            x: where they ended, ``(rows, ...)``.
+            attacked: rows that were attacked. They are the first ones, the others are not kept.
+
+        Raises:
+            ValueError: the batch has another number of images than its order says.
+        """
         rows = self._batch(epoch, step, x)[:attacked]
         if self.images is None:
             self.images = x.new_zeros(len(self.known), *x.shape[1:])
@@ -83,7 +124,11 @@ class Carried:
         return {"images": self.images, "known": self.known}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up that of a checkpoint."""
+        """Take up that of a checkpoint.
+
+        Raises:
+            ValueError: it is of another number of samples.
+        """
         if len(state["known"]) != len(self.known):
             raise ValueError(
                 f"the checkpoint keeps images of {len(state['known'])} samples, the batches hold "

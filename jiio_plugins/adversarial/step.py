@@ -50,7 +50,12 @@ CARRIED_REFINE = (3, 0)  # z follows the last step on x, as long as the others
 
 
 def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per sample, ``(batch,)``."""
+    """Cross-entropy per sample, ``(rows,)``.
+
+    Args:
+        output: logits, ``(rows, classes)``.
+        labels: classes ``(rows,)``, or probabilities ``(rows, classes)``.
+    """
     return cross_entropy(output, labels, reduction="none")
 
 
@@ -60,14 +65,15 @@ class AdversarialStep:
 
     Attributes:
         loss: scalar with a graph: call ``backward()``.
-        robust: attacked samples classified correctly at their adversarial example, ``(attacked,)``;
-            the first ones of the batch.
-        clean: the same at the image itself; None where the step never looked there (random or
-            carried starts without TRADES).
-        solution: of the inner problem; ``solution.x`` are the adversarial examples.
-        residual: relative residual of z where the gradient is taken, ``(batch,)``: after the
-            refinement of z; without one that of the search, from before its last step on x.
-        penalty: the Jacobian penalty, a detached scalar; None without one.
+        robust: attacked samples classified correctly at their adversarial example, bool
+            ``(attacked,)``. They are the first ones of the batch.
+        clean: the same at the image itself, bool ``(rows,)``. None where the step never looked
+            there (random or carried starts without TRADES).
+        solution: of the inner problem. ``solution.x`` are the adversarial examples.
+        residual: relative residual of z where the gradient is taken, after the refinement of z,
+            ``(rows,)``. Without one that of the search, from before its last step on x.
+        penalty: the Jacobian penalty, a detached scalar. None without one.
+        _passed: what :meth:`ahead` needs. None unless it was asked for.
     """
 
     loss: Tensor
@@ -81,15 +87,16 @@ class AdversarialStep:
     def ahead(self) -> Tensor:
         """The examples one step of ε further, where the next search for these samples may start.
 
+        ``project(x + ε d)``, d being the direction of length one in which the loss rises fastest.
         The pass that makes the gradient of the parameters makes that of its input as well, at the
-        best z and μ of the step, so this step costs no evaluation of f and no VJP.
+        best z and μ of the step. So this step costs no evaluation of f and no VJP.
 
         Returns:
-            ``project(x + ε d)``, shaped like x; d is the direction of length one in which the loss
-            rises fastest. A sample that was not attacked stays where it is.
+            Images, shaped like x. A sample that was not attacked stays where it is.
 
         Raises:
-            RuntimeError: ``loss.backward()`` has not been called, or not with ``ahead=True``.
+            RuntimeError: ``loss.backward()`` has not been called, or the step was made without
+                ``ahead=True``.
 
         Source: the gradient of a parameter update put to use for the input, Shafahi et al.,
         "Adversarial training for free!" (NeurIPS 2019).
@@ -107,26 +114,30 @@ class AdversarialTraining:
 
     ``C_i = {‖x − x_i‖_p ≤ ε, lower ≤ x ≤ upper}``. Where the joint loop ends, the gradient is one
     more VJP (:func:`jiio_plugins.envelope_loss`). With TRADES the loss is
-    ``L(model(x_i), y_i) + β max_x KL(p(x_i) ‖ p(x))`` instead; its clean pass uses the solver and
+    ``L(model(x_i), y_i) + β max_x KL(p(x_i) ‖ p(x))`` instead. Its clean pass uses the solver and
     the gradient rule that the layer carries.
 
     Args:
         norm: 1, 2 or inf.
         eps: ε in the units of x.
-        lower: pixel box, a number or broadcastable to x; None: no bound.
-        upper: likewise.
-        method: of the inner problem; if not given,
+        lower: least pixel value, a number or broadcastable to x. None: no bound.
+        upper: largest pixel value, likewise.
+        method: of the inner problem. The default is
             ``Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)``: short, and with less
-            over-relaxation than an attack, which keeps z nearer to its fixed point while it is
+            over-relaxation than an attack. That keeps z nearer to its fixed point while it is
             trained.
-        random_start: start in the ball at random instead of at the image; TRADES always does.
-        ratio: share of each batch that is attacked; the rest stays clean.
-        trades: β; None: no TRADES.
-        refine: see :func:`jiio_plugins.envelope_loss`.
+        random_start: start in the ball at random instead of at the image. TRADES always does.
+        ratio: share of each batch that is attacked, in (0, 1]. The rest stays clean.
+        trades: β. None: no TRADES.
+        refine: further steps on z and μ before the gradient, see
+            :func:`jiio_plugins.envelope_loss`.
         jacobian_weight: weight γ of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate
-            of the joint loop, which keeps the cell easy to solve.
-        jacobian_probes: of that estimate.
-        loss: ``loss(output, labels) -> (batch,)``.
+            of the joint loop. It keeps the cell easy to solve.
+        jacobian_probes: number of ξ in that estimate.
+        loss: ``loss(output, labels) -> (rows,)``.
+
+    Raises:
+        TypeError, ValueError: bad parameters or input.
 
     Example:
         >>> training = AdversarialTraining(norm=2, eps=0.3, lower=0.0, upper=1.0)
@@ -136,11 +147,8 @@ class AdversarialTraining:
         >>> step.clean.tolist(), step.robust.tolist()
         ([True, True, True, True], [False, True, True, True])
 
-    Raises:
-        TypeError, ValueError: bad parameters or input.
-
-    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3; Madry et al. (ICLR
-    2018); TRADES: Zhang et al. (ICML 2019), eq. 5; penalty: Bai, Koltun and Kolter (ICML 2021).
+    Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3. Madry et al. (ICLR
+    2018). TRADES: Zhang et al. (ICML 2019), eq. 5. Penalty: Bai, Koltun and Kolter (ICML 2021).
     """
 
     norm: float
@@ -191,18 +199,22 @@ class AdversarialTraining:
         """The loss of one batch.
 
         Args:
-            model: returns logits ``(batch, classes)``, or what ``loss`` takes. The search runs in
+            model: returns logits ``(rows, classes)``, or what ``loss`` takes. The search runs in
                 eval mode, the passes with gradients keep the flags as they are.
-            x: images ``(batch, ...)`` inside the box.
-            labels: ``(batch,)``, or what ``loss`` takes; the default also takes probabilities
-                ``(batch, classes)``.
+            x: images ``(rows, ...)`` inside the box.
+            labels: ``(rows,)``, or what ``loss`` takes. The default also takes probabilities
+                ``(rows, classes)``.
             wrapped: what the passes with parameter gradients call, if that is not the model itself:
                 a wrapper of it for several processes. A DistributedDataParallel model needs none.
-            generator: of random starts, the Jacobian penalty and its iterate, on x's device; None:
+            generator: of random starts, the Jacobian penalty and its iterate, on x's device. None:
                 the global one.
             start: where the search starts, shaped like x, projected on the set: the images that an
-                earlier search for the same samples ended with. See :meth:`carried`.
+                earlier search for the same samples ended with. See :meth:`carried`. None: where
+                this step starts by itself.
             ahead: let ``loss.backward()`` leave what :meth:`AdversarialStep.ahead` needs.
+
+        Raises:
+            TypeError, ValueError: bad input.
         """
         if len(labels) != len(x):
             raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {len(labels)}")
@@ -274,14 +286,20 @@ class AdversarialTraining:
     def start(
         self, x: Tensor, generator: torch.Generator | None = None, region: Constraint | None = None
     ) -> Tensor | None:
-        """Where a search starts by itself, in ``region(x)`` or the one given; None: at x."""
+        """Where a search starts by itself, shaped like x. None: at x.
+
+        Args:
+            x: images ``(rows, ...)``.
+            generator: of a random start. None: the global one.
+            region: the set that it is drawn in. None: ``self.region(x)``.
+        """
         if not self.random_start and self.trades is None:
             return None
         region = self.region(x) if region is None else region
         return region.bind(x.detach()).sample(generator).reshape(x.shape)
 
     def settings(self) -> dict[str, Any]:
-        """The parameters as plain values; the loss by its name, or how it prints."""
+        """The parameters as plain values. The loss is there by its name, or how it prints."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         name = getattr(self.loss, "__name__", repr(self.loss))
         for key in ("method", "lower", "upper", "refine"):
@@ -298,7 +316,12 @@ class AdversarialTraining:
             ) from error
 
     def adversary(self, labels: Tensor, clean: Tensor | None = None) -> _Adversary:
-        """The objective of the inner problem; with clean logits that of TRADES."""
+        """The objective of the inner problem. With clean logits it is that of TRADES.
+
+        Args:
+            labels: ``(rows,)``, or what ``loss`` takes.
+            clean: logits of the images, ``(rows, classes)``. None: no TRADES.
+        """
         if clean is None:
             return _Adversary(lambda output: self._loss(output, labels))
         target = log_softmax(clean, dim=1)
@@ -315,7 +338,15 @@ class AdversarialTraining:
         return ThreatModel(norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
 
     def region(self, x: Tensor, attacked: int | None = None) -> Constraint:
-        """Ball and box around x; rows from ``attacked`` on have a ball of radius 0."""
+        """Ball and box around x.
+
+        Args:
+            x: images ``(rows, ...)`` inside the box.
+            attacked: rows from here on have a ball of radius 0. None: all rows are attacked.
+
+        Raises:
+            ValueError: x lies outside of the box.
+        """
         threat = self.threat
         if attacked is not None and attacked < len(x):
             there = (torch.arange(len(x), device=x.device) < attacked).to(x.dtype)
@@ -349,7 +380,7 @@ class _Adversary:
     """The objective of the inner problem, minus what the adversary maximises.
 
     Attributes:
-        first: the first output it saw, that of where the search started; None before.
+        first: the first output it saw, that of where the search started. None before.
     """
 
     def __init__(self, maximised: Callable[[Tensor], Tensor]) -> None:
