@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One entry per sample.
+    """What two solves say of some samples, ``(rows,)`` each.
 
     Attributes:
         model_wrong: by the model's own answer, the solver it carries.
         tight_wrong: by the independent solve.
         converged: whether that solve reached its tolerance, with a finite answer.
-        loss, model_loss: cross-entropy by the independent solve and by the model.
-        residual: ‖f(z) − z‖ / ‖f(z)‖ of the state that the model itself stops at.
+        loss: cross-entropy by the independent solve.
+        model_loss: cross-entropy by the model.
+        residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the state that the model itself stops at.
     """
 
     model_wrong: Tensor
@@ -65,9 +66,9 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
     """The model's own answer, and that of a solve from the layers' initial state.
 
     Args:
-        model: returns logits ``(batch, classes)``.
-        x: images ``(batch, ...)``.
-        y: true classes, integers ``(batch,)``.
+        model: returns logits ``(rows, classes)``.
+        x: images ``(rows, ...)``.
+        y: true classes, integers ``(rows,)``.
         verify: solver of that solve.
 
     Raises:

@@ -41,43 +41,43 @@ def robust_accuracy(
 ) -> RobustnessReport:
     """Accuracy under the worst verified case of a suite of attacks, per sample.
 
-    ``1/n Σ_i min_a [x_a,i does not break i]``, ``‖x_a,i − x_i‖_p ≤ ε, l ≤ x_a,i ≤ u``. An example
-    breaks its sample if the model's own answer is wrong and so is that of an independent solve,
-    started from the layers' initial state, which converged.
+    ``mean_i min_a [x_a,i does not break i]`` over samples i and attacks a, with
+    ``‖x_a,i − x_i‖_p ≤ ε`` and ``lower ≤ x_a,i ≤ upper``. An example breaks its sample if the
+    model's own answer is wrong and so is that of an independent solve, started from the layers'
+    initial state, which converged. A misclassified sample counts as broken and is never attacked.
+    Nothing of the model, nor the global random generators, is changed.
 
     Args:
-        model: returns logits ``(batch, classes)``; has an equilibrium layer.
-        x: images ``(batch, ...)``, finite, inside the box.
-        y: true classes, integers ``(batch,)``.
+        model: returns logits ``(rows, classes)``. It has an equilibrium layer.
+        x: images ``(rows, ...)``, finite, inside the box.
+        y: true classes, integers ``(rows,)``.
         attacks: :class:`Attack` values, callables ``(model, x, y) -> x_adv`` or a dict name ->
-            callable; :func:`default_suite` has a strong selection.
+            callable. :func:`default_suite` has a strong selection.
         eps: radius of the ball in the units of x.
         norm: 1, 2 or inf.
-        lower: pixel box, a number or a tensor that broadcasts over the batch; None: no bound.
-        upper: likewise.
+        lower: least pixel value, a number or a tensor that broadcasts over the batch. None: no
+            bound.
+        upper: largest pixel value, likewise.
         batch_size: samples an attack gets at a time.
-        verify: solver of the independent solves; None: Anderson to relative residual 1e-5 (1e-9 in
+        verify: solver of the independent solves. None: Anderson to relative residual 1e-5 (1e-9 in
             float64) within 300 evaluations.
         known: images that may be adversarial, shape of x, judged before any attack is run: of a
             smaller radius (``report.worst``), or of another model.
-        skip_broken: do not give an attack what earlier ones have broken: same worst case, much
-            cheaper, but then only the first attack's own accuracy is known.
+        skip_broken: do not give an attack what earlier ones have broken. The worst case is the
+            same, and much cheaper. But then only the first attack's own accuracy is known.
         audit: number of samples on which model and gradients are audited (see
-            :mod:`jiio_plugins.evaluation.audit`); 0 switches it off, and with it the warnings that
+            :mod:`jiio_plugins.evaluation.audit`). 0 switches it off, and with it the warnings that
             rest on it.
         progress: show progress bars.
 
     Returns:
-        A :class:`RobustnessReport`; ``print`` it, or ``save`` it as JSON.
+        A :class:`RobustnessReport`, to ``print``, or to ``save`` as JSON.
 
     Raises:
         TypeError, ValueError: bad input, no equilibrium layer, or an attack that returns anything
-            but images within ball and box; the message names the attack.
+            but images within ball and box. The message names the attack.
 
-    A misclassified sample counts as broken and is never attacked. Nothing of the model, nor the
-    global random generators, is changed.
-
-    Source: Croce and Hein (ICML 2020) for the worst case over a suite; Carlini et al., "On
+    Source: Croce and Hein (ICML 2020) for the worst case over a suite. Carlini et al., "On
     Evaluating Adversarial Robustness" (2019) for the checks.
     """
     begin = time.perf_counter()
@@ -132,7 +132,7 @@ def robust_accuracy(
 
 
 class _State:
-    """The worst case so far; every tensor has one entry per sample."""
+    """The worst case so far. Every tensor has one entry per sample."""
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, verify: Solver, batch_size: int
@@ -165,7 +165,7 @@ class _State:
         self.unverified[rows] |= ~verdict.converged
         self.doubtful[rows] |= verdict.doubtful
         new = verdict.broken & ~self.broken[rows]
-        # a broken case beats any unbroken one; among equals the higher loss, if it is verified
+        # a broken case beats any unbroken one, and among equals the higher loss, if it is verified
         same = verdict.broken == self.broken[rows]
         higher = verdict.converged & (verdict.loss > self.worst_loss[rows])
         better = new | (same & higher)
@@ -203,7 +203,7 @@ def _run(
                         f"{int(batch[-1])}"
                     )
                     raise
-                # an attack of the engine judges itself before it returns; others do not
+                # an attack of the engine judges itself before it returns, others do not
                 seconds += time.perf_counter() - start - counter.verification_seconds
             f_evals, vjps = f_evals + counter.f_evals, vjps + counter.vjps
             found = threat.check(attack.name, found, x)
