@@ -1,4 +1,7 @@
-"""What a training run is: one frozen dataclass, which is the command line and the run's record."""
+"""What a training run is: one frozen dataclass, which is the command line and the run's record.
+
+The command line takes its help from the ``Attributes:`` below.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,27 @@ Latents = Literal["zero", "table", "encoder"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the decoder; a field left out is chosen by the images' size."""
+    """Sizes of the decoder. A field left out is chosen by the images' size.
+
+    Attributes:
+        latent: shape of one latent: D for a vector, or C H W for a spatial one
+        channels: channels of each scale, the finest first
+        stride: the finest scale has image size / stride pixels
+        expansion: widening inside a residual block
+        groups: groups of the GroupNorms
+    """
 
     latent: tuple[int, ...] = ()
-    """shape of one latent: D for a vector, or C H W for a spatial one"""
     channels: tuple[int, ...] = ()
-    """channels of each scale, the finest first"""
     stride: int = 0
-    """the finest scale has image size / stride pixels"""
     expansion: int = 2
-    """widening inside a residual block"""
     groups: int = 4
-    """groups of the GroupNorms"""
 
     def for_images(self, shape: tuple[int, int, int]) -> Architecture:
         """With every size filled in for images ``(c, h, w)``.
 
-        Up to 16 pixels two scales of 16 channels; up to 32 two of 16 and 32 at half resolution;
-        above, the paper's four of 32 to 256 at full resolution.
+        Up to 16 pixels there are two scales of 16 channels. Up to 32 there are two of 16 and 32 at
+        half resolution. Above, there are the paper's four of 32 to 256 at full resolution.
         """
         side = max(shape[1:])
         channels: tuple[int, ...]
@@ -52,7 +58,7 @@ class Architecture:
         )
 
     def build(self, shape: tuple[int, int, int]) -> MDEQDecoder:
-        """A fresh decoder."""
+        """A fresh decoder of images ``(c, h, w)``."""
         full = self.for_images(shape)
         return MDEQDecoder(
             latent_shape=full.latent[0] if len(full.latent) == 1 else full.latent,
@@ -65,63 +71,80 @@ class Architecture:
 
 
 def check_penalty(latent_penalty: float) -> None:
-    """ValueError unless it is a number, not negative."""
+    """Raise unless it is a finite number, not negative.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not 0 <= latent_penalty < math.inf:
         raise ValueError(f"latent_penalty must be finite and not negative, got {latent_penalty}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a generator by fitting each image's latent inside the training step."""
+    """Train a generator by fitting each image's latent inside the training step.
+
+    Attributes:
+        data: digits, fashion-mnist, or a folder of images
+        out: folder of the run: checkpoint, config, TensorBoard, pictures
+        folder: where Fashion-MNIST lies: torchvision's root, or Debian's folder
+        resize: for a folder: crop images to their central square and scale it to so many pixels
+        resume: go on with the run in --out. Its own settings hold, of which epochs, steps, folder,
+            accelerator and checkpoint_every may be given anew
+        model: sizes of the decoder. A field left out is chosen by the images' size
+        latents: where a step's joint optimisation starts: at zero as in the paper, at the latents
+            of the image's last visit (kept in a table), or at an encoder's guess
+        iterations: joint iterations a training step
+        warmup: evaluations of f alone before the first of them
+        step_size: of the latent, in units of u² / squared error. Default: 2.5 √(sites / pixels), of
+            which a latent vector has one site and a spatial latent h·w
+        refine: further steps on state and adjoint before the gradient of the weights
+        latent_penalty: weight λ of the latent's prior: squared error + λ ‖u‖² is minimised
+        epochs: passes over the training images
+        steps: stop after so many steps, whatever the epochs
+        batch_size: images a step, over all processes
+        lr: of AdamW, at its highest
+        weight_decay: of AdamW
+        grad_clip: largest norm of the parameters' gradient
+        jacobian_weight: weight of the penalty that keeps the cell easy to solve, beside the error
+            per pixel
+        ema_decay: of the averaged weights that pictures, samples and fits use
+        precision: bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32
+        accelerator: auto takes a GPU where there is one
+        checkpoint_every: steps between checkpoints
+        pictures_every: steps between pictures and held-out fits
+        latents_kept: training images whose latents are fitted at the end, to sample from
+        seed: of all that is random in the run
+
+    Raises:
+        ValueError: a count below 1, or a negative latent_penalty.
+    """
 
     data: str
-    """digits, fashion-mnist, or a folder of images"""
     out: Path
-    """folder of the run: checkpoint, config, TensorBoard, pictures"""
     folder: Path = Path("data")
-    """where Fashion-MNIST lies: torchvision's root, or Debian's folder"""
     resize: int | None = None
-    """for a folder: crop images to their central square and scale it to so many pixels"""
     resume: bool = False
-    """go on with the run in --out; its own settings hold, of which epochs, steps, folder,
-    accelerator and checkpoint_every may be given anew"""
     model: Architecture = Architecture()
     latents: Latents = "zero"
-    """where a step's joint optimisation starts: at zero as in the paper, at the latents of the
-    image's last visit (kept in a table), or at an encoder's guess"""
     iterations: int = 10
-    """joint iterations a training step"""
     warmup: int = 6
-    """evaluations of f alone before the first of them"""
     step_size: float | None = None
-    """of the latent, in units of u² / squared error; default: 2.5 √(sites / pixels), of which a
-    latent vector has one site and a spatial latent h·w"""
     refine: int = 2
-    """further steps on state and adjoint before the gradient of the weights"""
     latent_penalty: float = 0.01
-    """weight λ of the latent's prior: squared error + λ ‖u‖² is minimised"""
     epochs: int = 20
     steps: int | None = None
-    """stop after so many steps, whatever the epochs"""
     batch_size: int = 64
-    """images a step, over all processes"""
     lr: float = 3e-3
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
-    """largest norm of the parameters' gradient"""
     jacobian_weight: float = 0.1
-    """weight of the penalty that keeps the cell easy to solve, beside the error per pixel"""
     ema_decay: float = 0.99
-    """of the averaged weights that pictures, samples and fits use"""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32"""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     checkpoint_every: int = 200
-    """steps between checkpoints"""
     pictures_every: int = 500
-    """steps between pictures and held-out fits"""
     latents_kept: int = 4096
-    """training images whose latents are fitted at the end, to sample from"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -144,17 +167,21 @@ class TrainConfig:
         check_penalty(self.latent_penalty)
 
     def given(self) -> dict[str, Any]:
-        """What a resumed run is to have: what differs from the defaults; data and out have none."""
+        """What a resumed run is to have: what differs from the defaults. data and out have none."""
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def to_json(self) -> str:
-        """As text."""
+        """All settings as text, but ``resume``."""
         return json.dumps({**asdict(self), "resume": False}, indent=1, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: damaged, or settings that there are not.
+        """
         try:
             values: dict[str, Any] = json.loads(text)
         except ValueError as error:

@@ -88,7 +88,14 @@ def save_generator(
 ) -> None:
     """Write the weights together with what is needed to build the decoder again.
 
-    ``about_it`` are plain values that :func:`about` reads.
+    Args:
+        path: the file.
+        decoder: whose weights.
+        model: its sizes, all filled in.
+        **about_it: plain values that :func:`about` reads.
+
+    Raises:
+        OSError: could not be written, such as on a full disk. An older file is kept.
     """
     about = {name: str(value) for name, value in about_it.items()}
     about["architecture"] = json.dumps({**asdict(model), "image_shape": decoder.image_shape})
@@ -98,7 +105,7 @@ def save_generator(
 
 
 def load_generator(path: str | Path) -> MDEQDecoder:
-    """The generator of a run folder, or of a ``generator.safetensors``; in eval mode, on the CPU.
+    """The generator of a run folder, or of a ``generator.safetensors``, in eval mode, on the CPU.
 
     Raises:
         FileNotFoundError: there is none.
@@ -127,20 +134,29 @@ def load_generator(path: str | Path) -> MDEQDecoder:
 
 
 def about(path: Path) -> dict[str, str]:
-    """What a file of tensors says of itself."""
+    """What a file of tensors says of itself, by name."""
     with safe_open(path, framework="pt") as opened:
         return opened.metadata() or {}
 
 
 def save_latents(path: Path, latents: Tensor, **about_it: object) -> None:
-    """Write latents ``(n, *latent_shape)``, and plain values that :func:`about` reads."""
+    """Write latents together with what they are of.
+
+    Args:
+        path: the file.
+        latents: ``(rows, *latent_shape)``.
+        **about_it: plain values that :func:`about` reads.
+
+    Raises:
+        OSError: could not be written, such as on a full disk. An older file is kept.
+    """
     about = {name: str(value) for name, value in about_it.items()}
     with _whole(path) as file:
         file.write(save({"latents": latents.detach().cpu().contiguous()}, metadata=about))
 
 
 def load_latents(path: Path) -> Tensor:
-    """Read them back.
+    """Read latents ``(rows, *latent_shape)`` back.
 
     Raises:
         FileNotFoundError: there are none.

@@ -37,7 +37,14 @@ _RESUMABLE = ("out", "resume", "epochs", "steps", "folder", "accelerator", "chec
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left: its folder, the averaged decoder, steps done, held-out PSNR in dB."""
+    """What a run left.
+
+    Attributes:
+        out: its folder.
+        decoder: with averaged weights.
+        steps: that were done.
+        psnr: mean of held-out fits, in dB (peak 1).
+    """
 
     out: Path
     decoder: MDEQDecoder
@@ -51,13 +58,13 @@ def train(
     method: Method | None = None,
     on_step: Callable[[int, StepResult], None] | None = None,
 ) -> Trained:
-    """Train a generator by fitting latents inside the step; write the run's folder.
+    """Train a generator by fitting latents inside the step, and write the run's folder.
 
     Minimises ``mean_i min_u ‖g(u) − y_i‖² + λ‖u‖²`` over the weights of ``g``. What is random in a
     step depends on (seed, step, process) alone, so resuming needs no random state.
 
     Args:
-        config: everything there is to choose; the same as the command line of
+        config: everything there is to choose, the same as the command line of
             ``jiio train-generator``.
         method: what fits the latents instead of :class:`jiio_plugins.Joint`, such as a
             :class:`jiio_plugins.Nested` to compare with.
@@ -68,9 +75,9 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
-        FileNotFoundError, ValueError: bad data or checkpoint; the message says what to do.
-        FloatingPointError: loss or weights became NaN or Inf; the last checkpoint is from before.
-        OSError: a checkpoint could not be written; the one before is kept.
+        FileNotFoundError, ValueError: bad data or checkpoint. The message says what to do.
+        FloatingPointError: loss or weights became NaN or Inf. The last checkpoint is from before.
+        OSError: a checkpoint could not be written. The one before is kept.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
@@ -191,7 +198,7 @@ class _Run:
                     self._pictures(bar)
 
     def _batches(self) -> Iterator[Tensor]:
-        """Rows of this process's images; the order of an epoch depends on (seed, epoch) alone."""
+        """Rows of this process's images. The order of an epoch depends on (seed, epoch) alone."""
         while self.done < self.total:
             epoch, first = divmod(self.done, self.per_epoch)
             order = torch.randperm(len(self.mine), generator=self._random(epoch, device="cpu"))
@@ -271,7 +278,7 @@ class _Run:
         return cast("MDEQDecoder", self.ema.module)
 
     def _pictures(self, bar: Any = None) -> None:
-        """Fit held-out images with the averaged weights; draw."""
+        """Fit held-out images with the averaged weights, and draw them."""
         config = self.config
         held_out = to_unit(self.images.held_out[:32].to(self.fabric.device))
         fitted = fit(self.averaged, held_out, latent_penalty=config.latent_penalty)
@@ -287,7 +294,7 @@ class _Run:
     # Checkpoints --------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write checkpoint and generator; the table is gathered from all processes."""
+        """Write checkpoint and generator. The table is gathered from all processes."""
         tensors = [*self.inner.state_dict().values(), *self.ema.state_dict().values()]
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise self._diverged("the weights hold NaN or Inf")
@@ -320,7 +327,7 @@ class _Run:
         return shards.transpose(0, 1).reshape(-1, *self.table.shape[1:])[: len(self.images.train)]
 
     def load(self) -> None:
-        """Go on from the checkpoint; without one from the beginning, if it never had one."""
+        """Go on from the checkpoint, or from the beginning if the run never had one."""
         path = self.config.out / files.CHECKPOINT
         if not path.is_file() and not (self.config.out / files.GENERATOR).exists():
             self.fabric.print(f"{self.config.out} has no checkpoint yet: from the first step")
