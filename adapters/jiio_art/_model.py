@@ -28,11 +28,15 @@ class RawInput(nn.Module):
             model = model.module  # the loop makes no parameter gradients
         self.model = model
         self.classifier = classifier
-        # ART puts a standardisation by 0 and 1 into every classifier; it does nothing
+        # ART puts a standardisation by 0 and 1 into every classifier, and it does nothing
         self.preprocess = not all(map(_does_nothing, classifier.preprocessing_operations))
 
     def forward(self, x: Tensor) -> Any:
-        """Images ``(n, *input_shape)`` -> logits ``(n, classes)``."""
+        """Images ``(rows, *input_shape)`` -> logits ``(rows, classes)``.
+
+        Raises:
+            NotImplementedError: the preprocessing makes several images of one.
+        """
         seen = x
         if self.preprocess:
             seen, _ = self.classifier._apply_preprocessing(x, y=None, fit=False, no_grad=False)

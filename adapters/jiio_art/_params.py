@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_params(attack: Any) -> None:
-    """Check every parameter of ``attack``.
+    """Check every parameter of an attack.
 
     Raises:
-        TypeError, ValueError: a bad parameter; the message says what is accepted.
+        TypeError, ValueError: a bad parameter. The message says what is accepted.
         NotImplementedError: the classifier has preprocessing that is not written in PyTorch.
     """
     _check_classifier(attack.estimator)
@@ -48,10 +48,14 @@ def check_params(attack: Any) -> None:
 
 
 def check_trainable(classifier: PyTorchClassifier, attack: Any) -> None:
-    """Check that ``attack`` can be the adversary in a training of ``classifier``.
+    """Check that an attack can be the adversary in a training.
+
+    Args:
+        classifier: what is to be trained.
+        attack: a :class:`JIIOAttack`.
 
     Raises:
-        TypeError, ValueError: it cannot; the message says what is accepted.
+        TypeError, ValueError: it cannot. The message says what is accepted.
         NotImplementedError: a targeted attack.
     """
     if attack.estimator is not classifier:
@@ -122,6 +126,17 @@ def _check_size(name: str, value: Any, positive: bool) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless a number is an integer, not below a least one.
+
+    Args:
+        name: what the message calls it.
+        value: what was given.
+        least: smallest integer accepted.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: one below the least.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:

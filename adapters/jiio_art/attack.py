@@ -39,7 +39,7 @@ class JIIOAttack(EvasionAttack):
 
     ``max_x L(h(z*), y)  s.t.  z* = f(z*, x),  ‖x − x₀‖_p ≤ ε,  x within clip_values``
 
-    The state z, its adjoint and x advance together; ART's own attacks solve for the first two at
+    The state z, its adjoint μ and x advance together. ART's own attacks solve for the first two at
     every step. The model inside the classifier has a :class:`jiio_plugins.Equilibrium` layer and
     returns logits. ε and clip values hold for the images as :meth:`generate` gets them, before any
     preprocessing of the classifier. A call changes nothing of the classifier's and no global random
@@ -49,28 +49,30 @@ class JIIOAttack(EvasionAttack):
         estimator: a :class:`PyTorchClassifier`, on CPU or CUDA. Of its preprocessing only steps
             written in PyTorch are supported.
         norm: 1, 2, ``np.inf`` or "inf".
-        eps: ε, a number or an array: ``(n,)`` or ``(n, 1, …)`` for one value per sample; with the
-            L∞ norm also anything else that broadcasts to the images.
-        eps_step: first step in the units of the images; later ones are shorter, down to
-            0.8 / max_iter of it. Same kind and shape as eps. None: the method's own, a multiple
-            of ε.
-        max_iter: steps; None: the method's own.
+        eps: ε in the units of the images, a number or an array: ``(rows,)`` or ``(rows, 1, …)`` for
+            one value per sample. With the L∞ norm also anything else that broadcasts to the images.
+        eps_step: first step in the units of the images. Later ones are shorter, down to 0.8 /
+            max_iter of it. Same kind and shape as eps. None: the method's own, a multiple of ε.
+        max_iter: steps on x. None: the method's own.
         targeted: move towards ``y`` instead of away from it.
-        num_random_init: 0: start at the image; n: up to n random starts in the ball, the best kept
+        num_random_init: 0: start at the image. k: up to k random starts in the ball, the best kept
             per sample.
         batch_size: images that are worked on together.
         random_eps: draw each sample's ε from a normal distribution of mean 0 and deviation ε/2,
-            truncated to [0, ε] (Kurakin et al., 2017); eps_step shrinks with it.
+            truncated to [0, ε] (Kurakin et al., 2017). eps_step shrinks with it.
         loss: "cross-entropy", "dlr" or "margin".
         early_stop: stop a sample once it has been adversarial for four evaluations in a row.
-        method: a :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested`; None: ``Joint()``.
+        method: a :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested`. None: ``Joint()``.
         retry: a longer method of the same kinds, run once more from x on the samples that have not
-            succeeded. Its own step sizes hold; ``max_iter`` and ``eps_step`` are ``method``'s.
+            succeeded. Its own step sizes hold. ``max_iter`` and ``eps_step`` are ``method``'s.
+            None: there is no second run.
         autocast: precision in which the loop runs the model, ``torch.bfloat16`` say. The
-            perturbation stays in float32, and the result is verified without it.
+            perturbation stays in float32, and the result is verified without it. None: as the model
+            is.
         seed: of the random starts and random ε. A call with the same arguments gives the same
             result.
-        summary_writer: as in ART: True, a folder, or a ``SummaryWriter``; updated at every step.
+        summary_writer: as in ART: True, a folder, or a ``SummaryWriter``. It is updated at every
+            step.
         verbose: show a progress bar over batches.
 
     Attributes:
@@ -79,8 +81,10 @@ class JIIOAttack(EvasionAttack):
 
     Raises:
         EstimatorError: the estimator is not a PyTorch classifier.
-        TypeError, ValueError: bad parameters; the message says what is accepted.
+        TypeError, ValueError: bad parameters. The message says what is accepted.
         NotImplementedError: preprocessing that is not written in PyTorch.
+
+    Not for: models without a fixed point, which ART's own attacks handle.
 
     Example:
         >>> from art.estimators.classification import PyTorchClassifier
@@ -90,8 +94,6 @@ class JIIOAttack(EvasionAttack):
         >>> x_adv = attack.generate(x.numpy(), y.numpy())
         >>> attack.solution.success
         array([ True, False, False, False])
-
-    Not for: models without a fixed point, which ART's own attacks handle.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
     """
@@ -159,22 +161,23 @@ class JIIOAttack(EvasionAttack):
     def generate(
         self, x: npt.NDArray[Any], y: npt.NDArray[Any] | None = None, **kwargs: Any
     ) -> npt.NDArray[np.float32]:
-        """Adversarial examples for ``x``.
+        """Adversarial examples for some images.
 
         Args:
-            x: images ``(n, *input_shape)`` within the classifier's clip values; any real type.
-            y: true classes, or with ``targeted`` the wanted ones: one-hot ``(n, classes)`` or
-                indices ``(n,)``. None: the classifier's own predictions.
-            **kwargs: ``mask``: bool or non-negative floats that broadcast to x; pixels where it is
+            x: images ``(rows, *input_shape)`` within the classifier's clip values, of any real
+                type.
+            y: true classes, or with ``targeted`` the wanted ones: one-hot ``(rows, classes)`` or
+                indices ``(rows,)``. None: the classifier's own predictions.
+            **kwargs: ``mask``: bool or non-negative floats that broadcast to x. Pixels where it is
                 zero keep their value. Anything else is ignored.
 
         Returns:
-            A new float32 array of the shape of x. A sample for which nothing better was found
-            comes back as it started.
+            A new float32 array of the shape of x. A sample for which nothing better was found comes
+            back as it started.
 
         Raises:
-            ValueError: bad input, or a model without an equilibrium layer; the message says how
-                to add one.
+            ValueError: bad input, or a model without an equilibrium layer. The message says how to
+                add one.
         """
         self.solution = None
         self._check_params()  # attributes may have been set since
@@ -277,7 +280,7 @@ class JIIOAttack(EvasionAttack):
     def _summary(
         self, batch_id: int, shape: tuple[int, ...], y: npt.NDArray[np.int64]
     ) -> Callback | None:
-        """What keeps ART's summary writer informed; restarts go on counting steps."""
+        """What keeps ART's summary writer informed. Restarts go on counting steps."""
         writer = self.summary_writer
         if writer is None:
             return None

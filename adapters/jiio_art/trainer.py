@@ -45,46 +45,49 @@ class JIIOAdversarialTrainer(Trainer):
     ``min_θ mean_i max_{‖x − x_i‖_p ≤ ε} L(model_θ(x), y_i)``
 
     A step solves for the adversarial examples, the state and its adjoint in one iteration, and
-    takes the gradient of the parameters from where that iteration ended. Norm, ε, first step,
-    iterations, method, random starts and autocast are those of ``attack`` (``restart_every`` has a
-    method of its own); attacks of ART would solve the model's fixed point anew at each of their
-    steps.
+    takes the gradient of the parameters from where that iteration ended. Attacks of ART would solve
+    the model's fixed point anew at each of their steps. Norm, ε, first step, iterations, method,
+    random starts and autocast are those of ``attack``. ``restart_every`` has a method of its own.
+    Preprocessing of the classifier is applied as in ``predict``.
 
     Args:
         classifier: a :class:`PyTorchClassifier` with an optimiser, ``nn.CrossEntropyLoss`` and a
             model that holds a :class:`jiio_plugins.Equilibrium` layer and returns logits. Trained
             in place.
         attack: a :class:`JIIOAttack` on this classifier, untargeted. Where it names neither method
-            nor max_iter, the training takes 7 iterations instead of the attack's 30: a hard
-            example is enough, it need not be the worst.
-        ratio: share of each batch that is attacked; the rest stays clean.
-        trades: β of the TRADES loss ``L(model(x_i), y_i) + β max KL(p(x_i) ‖ p(x))``; None: off.
-        refine: steps on the state and the adjoint before the gradient, warm-started; one number, or
+            nor max_iter, the training takes 7 iterations instead of the attack's 30: a hard example
+            is enough, it need not be the worst.
+        ratio: share of each batch that is attacked, in (0, 1]. The rest stays clean.
+        trades: β of the TRADES loss ``L(model(x_i), y_i) + β max KL(p(x_i) ‖ p(x))``. None: off.
+        refine: steps on the state and the adjoint before the gradient, warm-started: one number, or
             a pair of them.
-        restart_every: epochs from one search that starts at the images to the next; in between
-            each takes up the example where the last one for the same image ended, and is short.
-            For arrays (:meth:`fit`). Epochs count within one call of ``fit``. 1: every epoch.
-        carried: method of the searches in between; None: that of
+        restart_every: epochs from one search that starts at the images to the next. In between each
+            takes up the example where the last one for the same image ended, and is short. For
+            arrays (:meth:`fit`). Epochs count within one call of ``fit``. 1: every epoch.
+        carried: method of the searches in between. None: that of
             :meth:`jiio_plugins.adversarial.AdversarialTraining.carried`.
-        jacobian_weight: of the Jacobian penalty at a random iterate of the search; 0 switches it
-            off. It keeps the cell easy to solve while it is trained.
-        max_grad_norm: clip the gradient's norm; None: do not.
+        jacobian_weight: of the Jacobian penalty at a random iterate of the search. It keeps the
+            cell easy to solve while it is trained. 0 switches it off.
+        max_grad_norm: clip the gradient's norm. None: do not.
         scheduler_interval: "epoch", as ART's trainers do, or "step".
         patience: stop after so many epochs without a better robust accuracy on the validation data,
-            and put the best weights back; None: train to the end.
-        checkpoint: file written after every epoch; a training that was killed goes on from it.
+            and put the best weights back. None: train to the end.
+        checkpoint: file written after every epoch. A training that was killed goes on from it.
+            None: no file is.
         checkpoint_every: and after so many steps.
-        resume: go on from ``checkpoint`` where it exists; without it an existing file is an error.
+        resume: go on from ``checkpoint`` where it exists. Without it an existing file is an error.
         seed: of the order of the images, random starts and the penalty.
         verbose: show a progress bar with loss, clean and robust accuracy, and residual of z.
 
     Attributes:
-        history: one dict per epoch of the last :meth:`fit`; see
+        history: one dict per epoch of the last :meth:`fit`, see
             :func:`jiio_plugins.adversarial.fit_adversarially`.
 
     Raises:
-        TypeError, ValueError: bad parameters; the message says what is accepted.
+        TypeError, ValueError: bad parameters. The message says what is accepted.
         NotImplementedError: a targeted attack.
+
+    Not for: models without a fixed point, which ART's own trainers handle.
 
     Example:
         >>> loss = torch.nn.CrossEntropyLoss()
@@ -96,9 +99,6 @@ class JIIOAdversarialTrainer(Trainer):
         >>> trainer.fit(x.numpy(), y.numpy(), nb_epochs=3)
         >>> [round(epoch["loss"], 1) for epoch in trainer.history]
         [0.6, 0.1, 0.1]
-
-    Not for: models without a fixed point, which ART's own trainers handle. Preprocessing of the
-    classifier is applied as in ``predict``.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
     """
@@ -157,17 +157,18 @@ class JIIOAdversarialTrainer(Trainer):
         """Train on arrays.
 
         Args:
-            x: images ``(n, *input_shape)`` within the classifier's clip values.
-            y: true classes, one-hot ``(n, classes)`` or indices ``(n,)``.
-            validation_data: ``(x, y)`` of the same kinds, judged after each epoch.
+            x: images ``(rows, *input_shape)`` within the classifier's clip values.
+            y: true classes, one-hot ``(rows, classes)`` or indices ``(rows,)``.
+            validation_data: ``(x, y)`` of the same kinds, judged after each epoch. None: nothing
+                is.
             batch_size: images a step.
-            nb_epochs: of the whole training; a resumed one counts those before it.
-            scheduler: any of torch's, built for the classifier's optimiser.
+            nb_epochs: of the whole training. A resumed one counts those before it.
+            scheduler: any of torch's, built for the classifier's optimiser. None: the rate stays.
             **kwargs: ``drop_last``: leave out an incomplete last batch.
 
         Raises:
             TypeError, ValueError: bad input, an unknown keyword, or a checkpoint of another
-                training; nothing is changed then.
+                training. Nothing is changed then.
         """
         drop_last = kwargs.pop("drop_last", False)
         images, labels = self.tensors(x, y)
@@ -188,11 +189,15 @@ class JIIOAdversarialTrainer(Trainer):
         batches before, so it is exact if a new generator yields the same batches again.
 
         Args:
-            generator: see above.
-            nb_epochs: see :meth:`fit`.
-            scheduler: likewise.
-            validation_data: likewise.
+            generator: ART's. It must know its size.
+            nb_epochs: of the whole training. A resumed one counts those before it.
+            scheduler: any of torch's, built for the classifier's optimiser. None: the rate stays.
+            validation_data: ``(x, y)`` as :meth:`fit` takes it. None: nothing is judged.
             **kwargs: none.
+
+        Raises:
+            TypeError, ValueError: bad input, ``restart_every`` above 1, or a checkpoint of another
+                training.
         """
         if self.restart_every > 1:
             raise ValueError(
@@ -205,7 +210,12 @@ class JIIOAdversarialTrainer(Trainer):
         self._fit(batches, validation_data, generator.batch_size, nb_epochs, scheduler, kwargs)
 
     def predict(self, x: npt.NDArray[Any], **kwargs: Any) -> npt.NDArray[np.float32]:
-        """The trained classifier's logits; keywords go to its ``predict``."""
+        """The trained classifier's logits, ``(rows, classes)``.
+
+        Args:
+            x: images ``(rows, *input_shape)``.
+            **kwargs: of the classifier's ``predict``.
+        """
         logits: npt.NDArray[np.float32] = self._classifier.predict(x, **kwargs)
         return logits
 
@@ -300,7 +310,15 @@ class JIIOAdversarialTrainer(Trainer):
         return device
 
     def tensors(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-        """Images and class indices, checked, on the classifier's device."""
+        """Images and class indices, checked, on the classifier's device.
+
+        Args:
+            x: images, an array ``(rows, *input_shape)``.
+            y: true classes, one-hot ``(rows, classes)`` or indices ``(rows,)``.
+
+        Raises:
+            ValueError: bad input, or no images.
+        """
         classifier = self._classifier
         images = _inputs.as_images(x, classifier)
         if not images.ndim or not len(images):
@@ -324,7 +342,12 @@ class RowLoss:
         self._rows.reduction = "none"
 
     def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
-        """``(batch,)``."""
+        """The loss of each image, ``(rows,)``.
+
+        Args:
+            output: logits, ``(rows, classes)``.
+            labels: classes, integers ``(rows,)``.
+        """
         rows: Tensor = self._rows(output, labels)
         own = self.criterion
         if own.reduction == "sum":
@@ -361,6 +384,6 @@ class _GeneratorBatches:
             self.generator.get_batch()
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The next batches; what to skip has been dropped by then."""
+        """The next batches. What to skip has been dropped by then."""
         for _ in range(len(self) - skip):
             yield self.trainer.tensors(*self.generator.get_batch())
