@@ -94,7 +94,11 @@ def latent_shape_of(generator: nn.Module, given: int | Sequence[int] | None) -> 
 
 
 def check_weights(**weights: float) -> None:
-    """Raise unless these are finite numbers, not negative."""
+    """Raise unless these are finite numbers, not negative.
+
+    Raises:
+        ValueError: one of them is not.
+    """
     for name, value in weights.items():
         number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
         if not number or not 0 <= value < float("inf"):
@@ -158,7 +162,12 @@ def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def check_measurements(y: Any) -> None:
-    """Raise unless ``y`` is a finite batch of measurements."""
+    """Raise unless ``y`` is a finite batch of measurements.
+
+    Raises:
+        TypeError: no tensor or TensorList, or of integers.
+        ValueError: no batch, NaN or Inf.
+    """
     if not isinstance(y, (Tensor, TensorList)):
         raise TypeError(f"y must be a tensor or a deepinv TensorList, got {type(y).__name__}")
     for part in parts(y):
@@ -173,7 +182,11 @@ def check_measurements(y: Any) -> None:
 
 
 def check_physics(physics: Any) -> None:
-    """Raise unless it is deepinv's."""
+    """Raise unless it is deepinv's.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(physics, Physics):
         raise TypeError(
             f"physics must be a deepinv.physics.Physics, got {type(physics).__name__}; a function "
@@ -214,7 +227,11 @@ def check_truth(x_gt: Any, batch: int) -> None:
 
 
 def check_usable(generator: nn.Module) -> None:
-    """Raise where no gradient can pass the generator."""
+    """Raise where no gradient can pass the generator.
+
+    Raises:
+        ValueError: it was made in inference mode.
+    """
     if any(t.is_inference() for t in [*generator.parameters(), *generator.buffers()]):
         raise ValueError(
             "the generator was made in inference mode, so that no gradient can pass it: make or "

@@ -13,7 +13,12 @@ from jiio_plugins.joint import PenaltyMode, SolveMode, guarded, layer_mode
 
 
 def contraction(generator: nn.Module, u: Tensor) -> Tensor:
-    """``‖J_z‖²_F / n`` of the generator's cells where its states settle at latents u, a scalar."""
+    """``‖J_z‖²_F / n`` of the generator's cells where their states settle, a differentiable scalar.
+
+    Args:
+        generator: a module with an equilibrium layer.
+        u: latents, ``(rows, *latent_shape)``.
+    """
     solve = SolveMode()
     with guarded(generator, freeze=False):
         with torch.no_grad(), layer_mode(solve):
@@ -25,14 +30,15 @@ def contraction(generator: nn.Module, u: Tensor) -> Tensor:
 
 
 class JacobianLoss(Loss):
-    """``w ‖J_z‖²_F / n`` of the generator's cells, at the latents that were just found.
+    """``weight · ‖J_z‖²_F / n`` of the generator's cells, at the latents that were just found.
 
-    Beside another loss in ``dinv.Trainer(losses=[...])``. Without it a cell can stop to contract
-    while it learns; :attr:`jiio_plugins.Status.NOT_VERIFIED` and warnings of large residuals say
-    so. One probe of Hutchinson's estimate, see :func:`jiio_plugins.jacobian_penalty`.
+    It goes beside another loss in ``dinv.Trainer(losses=[...])``. Without it a cell can stop to
+    contract while it learns. :attr:`jiio_plugins.Status.NOT_VERIFIED` and warnings of large
+    residuals say so. It takes one probe of Hutchinson's estimate, see
+    :func:`jiio_plugins.jacobian_penalty`.
 
     Args:
-        weight: w, against the other losses.
+        weight: against the other losses.
 
     Raises:
         TypeError: the model that is trained is no :class:`JIIOReconstructor`.
@@ -48,7 +54,20 @@ class JacobianLoss(Loss):
     def forward(
         self, x_net: Any, x: Any, y: Any, physics: Any, model: Any, **kwargs: Any
     ) -> Tensor:
-        """The penalty, a scalar; of what deepinv passes it needs the model alone."""
+        """The penalty, a scalar with a graph.
+
+        Args:
+            x_net: the reconstruction, not used.
+            x: the true images, not used.
+            y: the measurements, not used.
+            physics: not used.
+            model: the reconstructor, or what wraps it. Its last latents count.
+            **kwargs: what else deepinv passes, not used.
+
+        Raises:
+            TypeError: the model is no :class:`JIIOReconstructor`.
+            RuntimeError: it has not been called yet.
+        """
         # what wraps it: a loss that adapts models, DistributedDataParallel
         while not isinstance(model, JIIOReconstructor):
             inner = getattr(model, "model", getattr(model, "module", None))

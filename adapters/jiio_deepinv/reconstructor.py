@@ -1,4 +1,4 @@
-"""Reconstruction with a DEQ generator, in deepinv's words; the work is done by the engine."""
+"""Reconstruction with a DEQ generator, in deepinv's words. The work is done by the engine."""
 
 from __future__ import annotations
 
@@ -52,43 +52,50 @@ STEP = 1.0
 class JIIOReconstructor(Reconstructor):
     """``x̂ = G(u*)``, ``u* = argmin_u  d(A(G(u)), y) + b g(G(u)) + λ/2 ‖(u − m)/s‖²``, jointly.
 
-    G is a generator with an equilibrium layer; its state, the adjoint and u advance in one
-    iteration (:class:`jiio_plugins.Joint`), each sample by itself. With gradients on, x̂ is a
-    differentiable function of everything that requires grad (generator, y, physics, data fidelity,
-    prior), by implicit differentiation of the joint fixed point: memory does not depend on
-    ``iters``. Its residuals are in ``solution.stats.implicit``; there is a warning where they are
-    above 1e-3 or, if that is more, ten times ``implicit.tol`` (but always above 0.5).
+    G is a generator with an equilibrium layer. Its state, the adjoint and u advance in one
+    iteration (:class:`jiio_plugins.Joint`), each sample by itself.
+
+    With gradients on, x̂ is a differentiable function of everything that requires grad (generator,
+    y, physics, data fidelity, prior). This is implicit differentiation of the joint fixed point, so
+    memory does not depend on ``iters``. Its residuals are in ``solution.stats.implicit``. There is
+    a warning where they are above 1e-3 or, if that is more, ten times ``implicit.tol`` (but always
+    above 0.5).
 
     Args:
         generator: a module with a :class:`jiio_plugins.Equilibrium` that maps latents
-            ``(B, *latent_shape)`` to images ``(B, *image_shape)``, real or complex.
-        data_fidelity: d, a ``deepinv.optim.DataFidelity``; None: minus the log-likelihood of the
+            ``(rows, *latent_shape)`` to images ``(rows, *image_shape)``, real or complex.
+        data_fidelity: d, a ``deepinv.optim.DataFidelity``. None: minus the log-likelihood of the
             physics' noise model (:func:`jiio_deepinv.likelihood_of`).
         prior: g, a ``deepinv.optim.Prior`` with a value (an explicit one), or None.
         prior_weight: b.
         latent_penalty: λ, against the data term as it is: with a likelihood, 1 is a standard normal
             prior on u.
-        range_penalty: ρ; with it the image may leave the generator's range,
-            ``x̂ = G(u*) + r*`` where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
-        latent_shape: None: ``generator.latent_shape``.
-        encoder: a module that guesses the latents: ``encoder(y, physics)`` returns m, or (m, s)
-            with how far off it may be, see :class:`jiio_deepinv.GaussianEncoder`; u starts at m
-            and moves in units of s. It is trained along. None: m is 0; no s: it is 1.
-        init: where u starts instead, ``(B, *latent_shape)`` or ``init(y, physics)``; it gets no
+        range_penalty: ρ. With it the image may leave the generator's range, ``x̂ = G(u*) + r*``
+            where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
+        latent_shape: of one latent, d or a shape. None: ``generator.latent_shape``.
+        encoder: a module that guesses the latents. ``encoder(y, physics)`` returns m, or (m, s)
+            with how far off it may be, see :class:`jiio_deepinv.GaussianEncoder`. u starts at m and
+            moves in units of s. The encoder is trained along. None: m is 0. Without s it is 1.
+        init: where u starts instead, ``(rows, *latent_shape)`` or ``init(y, physics)``. It gets no
             gradient. None: m.
         iters: steps on u.
-        step_size: in units of the inverse curvature in (u − m)/s, which is estimated per sample
+        step_size: in units of the inverse curvature in ``(u − m)/s``, which is estimated per sample
             from the physics, the likelihood and the generator's gain. A step too long is halved as
             often as needed, per sample.
         tol: relative residual of state, adjoint and u at which a sample is finished.
         method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
             ``iters``, ``step_size`` and ``tol``.
-        implicit: solver that refines the solution and solves the equation of its gradient; None: as
+        implicit: solver that refines the solution and solves the equation of its gradient. None: as
             exact as the dtype allows. ``Anderson(max_iter=8, memory=8, tol=0.1)`` makes training
             several times cheaper.
 
     Shape:
-        y as the physics makes it, real, complex or a TensorList, batch first → ``(B, C, ...)``.
+        y as the physics makes it, real, complex or a TensorList, batch first → ``(rows, C, ...)``.
+
+    Raises:
+        TypeError, ValueError: bad settings, at once. What does not fit together, when called.
+
+    Not for: priors without a value (plug-and-play denoisers), physics without a derivative.
 
     Example:
         >>> from deepinv.physics import GaussianNoise, Inpainting
@@ -102,11 +109,6 @@ class JIIOReconstructor(Reconstructor):
         (tensor(0.07), tensor(0.02))
         >>> print(model.solution.report())
         4 × CONVERGED: ...
-
-    Raises:
-        TypeError, ValueError: bad settings, at once; what does not fit together, when called.
-
-    Not for: priors without a value (plug-and-play denoisers), physics without a derivative.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
@@ -153,14 +155,15 @@ class JIIOReconstructor(Reconstructor):
     def solution(self) -> Solution | None:
         """The last call as the engine saw it: f evaluations, VJPs, residuals, status per sample.
 
-        ``value`` is the minimised sum, ``x`` holds w = (u − m) / s, flat (then r, scaled). None
-        before the first call and after one that failed.
+        ``value`` is the minimised sum. ``x`` holds the variable as it was optimised, flat:
+        ``(u − m)/s``, then with ``range_penalty`` r, scaled. None before the first call and after
+        one that failed.
         """
         return self._solution
 
     @property
     def latents(self) -> Tensor | None:
-        """The u of the last call, ``(B, *latent_shape)``: a start for one on like images."""
+        """The u of the last call, ``(rows, *latent_shape)``: a start for one on like images."""
         return self._latents
 
     def forward(
@@ -175,13 +178,19 @@ class JIIOReconstructor(Reconstructor):
         """The reconstruction, and with ``compute_metrics`` deepinv's dictionary of metrics.
 
         Args:
-            y: measurements.
-            physics: their forward model.
-            init: see the class.
-            x_gt: true images, for the metric "psnr".
-            compute_metrics: also return ``{"residual", "cost", "psnr": list[B][iteration]}``.
-            **kwargs: what deepinv's wrappers pass to every model; not used. A setting of the class
+            y: measurements, batch first.
+            physics: their forward model A.
+            init: where u starts, see the class. None: as the class has it.
+            x_gt: true images, shaped like the reconstruction, for the metric "psnr".
+            compute_metrics: also return ``{"residual", "cost", "psnr": list[rows][iteration]}``.
+            **kwargs: what deepinv's wrappers pass to every model, not used. A setting of the class
                 among them is an error.
+
+        Returns:
+            Images ``(rows, *image_shape)``, with ``compute_metrics`` in a pair with the dictionary.
+
+        Raises:
+            TypeError, ValueError: bad measurements or physics, or what does not fit together.
         """
         self._solution = self._latents = None
         check_measurements(y)
@@ -266,7 +275,10 @@ class JIIOReconstructor(Reconstructor):
         return Anderson(max_iter=100, tol=self.implicit.tol / 10)
 
     def _start(self, y: Any, physics: Physics, init: Init | None) -> tuple[Tensor, Place | None]:
-        """Where w starts, ``(B, *latent_shape)``, and m and s with their graphs; None: 0 and 1."""
+        """Where the variable starts, ``(rows, *latent_shape)``, and m and s with their graphs.
+
+        None in place of the two stands for 0 and 1.
+        """
         wanted = (len(parts(y)[0]), *self.latent_shape)
         like = next(self.generator.parameters(), parts(y)[0].real)
         place: Place | None = None
