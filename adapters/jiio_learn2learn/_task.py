@@ -22,6 +22,10 @@ class Slots:
     """Named parameters of a module, in every place where the module holds them.
 
     After an adaptation they are results of a computation, not ``nn.Parameter``s, as with MAML.
+
+    Args:
+        module: what holds them.
+        names: of ``module.named_parameters()``.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -48,7 +52,7 @@ class Slots:
         return [place[0][0]._parameters[place[0][1]] for place in self._places.values()]  # type: ignore[misc]
 
     def put(self, values: Sequence[Tensor]) -> None:
-        """Put others there."""
+        """Put others there, in the order of the names."""
         for place, value in zip(self._places.values(), values, strict=True):
             for module, key in place:
                 module._parameters[key] = value  # type: ignore[assignment]
@@ -79,6 +83,10 @@ def frozen(module: nn.Module, adapted: Slots) -> Iterator[None]:
     Weights of torch's weight normalisation are computed once instead of at every call, where no
     adapted parameter enters them. Other parametrisations may draw random numbers or depend on more
     than their parameters.
+
+    Args:
+        module: whose parameters.
+        adapted: the ones that move.
     """
     moving = {id(t) for t in adapted.get()}
     computed = [
@@ -117,10 +125,13 @@ class TaskVariable(Variable):
         loss: the support loss at whatever stands in the slots.
         anchor: v0, a live function of the meta-parameters.
         reg: in units of loss / v².
-        states: of each equilibrium layer at the current v, flat; all rows belong to this one
+        states: of each equilibrium layer at the current v, flat. All rows belong to this one
             problem.
         module: what holds the slots.
         repeatable: draw the same random numbers at every call.
+
+    Raises:
+        ValueError: the layers see batches of different size.
     """
 
     rows_see_v_alone = False
@@ -152,7 +163,7 @@ class TaskVariable(Variable):
         self.groups = Groups(rows, torch.zeros(rows, dtype=torch.long, device=self.start.device))
 
     def guarded(self, *, freeze: bool = True) -> AbstractContextManager[None]:
-        """All parameters but the adapted ones are constants; see :func:`frozen`."""
+        """All parameters but the adapted ones are constants, see :func:`frozen`."""
         return frozen(self.model, self.slots)
 
     def _call(self, v: Tensor, rows: Tensor | None) -> Tensor:
@@ -161,7 +172,7 @@ class TaskVariable(Variable):
         return self.loss() + 0.5 * self.reg * (v - self.anchor).square().sum()
 
     def parts(self, v: Tensor) -> list[Tensor]:
-        """``v`` as the parameters it is made of."""
+        """The variable ``(1, d)`` as the parameters it is made of."""
         flats = v.split([shape.numel() for shape, _ in self.like], dim=1)
         return [
             flat.reshape(shape).to(dtype)
@@ -169,11 +180,11 @@ class TaskVariable(Variable):
         ]
 
     def problem(self, state: FlatState, fixed: Sequence[Tensor] | None = None) -> Problem:
-        """The task as the engine takes it; its objective is one number for all rows.
+        """The task as the engine takes it. Its objective is one number for all rows.
 
         Args:
             state: where the layers' states and adjoint start.
-            fixed: states of the layers, where v reaches none of them.
+            fixed: flat states of the layers, where v reaches none of them. None: it reaches one.
         """
 
         def objective(value: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class _TaskState:
         initial: v0, functions of the meta-parameters.
         version: how often v has changed.
         support: what the model was called with at the last adaptation.
-        z, jz_mu: where that ended.
+        z: flat state of each layer where that ended.
+        jz_mu: ``J_zᵀμ`` there, ``(rows, n)``.
         called_with: the model's last arguments inside a closure.
     """
 
@@ -80,32 +81,44 @@ class _Forward:
 class JIIOLearner(BaseLearner):
     """learn2learn's ``MAML(model, lr)`` for a deep equilibrium model with a task context.
 
-    A clone's ``adapt(loss)`` lets the context v, the state z and the adjoint μ of the whole support
-    set advance together towards ``v* = argmin_v loss(v) + reg/2 ‖v − v0‖²``, v0 being what the
+    A clone's ``adapt(loss)`` finds ``v* = argmin_v loss(v) + reg/2 ‖v − v0‖²``. The context v, the
+    state z and the adjoint μ of the whole support set advance together towards it. v0 is what the
     parameters are in the learner that was cloned. Gradients of a later loss flow through v* by
-    implicit differentiation of the joint fixed point: the meta-gradient of the optimum itself,
-    whatever iterations found it, at a memory that does not depend on their number.
+    implicit differentiation of the joint fixed point. That is the meta-gradient of the optimum
+    itself, whatever iterations found it, at a memory that does not depend on their number.
 
     Args:
         model: reaches at least one :class:`jiio_plugins.Equilibrium` in its forward.
-        lr: step size on v, in units of v² / loss; it changes the way to v*, not v*. A loss summed
-            over n samples wants ``lr / n``.
+        lr: step size α on v, in units of v² / loss. It changes the way to v*, not v*. A loss summed
+            over samples wants it divided by their number.
         adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
-            after it; None: those called ``context``. Where the graph of no equilibrium leads to
+            after it. None: those called ``context``. Where the graph of no equilibrium leads to
             them (a head alone), ``adapt`` refines the fixed point once and leaves it there.
         reg: pulls v to v0, in units of loss / v². With 0 the optimum does not depend on v0, whose
-            meta-gradient is then 0, and has to exist: a cross-entropy of separable data has none.
-        iters: iterations at most, per call of ``adapt``; it ends at ``tol``.
+            meta-gradient is then 0. It also has to exist: a cross-entropy of separable data has
+            none.
+        iters: iterations at most, per call of ``adapt``. It ends at ``tol``.
         first_order: take v* for a constant, and for v0 the identity in place of ``dv*/dv0``:
             FOMAML's gradient, not the gradient of anything. It saves the implicit differentiation.
-        allow_unused: leave names that do not influence the loss as they are, instead of an error;
+        allow_unused: leave names that do not influence the loss as they are, instead of an error.
             None: as ``allow_nograd``.
-        allow_nograd: leave names whose parameter requires no gradient as they are, likewise.
-        tol: relative residual of z, μ and v at which the iteration ends; None: 1e-4, in float64
+        allow_nograd: leave names whose parameter requires no gradient as they are, instead of an
+            error.
+        tol: relative residual of z, μ and v at which the iteration ends. None: 1e-4, in float64
             1e-9.
-        memory: of Anderson's mixing of (z, μ, v); 0 switches it off.
-        adjoint: solver of the implicit differentiation; None:
+        memory: of Anderson's mixing of (z, μ, v), in iterations. 0 switches it off.
+        adjoint: solver of the implicit differentiation. None:
             :func:`jiio_plugins.implicit.adjoint_solver`.
+
+    Attributes:
+        residuals: how accurate the implicit gradient of the last ``adapt`` is. None before, and
+            with ``first_order``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what was given, what is accepted and what to do.
+
+    Not for: support minibatches that change between calls of ``adapt`` (the optimum of the last one
+    would forget the others), and second derivatives of the query loss.
 
     Example:
         >>> from torch.nn.functional import mse_loss
@@ -119,14 +132,8 @@ class JIIOLearner(BaseLearner):
         >>> mse_loss(maml(query), query.sin()).item(), loss.item()
         (0.56, 0.05)
 
-    Raises:
-        ValueError, TypeError, RuntimeError: what was given, what is accepted and what to do.
-
-    Not for: support minibatches that change between calls of ``adapt`` (the optimum of the last one
-    would forget the others), and second derivatives of the query loss.
-
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.4, where the
-    meta-gradient is the first-order one; the implicit one as in Rajeswaran, Finn, Kakade and
+    meta-gradient is the first-order one. The implicit one is as in Rajeswaran, Finn, Kakade and
     Levine, "Meta-Learning with Implicit Gradients" (NeurIPS 2019).
     """
 
@@ -166,12 +173,12 @@ class JIIOLearner(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> JIIOLearner:
-        """A learner for one task; gradients flow back from it to this one's parameters.
+        """A learner for one task. Gradients flow back from it to this one's parameters.
 
         Args:
-            first_order: of the clone; None: as here.
-            allow_unused: likewise.
-            allow_nograd: likewise.
+            first_order: of the clone. None: as here.
+            allow_unused: of the clone. None: as here.
+            allow_nograd: of the clone. None: as here.
         """
         learner: JIIOLearner = clone_module(self)
         settings = {
@@ -214,19 +221,20 @@ class JIIOLearner(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """Minimise the support loss over v, from where v is; a further call goes on from there.
+        """Minimise the support loss over v, from where v is. A further call goes on from there.
 
         Args:
             loss: one number, computed from this clone's output by functions of torch, such as
-                ``cross_entropy(learner(x), y)``; or a function without arguments that returns it,
+                ``cross_entropy(learner(x), y)``. Or a function without arguments that returns it,
                 which may use the adapted parameters as well.
-            first_order: for this call; None: as the learner has it.
-            allow_unused: likewise.
-            allow_nograd: likewise.
+            first_order: for this call. None: as the learner has it.
+            allow_unused: for this call. None: as the learner has it.
+            allow_nograd: for this call. None: as the learner has it.
 
         Raises:
             ValueError: the loss is not one finite number, or comes from elsewhere or from before
-                the last adaptation; a name does not influence it; the support set has changed.
+                the last adaptation. A name does not influence it. The support set has changed.
+            TypeError: the loss is neither a tensor nor a function.
             RuntimeError: called on a learner that is no clone, or without gradients.
         """
         if self._task is None:
@@ -299,8 +307,8 @@ class JIIOLearner(BaseLearner):
     ) -> tuple[list[Tensor], float]:
         """Flat states of layers that v does not reach, with a gradient, and their residual.
 
-        They go on from where the forward pass ended, which the layers' own solver decided, and get
-        the exact gradient, whatever rule the layers have, in a graph of their own.
+        They go on from where the forward pass ended, which the layers' own solver decided. Whatever
+        rule the layers have, they get the exact gradient, in a graph of their own.
         """
         dtype = variable.z.dtype
         mode = SolveMode(
