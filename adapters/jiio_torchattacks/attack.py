@@ -1,4 +1,4 @@
-"""JIIO in torchattacks' words; the work is done by :func:`jiio_plugins.attack`."""
+"""JIIO in torchattacks' words. The work is done by :func:`jiio_plugins.attack`."""
 
 from __future__ import annotations
 
@@ -34,33 +34,38 @@ ROUNDING = 1e-5  # what normalising an image and back may add to a pixel, with r
 class JIIO(Attack):
     """Joint inference and input optimisation, for models with an equilibrium layer.
 
-    ``max_x L(model(x), y)  s.t.  ‖x − x₀‖ ≤ ε, 0 ≤ x ≤ 1``. The equilibrium state, its adjoint and
-    x advance together: a step costs an evaluation or two of the cell and one vector-Jacobian
+    ``max_x L(model(x), y)  s.t.  ‖x − x₀‖ ≤ ε, 0 ≤ x ≤ 1``. The equilibrium state z, its adjoint μ
+    and x advance together. A step costs an evaluation or two of the cell and one vector-Jacobian
     product, where PGD solves two fixed points.
 
+    A call changes nothing but :attr:`solution`, nor does one that fails: no train/eval flag,
+    ``.grad``, ``requires_grad`` or buffer, nor the state of the global random generators.
+
     Args:
-        model: returns logits ``(N, classes)``; has a :class:`jiio_plugins.Equilibrium` layer.
+        model: returns logits ``(rows, classes)``. It has a :class:`jiio_plugins.Equilibrium` layer.
         norm: "L2" or "Linf".
-        eps: ε, in the units of images in [0, 1]; None: 1.0 for L2, 8/255 for Linf.
-        steps: steps on x; None: as many as ``method`` says, 30 unless you give one.
+        eps: ε, in the units of images in [0, 1]. None: 1.0 for L2, 8/255 for Linf.
+        steps: steps on x. None: as many as ``method`` says, 30 unless you give one.
         loss: "ce" (or "cross-entropy"), "dlr" or "margin".
-        random_starts: 0: start at the images. n: up to n random starts, the best kept per image.
+        random_starts: 0: start at the images. k: up to k random starts, the best kept per image.
         early_stop: finish an image once it has been adversarial for four steps in a row.
         seed: of the random starts, which every call repeats, and of the labels that
             ``set_mode_targeted_random`` draws, which go on from call to call.
         method: :class:`jiio_plugins.Joint` (default) with settings of your own, or
             :class:`jiio_plugins.Nested`, the loop that JIIO replaces.
         retry: a longer method of the same kinds, run once more from the images on those that have
-            not succeeded; ``steps`` is ``method``'s.
+            not succeeded. ``steps`` is ``method``'s. None: there is no second run.
 
     Shape:
-        - images ``(N, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``; float32
-          or float64, as the model is.
-        - labels ``(N,)`` integers; None: what the model predicts.
-        - output: like the images; inside ball and box.
+        - images ``(rows, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``. They
+          are float32 or float64, as the model is.
+        - labels ``(rows,)`` integers. None: what the model predicts.
+        - output: like the images, inside ball and box.
 
-    A call changes nothing but :attr:`solution`, nor does one that fails: no train/eval flag,
-    ``.grad``, ``requires_grad`` or buffer, nor the state of the global random generators.
+    Raises:
+        TypeError, ValueError: bad settings, at once. Bad images or labels, when called.
+
+    Not for: models without an equilibrium layer, which torchattacks' own attacks serve.
 
     Example:
         >>> atk = JIIO(model, norm="L2", eps=0.3)
@@ -69,11 +74,6 @@ class JIIO(Attack):
         tensor([False,  True,  True,  True])
         >>> print(atk.solution.report())
         4 × CONVERGED: ...
-
-    Raises:
-        TypeError, ValueError: bad settings, at once; bad images or labels, when called.
-
-    Not for: models without an equilibrium layer; torchattacks' own attacks serve those.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
     """
@@ -118,7 +118,14 @@ class JIIO(Attack):
     def __call__(
         self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Adversarial images; see the class."""
+        """Adversarial images, as the class says.
+
+        Args:
+            inputs: images ``(rows, C, H, W)``, in [0, 1] or normalised.
+            labels: classes, integers ``(rows,)``. None: what the model predicts.
+            *args: of the base class.
+            **kwargs: of the base class.
+        """
         self._solution = None
         # The base class restores neither a frozen BatchNorm nor anything after an exception.
         normalization = self._normalization_applied
@@ -130,7 +137,15 @@ class JIIO(Attack):
         return adversarial
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Adversarial images for ``images`` in [0, 1]."""
+        """Adversarial images, like those given.
+
+        Args:
+            images: ``(rows, C, H, W)`` in [0, 1].
+            labels: classes, integers ``(rows,)``. None: what the model predicts.
+
+        Raises:
+            TypeError, ValueError: bad images or labels, or settings changed to bad ones.
+        """
         self._check_settings()
         self._check_images(images)
         images = images.detach().to(self.device)
@@ -178,24 +193,48 @@ class JIIO(Attack):
     # target image by image, which makes the host wait for an accelerator each time.
 
     def get_random_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """A random class for each image, other than its label."""
+        """A random class for each image, other than its label, ``(rows,)``.
+
+        Args:
+            inputs: images ``(rows, C, H, W)``.
+            labels: classes, integers ``(rows,)``. None: what the model predicts.
+
+        Raises:
+            ValueError: labels out of range.
+        """
         logits = self.get_output_with_eval_nograd(inputs)
         scores = torch.rand(logits.shape, generator=self._target_generator).to(logits.device)
         return _smallest_but(logits.argmax(1) if labels is None else labels, scores, 1)
 
     def get_least_likely_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The class of ``kth_min``-th smallest probability for each image, its label left out."""
+        """The class of ``kth_min``-th smallest probability but for the label, ``(rows,)``.
+
+        Args:
+            inputs: images ``(rows, C, H, W)``.
+            labels: classes, integers ``(rows,)``. None: what the model predicts.
+
+        Raises:
+            ValueError: labels out of range, or ``kth_min``.
+        """
         logits = self.get_output_with_eval_nograd(inputs)
         return _smallest_but(logits.argmax(1) if labels is None else labels, logits, self._kth_min)
 
     def normalize(self, inputs: Tensor) -> Tensor:
-        """From [0, 1] to what the model expects; keeps the dtype, whatever that of mean and std."""
+        """Images from [0, 1] to what the model expects, in their dtype.
+
+        Raises:
+            ValueError: another number of channels than mean and std have.
+        """
         self._check_channels(inputs)
         normalized: Tensor = super().normalize(inputs)
         return normalized.to(inputs.dtype)
 
     def inverse_normalize(self, inputs: Tensor) -> Tensor:
-        """From what the model expects to [0, 1]; keeps the dtype."""
+        """Images from what the model expects to [0, 1], in their dtype.
+
+        Raises:
+            TypeError, ValueError: bad images, or another number of channels than mean and std have.
+        """
         self._check_images(inputs)
         self._check_channels(inputs)
         images: Tensor = super().inverse_normalize(inputs)
@@ -278,7 +317,7 @@ def _check_labels(name: str, labels: Tensor, images: Tensor) -> None:
 
 
 def _smallest_but(labels: Tensor, scores: Tensor, k: int) -> Tensor:
-    """The class of k-th smallest score among all but the label, ``(N,)``."""
+    """The class of k-th smallest score among all but the label, ``(rows,)``."""
     classes = scores.shape[1]
     if bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(

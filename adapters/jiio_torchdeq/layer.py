@@ -45,11 +45,12 @@ def adapt(model: nn.Module) -> nn.Module:
 
     The layers are changed in place: their class becomes a subclass of what it was, everything else
     (settings, parameters, names in a ``state_dict``) stays. Outside an optimisation they answer as
-    before, to the bit. In eval mode, where TorchDEQ solves without a graph and no gradient reaches
-    the model's input, the answer has the exact gradient now, unless gradients are off: ``μ`` solves
-    ``μ = J_zᵀ μ + ∂ℓ/∂z`` to the layer's ``b_tol``, relative to μ, in at most ``b_max_iter`` VJPs.
+    before, to the bit.
 
-    In joint mode a layer returns one state, as in eval mode, and an empty ``info``.
+    In eval mode TorchDEQ solves without a graph, and no gradient reaches the model's input. There
+    the answer has the exact gradient now, unless gradients are off. μ solves ``μ = J_zᵀμ + ∂ℓ/∂z``
+    to the layer's ``b_tol``, relative to μ, in at most ``b_max_iter`` VJPs. In joint mode a layer
+    returns one state, as in eval mode, and an empty ``info``.
 
     Args:
         model: holds at least one layer from ``torchdeq.get_deq``, or is one. Its states are batch
@@ -90,7 +91,17 @@ def adapt(model: nn.Module) -> nn.Module:
 
 
 class JointDEQ(EquilibriumLayer):
-    """Comes before the class of a TorchDEQ layer: asks the current mode first."""
+    """Comes before the class of a TorchDEQ layer: asks the current mode first.
+
+    Attributes:
+        signature: of the layer's own ``forward``.
+        eval_f_max_iter: evaluations of f at most in eval mode, TorchDEQ's setting.
+        f_tol: residual at which its solve stops.
+        f_stop_mode: "rel" or "abs", what that residual is.
+        b_max_iter: VJPs at most in a backward pass.
+        b_tol: residual at which the adjoint's solve stops.
+        b_stop_mode: "rel" or "abs", likewise.
+    """
 
     signature: inspect.Signature  # what function and state are called differs from class to class
     eval_f_max_iter: int
@@ -121,7 +132,7 @@ class JointDEQ(EquilibriumLayer):
     def _solve(
         self, plain: Callable[..., Any], func: Callable[..., Any], z0: Any
     ) -> tuple[list[Any], Any]:
-        """What the layer does by itself, counted; in eval mode with a gradient."""
+        """What the layer does by itself, counted. In eval mode it has a gradient."""
         z_out, info = plain(_counted(func), z0)
         if isinstance(info, dict):
             count(Cost(), info.get("rel_lowest"))
@@ -152,7 +163,7 @@ class _Rules:
 
 
 class _Own(Adjoint):
-    """The layer's own solver and gradient; with a solver of ours the exact gradient."""
+    """The layer's own solver and gradient. With a solver of ours the exact gradient."""
 
     def __init__(
         self, layer: nn.Module, solve: Callable[[Any], tuple[list[Any], Any]], solver: Solver
@@ -160,7 +171,7 @@ class _Own(Adjoint):
         self.layer, self.solve, self.solver = layer, solve, solver
 
     def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """The flat equilibrium of ``f`` from ``z0``."""
+        """The flat equilibrium of ``f`` from ``z0``, ``(rows, n)``."""
         if solver is not self.solver:
             return Implicit().forward(f, z0, solver)
         training = self.layer.training
@@ -193,7 +204,7 @@ def _anderson(max_iter: int, tol: float, stop_mode: str) -> Anderson:
 
 
 def _on_state(func: Callable[..., Any]) -> Callable[[Any], Any]:
-    """``func`` as a function of one state; TorchDEQ hands over the parts of a tuple one by one."""
+    """``func`` as a function of one state. TorchDEQ hands over the parts of a tuple one by one."""
 
     def call(state: Any) -> Any:
         return func(*state) if isinstance(state, (tuple, list)) else func(state)
