@@ -3,7 +3,7 @@
     python benchmarks/attack.py --data DIR [--images 256] [--out out/benchmark-attack]
 
 For an L2 ball (ε = 1) and an L∞ ball (ε = 0.03), both within the pixel box, it runs what
-``jiio bench`` runs (:mod:`jiio_plugins.cli.bench` says what, and how it is judged), and
+``jiio bench`` runs (:func:`jiio_plugins.evaluation.compare_with_nested`), and
 
 * ART's PGD-20 and torchattacks' PGD-20 through the DEQ, with the solver the model carries;
 * JIIO's loop against a bare loop of as many model forwards and VJPs (engine overhead).
@@ -15,23 +15,20 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
-from jiio_plugins import Box, Equilibrium, Intersection, Joint, L2Ball, LinfBall, attack_objective
-from jiio_plugins.cli.bench import Attack, Bench, Row, compare, machine, plot, show
+from jiio_plugins import Equilibrium, Joint, attack_objective
 from jiio_plugins.data import load_fashion_mnist
+from jiio_plugins.evaluation import Comparison, Row, compare_with_nested
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import load_pretrained
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EPS = {"L2": 1.0, "Linf": 0.03}  # fixed before Joint was run: PGD-20 leaves 23 % at Linf 0.03
 
@@ -52,12 +49,12 @@ class Args:
     threads: int = 2
 
 
-def art_pgd(bench: Bench) -> Attack:
+def art_pgd(comparison: Comparison) -> Any:
     from art.attacks.evasion import ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
-        model=bench.model,
+        model=comparison.model,
         loss=nn.CrossEntropyLoss(),
         input_shape=(1, 28, 28),
         nb_classes=10,
@@ -66,34 +63,35 @@ def art_pgd(bench: Bench) -> Attack:
     )
     pgd = ProjectedGradientDescent(
         classifier,
-        norm=bench.norm,
-        eps=bench.eps,
-        eps_step=bench.eps / 8,
+        norm=comparison.norm,
+        eps=comparison.eps,
+        eps_step=comparison.eps / 8,
         max_iter=20,
-        batch_size=len(bench.x),
+        batch_size=len(comparison.x),
         verbose=False,
     )
-    return lambda: torch.from_numpy(
-        np.asarray(pgd.generate(x=bench.x.numpy(), y=bench.y.numpy()), dtype=np.float32)
-    )
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(pgd.generate(x=x.numpy(), y=y.numpy()), np.float32))
+
+    return run
 
 
-def torchattacks_pgd(bench: Bench) -> Attack:
+def torchattacks_pgd(comparison: Comparison) -> Any:
     import torchattacks
 
-    kind: Any = torchattacks.PGDL2 if bench.norm == 2 else torchattacks.PGD
-    pgd = kind(bench.model, eps=bench.eps, alpha=bench.eps / 5, steps=20, random_start=False)
-    return lambda: pgd(bench.x, bench.y).detach()
+    kind: Any = torchattacks.PGDL2 if comparison.norm == 2 else torchattacks.PGD
+    eps = comparison.eps
+    pgd = kind(comparison.model, eps=eps, alpha=eps / 5, steps=20, random_start=False)
+    return lambda model, x, y: pgd(x, y).detach()
 
 
-def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
+def overhead(comparison: Comparison, iterations: int, repeats: int) -> dict[str, float]:
     """Seconds of Joint's iterations against as many bare model forwards and VJPs."""
-    model: Any = bench.model
+    model: Any = comparison.model
     layer: Equilibrium = model.equilibrium
-    x, y = bench.x, bench.y
-    objective = attack_objective("cross-entropy", y)
-    ball = L2Ball(bench.eps) if bench.norm == 2 else LinfBall(bench.eps)
-    inside = Intersection(ball, Box(0.0, 1.0))
+    x, inside = comparison.x, comparison.threat.around(comparison.x)
+    objective = attack_objective("cross-entropy", comparison.y)
     parameters = list(model.parameters())
     for p in parameters:
         p.requires_grad_(False)
@@ -129,32 +127,22 @@ def overhead(bench: Bench, iterations: int, repeats: int) -> dict[str, float]:
 
 
 def run_norm(args: Args, norm: str) -> dict[str, Any]:
-    x, y = load_fashion_mnist(args.data, "test")
-    order = 2.0 if norm == "L2" else math.inf
-    model = load_pretrained("fashion-mnist")
-    bench = Bench(model, x[: args.images], y[: args.images], order, EPS[norm])
+    x, y = (t[: args.images] for t in load_fashion_mnist(args.data, "test"))
+    model, order = load_pretrained("fashion-mnist"), 2.0 if norm == "L2" else math.inf
+    comparison = Comparison(model, x, y, norm=order, eps=EPS[norm])
     hosts = [
-        (Row("ART PGD-20, step ε/8", "art"), art_pgd(bench)),
-        (Row("torchattacks PGD-20, step ε/5", "torchattacks"), torchattacks_pgd(bench)),
+        (Row("ART PGD-20, step ε/8", "ART PGD-20"), art_pgd(comparison)),
+        (Row("torchattacks PGD-20, step ε/5", "torchattacks PGD-20"), torchattacks_pgd(comparison)),
     ]
-    rows, warm = bench.measure([*hosts, *bench.compared()], sweep=args.sweep, repeats=args.repeats)
-    show(rows, warm)
-    verdict = compare(rows, warm)
-    cost = overhead(bench, 15, args.repeats)
+    verdict = compare_with_nested(comparison, hosts, sweep=args.sweep, repeats=args.repeats)
+    cost = overhead(comparison, 15, args.repeats)
     print(
         f"engine overhead: JIIO's loop {cost['joint']:.2f} s, bare forwards and VJPs "
         f"{cost['bare']:.2f} s, ratio {cost['ratio']:.2f}"
     )
-    title = f"Fashion-MNIST, {norm} ε = {bench.eps}, pixel box"
-    plot(args.out / f"curve-{norm}.png", rows, warm, title)
-    return {
-        "norm": norm,
-        "eps": bench.eps,
-        "rows": [asdict(r) for r in rows],
-        "warm": [asdict(r) for r in warm],
-        "verdict": verdict,
-        "overhead": cost,
-    }
+    title = f"Fashion-MNIST, {norm} ε = {comparison.eps}, pixel box"
+    comparison.plot(args.out / f"curve-{norm}.png", title)
+    return {**comparison.to_dict(), "norm": norm, "verdict": verdict, "overhead": cost}
 
 
 def main(args: Args) -> None:
@@ -164,7 +152,7 @@ def main(args: Args) -> None:
     results = []
     for norm in args.norms:
         results.append(run_norm(args, norm))
-        record = {"images": args.images, **machine(), "results": results}
+        record = {"images": args.images, "results": results}
         (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {args.out}/results.json and a curve for each norm")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jiio_plugins.cli.demo import EPS
+from jiio_plugins.cli.commands import Bench, Evaluate, default_eps
 from jiio_plugins.data.classification import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import default_suite, quick_suite, robust_accuracy
 from jiio_plugins.models import load_pretrained
@@ -24,86 +24,73 @@ if TYPE_CHECKING:
     from jiio_plugins.evaluation import Attack, RobustnessReport
 
 
-def run_evaluation(
-    weights: str,
-    model: str | None,
-    dataset: str | None,
-    data: Path,
-    out: Path,
-    images: int,
-    norm: str,
-    eps: Sequence[float],
-    suite: str,
-    steps: int,
-    queries: int,
-    batch_size: int,
-    audit: int,
-    seed: int,
-    device: str,
-) -> list[RobustnessReport]:
+def run_evaluation(settings: Evaluate) -> None:
     """Judge at each radius, print the tables, write ``robustness.json`` and ``robustness.png``."""
-    if images < 1:
-        raise ValueError(f"images must be at least 1, got {images}")
+    if settings.images < 1:
+        raise ValueError(f"images must be at least 1, got {settings.images}")
     importlib.import_module("matplotlib")  # rather now than after the last attack
-    network, dataset, (x, y) = load_task(weights, model, dataset, data)
-    x, y = x[:images].to(device), y[:images].to(device)
-    network = network.to(device)
-    p = float(norm)
-    radii = sorted(eps) or [EPS[dataset][p] / 2, EPS[dataset][p]]
+    model, dataset, x, y = load_task(settings)
+    default = default_eps(dataset, settings.norm)
     reports: list[RobustnessReport] = []
-    for radius in radii:
-        attacks: tuple[Attack, ...]
-        if suite == "quick":
-            attacks = quick_suite(eps=radius, norm=p)
-        else:
-            attacks = default_suite(eps=radius, norm=p, steps=steps, queries=queries, seed=seed)
+    for eps in sorted(settings.eps) or [default / 2, default]:
         report = robust_accuracy(
-            network,
+            model,
             x,
             y,
-            attacks,
-            eps=radius,
-            norm=p,
-            batch_size=batch_size,
+            _suite(settings, eps),
+            eps=eps,
+            norm=float(settings.norm),
+            batch_size=settings.batch_size,
             known=reports[-1].worst if reports else None,  # a smaller ball lies in this one
-            audit=0 if reports else audit,
+            audit=0 if reports else settings.audit,
         )
         print(f"\n{report}\n", flush=True)
         reports.append(report)
-    out.mkdir(parents=True, exist_ok=True)
+    _write(settings, dataset, reports)
+
+
+def _suite(settings: Evaluate, eps: float) -> tuple[Attack, ...]:
+    norm = float(settings.norm)
+    if settings.suite == "quick":
+        return quick_suite(eps=eps, norm=norm)
+    steps, queries, seed = settings.steps, settings.queries, settings.seed
+    return default_suite(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
+
+
+def _write(settings: Evaluate, dataset: str, reports: Sequence[RobustnessReport]) -> None:
+    names = ("weights", "model", "suite", "steps", "queries", "batch_size", "seed")
     record = {
-        "weights": weights,
-        "model": model,
+        **{name: getattr(settings, name) for name in names},
         "dataset": dataset,
-        "suite": suite,
-        "steps": steps,
-        "queries": queries,
-        "batch_size": batch_size,
-        "seed": seed,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "reports": [r.to_dict() for r in reports],
     }
+    out = settings.out
+    out.mkdir(parents=True, exist_ok=True)
     (out / "robustness.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_accuracy(out / "robustness.png", reports, f"{model or weights}, {len(x)} {dataset} images")
+    name = settings.model or settings.weights
+    plot_accuracy(out / "robustness.png", reports, f"{name}, {reports[0].images} {dataset} images")
     print(f"numbers and plot: {out}/robustness.json, {out}/robustness.png")
-    return reports
 
 
-def load_task(
-    weights: str, model: str | None, dataset: str | None, data: Path
-) -> tuple[nn.Module, str, tuple[Tensor, Tensor]]:
-    """The model, the name of the data set, and its test images and labels; see :func:`load_model`.
+def load_task(settings: Evaluate | Bench) -> tuple[nn.Module, str, Tensor, Tensor]:
+    """The model, the name of the data set, and its first test images and labels.
 
     Raises:
-        ValueError: it is not known, and not said, what the model is for.
+        ValueError: it is not known, and not said, what the model is for; see :func:`load_model`.
     """
-    network, trained_on = load_model(weights, model)
-    dataset = dataset or trained_on
+    model, trained_on = load_model(settings.weights, settings.model)
+    dataset = settings.dataset or trained_on
     if dataset is None:
         raise ValueError("say what to attack the model on: --dataset digits or fashion-mnist")
-    test = load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
-    return network, dataset, test
+    x, y = (t[: settings.images].to(settings.device) for t in load_test_set(dataset, settings.data))
+    return model.to(settings.device), dataset, x, y
+
+
+def load_test_set(dataset: str, data: Path) -> tuple[Tensor, Tensor]:
+    """Images and labels; ``data`` is the folder of Fashion-MNIST."""
+    return load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
 
 
 def load_model(weights: str, factory: str | None) -> tuple[nn.Module, str | None]:
@@ -158,14 +145,12 @@ def _load_into(network: nn.Module, tensors: dict[str, Tensor], weights: str, fac
 
 def plot_accuracy(path: Path, reports: Sequence[RobustnessReport], title: str) -> None:
     """Accuracy against ε with its 95 % interval, and that of either answer alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     clean = reports[0].clean
     eps = [0.0, *(r.eps for r in reports)]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     shares = [clean, *(r.accuracy for r in reports)]
     axes.fill_between(
         eps, [100 * s.low for s in shares], [100 * s.high for s in shares], alpha=0.2, linewidth=0
@@ -188,4 +173,3 @@ def plot_accuracy(path: Path, reports: Sequence[RobustnessReport], title: str) -
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,6 +1,8 @@
 """Robustness figures that a sceptical reader accepts: several attacks, an independent judge."""
 
+from jiio_plugins.evaluation.against_nested import compare_with_nested
 from jiio_plugins.evaluation.attack import Attack
+from jiio_plugins.evaluation.comparison import Comparison, Row
 from jiio_plugins.evaluation.report import (
     AttackResult,
     Finding,
@@ -23,9 +25,12 @@ __all__ = [
     "Attack",
     "AttackResult",
     "Backpropagated",
+    "Comparison",
     "Finding",
     "Interval",
     "RobustnessReport",
+    "Row",
+    "compare_with_nested",
     "default_suite",
     "engine_attack",
     "host_attack",

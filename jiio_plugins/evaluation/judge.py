@@ -29,6 +29,7 @@ class Verdict:
         loss: cross-entropy by the independent solve.
         model_loss: cross-entropy by the model.
         residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the state that the model itself stops at.
+        tight_residual: the same of the state of the independent solve.
     """
 
     model_wrong: Tensor
@@ -37,6 +38,7 @@ class Verdict:
     loss: Tensor
     model_loss: Tensor
     residual: Tensor
+    tight_residual: Tensor
 
     @property
     def broken(self) -> Tensor:
@@ -85,4 +87,5 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
         -found.value,
         -found.model_value,
         relative(f - found.model_z, f),
+        found.residual,
     )

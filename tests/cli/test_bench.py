@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from jiio_plugins.cli import bench as _bench
 from jiio_plugins.cli.main import main
+from jiio_plugins.evaluation import against_nested
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ def test_bench(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"TOLERANCES": (0.1,), "OUTER": (5, 10), "CAPS": (2,)}.items():
-        monkeypatch.setattr(_bench, name, value)
+        monkeypatch.setattr(against_nested, name, value)
     main(["bench", "--images", "12", "--repeats", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "curve.png"}
     record = json.loads((tmp_path / "results.json").read_text())
@@ -33,16 +33,6 @@ def test_bench(
     printed = capsys.readouterr().out
     assert "is as strong as [nested cold, 20 steps, tol 0.001" in printed
     assert "of the warm-started nested front" in printed or "no warm-started" in printed
-
-
-def test_fronts() -> None:
-    points = [(10, 1.0), (20, 3.0), (30, 2.0), (40, 4.0)]
-    rows = [_bench.Row("", "", loss=loss, f_evals=cost) for cost, loss in points]
-    assert [r.loss for r in _bench.front(rows)] == [1.0, 3.0, 4.0]
-    assert _bench.cost_at(2.0, rows) == 15
-    assert _bench.cost_at(3.5, rows) == 30
-    assert _bench.cost_at(0.5, rows) == 10
-    assert _bench.cost_at(4.1, rows) is None
 
 
 def test_bad_benches(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from jiio_plugins.cli import demo as _demo
+from jiio_plugins.cli import demo
 from jiio_plugins.cli.main import main
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 def test_demo_writes_table_pictures_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_demo, "PGD_STEPS", (2, 20))
-    monkeypatch.setattr(_demo, "JIIO_STEPS", (4, 16))
+    monkeypatch.setattr(demo, "STEPS", {"ART PGD": (2, 20), "JIIO in ART": (4, 16)})
     main(["demo", "--images", "12", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "JIIO in ART" in printed
@@ -28,11 +27,17 @@ def test_demo_writes_table_pictures_and_json(
         "results.json",
     }
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["attack"] for row in rows] == ["clean", *["ART PGD"] * 2, *["JIIO in ART"] * 2]
+    assert [row["family"] for row in rows] == ["clean", *["ART PGD"] * 2, *["JIIO in ART"] * 2]
+    assert [row["setting"].get("steps") for row in rows] == [None, 2, 20, 4, 16]
     clean, strongest = rows[0], rows[-1]
     assert strongest["loss"] > clean["loss"]
     pgd = rows[2]
     assert strongest["f_evals"] + strongest["vjps"] < (pgd["f_evals"] + pgd["vjps"]) / 5
+
+
+def test_no_images_for_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="x holds no images"):
+        main(["demo", "--images", "0", "--out", str(tmp_path / "demo")])
 
 
 def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:

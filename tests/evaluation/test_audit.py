@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_gradients_that_lead_nowhere_are_caught() -> None:
 def verdict(rows: int, broken: int = 0) -> Verdict:
     wrong = torch.arange(rows) < broken
     one = torch.ones(rows)
-    return Verdict(wrong, wrong, one > 0, one, one, 1e-5 * one)
+    return Verdict(wrong, wrong, one > 0, one, one, 1e-5 * one, 1e-5 * one)
 
 
 def attempt(rows: range, broken: range) -> tuple[Tensor, Tensor]:
@@ -146,11 +147,7 @@ def test_a_few_disagreements_are_noise() -> None:
     one = verdict(100)
     for rows, expected in ((2, set()), (3, {"disagreement"})):
         model_loss = torch.where(torch.arange(100) < rows, 2.0, 1.0)
-        history = {
-            "clean": Verdict(
-                one.model_wrong, one.tight_wrong, one.converged, one.loss, model_loss, one.residual
-            )
-        }
+        history = {"clean": replace(one, model_loss=model_loss)}
         assert {w.kind for w in passive(history, [], {})[1]} == expected
 
 

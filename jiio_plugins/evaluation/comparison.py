@@ -1,0 +1,285 @@
+"""Attacks side by side: strength beside cost, on the same images in the same ball.
+
+Accuracy and cross-entropy are judged by a converged solve (relative residual 1e-5, from the layers'
+initial state) that no attack had a part in. f evaluations and VJPs are sums over samples divided by
+samples, with everything an attack used to choose its answer. Seconds leave that common judgement
+out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins.equilibrium.counting import count_evaluations
+from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.evaluation.judge import judge
+from jiio_plugins.threat_model import ThreatModel
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+    from pathlib import Path
+
+    from jiio_plugins.evaluation.attack import Run
+
+VERIFY = Anderson(max_iter=300, tol=1e-5)
+SWEEP = "nested, warm"  # a family of many settings, of which the front is shown
+
+
+@dataclass
+class Row:
+    """One attack at one setting.
+
+    Attributes:
+        method: name of the row.
+        family: what the row is a setting of: a line or a kind of point in the plot.
+        accuracy, loss: by the converged solve; the loss is the mean cross-entropy.
+        f_evals, vjps: per image.
+        seconds, all_seconds: for all images, the median and each run.
+        judge_residual: the largest relative residual of the converged solve.
+        setting: name -> value.
+    """
+
+    method: str
+    family: str
+    accuracy: float = 0.0
+    loss: float = 0.0
+    f_evals: float = 0.0
+    vjps: float = 0.0
+    seconds: float = 0.0
+    judge_residual: float = 0.0
+    all_seconds: list[float] = field(default_factory=list)
+    setting: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """F evaluations and VJPs together, per image."""
+        return self.f_evals + self.vjps
+
+    def as_strong_as(self, other: Row) -> bool:
+        """Accuracy within a point of the other's or lower, loss at least 97 % of it."""
+        return self.accuracy <= other.accuracy + 0.01 and self.loss >= 0.97 * other.loss
+
+
+class Comparison:
+    """Attacks on the same images in the same ball within the pixel box [0, 1].
+
+    Args:
+        model: returns logits ``(batch, classes)``; has an equilibrium layer. Put in eval mode.
+        x: images ``(batch, ...)`` within [0, 1].
+        y: true classes ``(batch,)``.
+        norm: 1, 2 or inf.
+        eps: radius in the units of x.
+
+    Raises:
+        ValueError: no images, images outside of the box, labels out of range, another norm, no
+            equilibrium layer.
+
+    Attributes:
+        threat: the ball and the box.
+        rows: the images as they are, then what was measured.
+
+    Example:
+        >>> from jiio_plugins.evaluation import quick_suite
+        >>> comparison = Comparison(model, x, y, norm=2, eps=0.5)
+        >>> for attack in quick_suite(norm=2, eps=0.5):
+        ...     x_adv = comparison.measure(Row(attack.name, attack.name), attack.run)
+        >>> [row.method for row in comparison.rows]
+        ['clean', 'JIIO', 'PGD', 'JIIO, DLR']
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float) -> None:
+        if not len(x):
+            raise ValueError("x holds no images: there is nothing to compare")
+        self.model, self.x, self.y = model.eval(), x, y
+        self.threat = ThreatModel(norm=norm, eps=eps, lower=0.0, upper=1.0)
+        self.threat.check_clean(x)
+        self.norm, self.eps = self.threat.norm, eps
+        self.rows = [Row("clean", "clean")]
+        self._judge(self.rows[0], x)
+
+    def _judge(self, row: Row, x: Tensor) -> None:
+        verdict = judge(self.model, x, self.y, VERIFY)
+        row.accuracy = float((~verdict.tight_wrong).double().mean())
+        row.loss = float(verdict.loss.mean())
+        row.judge_residual = float(verdict.tight_residual.max())
+
+    def measure(self, row: Row, run: Run) -> Tensor:
+        """Run an attack and fill in its row; a row measured again gets one more time.
+
+        Args:
+            row: with method and family; it joins :attr:`rows`.
+            run: ``run(model, x, y) -> x_adv``.
+
+        Returns:
+            The images it found.
+
+        Raises:
+            TypeError, ValueError: anything but images within ball and box; the message names the
+                attack.
+        """
+        with count_evaluations() as counter:
+            begin = time.perf_counter()
+            found = run(self.model, self.x, self.y)
+            if self.x.is_cuda:
+                torch.cuda.synchronize()
+            # an attack of the engine judges itself before it returns; others do not
+            seconds = time.perf_counter() - begin - counter.verification_seconds
+        found = self.threat.check(row.method, found, self.x)
+        if not row.all_seconds:
+            row.f_evals, row.vjps = counter.f_evals / len(found), counter.vjps / len(found)
+            self._judge(row, found)
+            self.rows.append(row)
+        row.all_seconds.append(seconds)
+        row.seconds = statistics.median(row.all_seconds)
+        return found
+
+    @property
+    def compared(self) -> list[Row]:
+        """All rows but those of the sweep."""
+        return [r for r in self.rows if r.family != SWEEP]
+
+    @property
+    def sweep(self) -> list[Row]:
+        """The rows of the sweep."""
+        return [r for r in self.rows if r.family == SWEEP]
+
+    def against(self, reference: Row) -> dict[str, Any]:
+        """JIIO's cheapest row that is as strong as the reference, printed; empty if there is none.
+
+        Args:
+            reference: a row of another family.
+        """
+        equal = [r for r in self.rows if r.family.startswith("JIIO") and r.as_strong_as(reference)]
+        if not equal:
+            print(f"no JIIO run is as strong as: {reference.method}")
+            return {}
+        r = min(equal, key=lambda row: row.cost)
+        cost, seconds = reference.cost / r.cost, reference.seconds / r.seconds
+        print(
+            f"{r.method} is as strong as [{reference.method}] (accuracy within 1 point or lower, "
+            f"loss at least 97 %): f+VJP 1/{cost:.1f}, seconds 1/{seconds:.1f}"
+        )
+        return {"jiio": r.method, "f+VJP": cost, "seconds": seconds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything measured and what seconds depend on, for JSON."""
+        return {
+            "norm": f"{self.norm:g}",
+            "eps": self.eps,
+            "images": len(self.x),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "rows": [asdict(r) for r in self.compared],
+            "warm": [asdict(r) for r in self.sweep],
+        }
+
+    def __str__(self) -> str:
+        shown = [*self.compared, *front(self.sweep)]
+        width = max(len(r.method) for r in shown)
+        ball = f"L{self.norm:g} ball of radius {self.eps:g}".replace("inf", "∞")
+        lines = [
+            f"{len(self.x)} images, {ball} within [0, 1], {torch.get_num_threads()} threads; "
+            "accuracy and loss by converged solves",
+            f"{'':{width}} {'accuracy':>9} {'loss':>7} {'f':>7} {'VJP':>7} {'f+VJP':>7} "
+            f"{'seconds':>8} {'judged at':>9}",
+        ]
+        lines += [
+            f"{r.method:{width}} {100 * r.accuracy:7.2f} % {r.loss:7.3f} {r.f_evals:7.1f} "
+            f"{r.vjps:7.1f} {r.cost:7.1f} {r.seconds:8.2f} {r.judge_residual:9.0e}"
+            for r in shown
+        ]
+        return "\n".join(lines)
+
+    def save(
+        self,
+        folder: Path,
+        title: str,
+        about: Mapping[str, Any],
+        curves: Collection[str] = ("JIIO",),
+    ) -> None:
+        """Write ``results.json`` and ``curve.png``.
+
+        Args:
+            folder: where to, made if it is not there.
+            title: of the plot.
+            about: what else is to stand in the JSON.
+            curves: as in :meth:`plot`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {**about, **self.to_dict()}
+        (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        self.plot(folder / "curve.png", title, curves)
+        print(f"numbers and plot: {folder}/results.json, {folder}/curve.png")
+
+    def plot(self, path: Path, title: str, curves: Collection[str] = ("JIIO",)) -> None:
+        """Draw loss against cost.
+
+        Args:
+            path: PNG to write.
+            title: of the plot.
+            curves: families drawn as lines, the others are points. "clean" is a line if it is
+                among them, and left out otherwise.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        if self.sweep:
+            best = front(self.sweep)
+            axes.scatter(*_points(self.sweep), s=8, color="0.75")
+            axes.plot(*_points(best), color="0.5", label=SWEEP)
+        families = dict.fromkeys(r.family for r in self.compared[1:])
+        for family, marker in zip(families, itertools.cycle("osD^v*")):
+            some = [r for r in self.compared if r.family == family]
+            style = "-" if family in curves else ""
+            axes.plot(*_points(some), marker + style, label=family)
+        if "clean" in curves:
+            axes.axhline(self.rows[0].loss, color="grey", linestyle=":", label="clean")
+        axes.set(
+            xscale="log",
+            xlabel="f evaluations + VJPs per image",
+            ylabel="cross-entropy, verified",
+            title=title,
+        )
+        axes.set_xticks([20, 50, 100, 200, 500, 1000])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()  # their labels print over each other
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+
+def _points(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
+    return [r.cost for r in rows], [r.loss for r in rows]
+
+
+def front(rows: Iterable[Row]) -> list[Row]:
+    """Rows that no other row beats in both cost and loss, cheapest first."""
+    out: list[Row] = []
+    for row in sorted((r for r in rows if math.isfinite(r.loss)), key=lambda r: (r.cost, -r.loss)):
+        if not out or row.loss > out[-1].loss:
+            out.append(row)
+    return out
+
+
+def cost_at(loss: float, rows: Iterable[Row]) -> float | None:
+    """Cost at which the front reaches ``loss``, linear between its points; None beyond its end."""
+    points = front(rows)
+    if not points or points[-1].loss < loss:
+        return None
+    for before, after in itertools.pairwise(points):
+        if before.loss < loss <= after.loss:
+            share = (loss - before.loss) / (after.loss - before.loss)
+            return before.cost + share * (after.cost - before.cost)
+    return points[0].cost
