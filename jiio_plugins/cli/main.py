@@ -10,7 +10,8 @@ import tyro
 
 from jiio_plugins import __version__
 from jiio_plugins.cli.commands import Adapters, Bench, Demo, Evaluate
-from jiio_plugins.cli.generative import FitImages, Sample, TrainGenerator
+from jiio_plugins.cli.generative import TrainGenerator
+from jiio_plugins.generative.config import FitConfig, SampleConfig
 from jiio_plugins.hosts import available_adapters, install_command
 
 DESCRIPTION = (
@@ -24,8 +25,8 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
     | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[FitImages, tyro.conf.subcommand("fit")]
+    | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
+    | Annotated[FitConfig, tyro.conf.subcommand("fit")]
 )
 
 
@@ -61,8 +62,18 @@ def run(command: Command) -> None:
             run_bench(command)
         case Adapters():
             list_adapters()
-        case TrainGenerator() | Sample() | FitImages():
-            command.run()
+        case TrainGenerator():
+            from jiio_plugins.generative import train
+
+            train(command)
+        case SampleConfig():
+            from jiio_plugins.generative.sample_run import sample_run
+
+            sample_run(command)
+        case FitConfig():
+            from jiio_plugins.generative.fit_files import fit_files
+
+            fit_files(command)
 
 
 def list_adapters() -> None:

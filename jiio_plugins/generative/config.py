@@ -1,6 +1,6 @@
-"""What a training run is: one frozen dataclass, which is the command line and the run's record.
+"""Settings as frozen dataclasses, which are the command line too; of training, the run's record.
 
-The command line takes its help from the ``Attributes:`` below.
+The command line takes its help from what is said of each field.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from jiio_plugins.models.decoder import MDEQDecoder
+import tyro
+
+if TYPE_CHECKING:
+    from jiio_plugins.models.decoder import MDEQDecoder
 
 CONFIG = "config.json"  # its file, in the folder of a run
 
@@ -59,6 +62,8 @@ class Architecture:
 
     def build(self, shape: tuple[int, int, int]) -> MDEQDecoder:
         """A fresh decoder of images ``(c, h, w)``."""
+        from jiio_plugins.models.decoder import MDEQDecoder  # settings alone need no torch
+
         full = self.for_images(shape)
         return MDEQDecoder(
             latent_shape=full.latent[0] if len(full.latent) == 1 else full.latent,
@@ -198,3 +203,60 @@ class TrainConfig:
             model[name] = tuple(model[name])
         values["out"], values["folder"] = Path(values["out"]), Path(values["folder"])
         return cls(model=Architecture(**model), **values)
+
+
+_run = tyro.conf.arg(metavar="RUN")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """New images from a trained generator: draw latents from a density of the fitted ones.
+
+    Writes samples-PRIOR.png; and metrics-PRIOR.json with PSNR and SSIM of held-out fits, Fréchet
+    and kernel distances, and how near samples are to training images, which neighbours-PRIOR.png
+    shows below them.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, _run]
+    """the --out folder of train-generator, or a shipped generator: digits-generator,
+    fashion-mnist-generator"""
+    count: int = 64
+    """images on the sheet"""
+    prior: Literal["gaussian", "gmm"] = "gmm"
+    """one Gaussian, or a mixture whose number of components is chosen by BIC"""
+    out: Path | None = None
+    """folder for the files; default: RUN, or out/NAME for a shipped generator"""
+    columns: int = 8
+    """of the sheets"""
+    metrics: bool = True
+    """compare with the images of the run"""
+    measured: int = 2000
+    """samples that are compared"""
+    fits: int = 100
+    """held-out images that are fitted"""
+    features: str | None = None
+    """network that distances are measured in: fashion-mnist-features, or your own module:function;
+    default: that of the data, or none: then neighbours are sought by pixels"""
+    folder: Path | None = None
+    """where the images lie now; default: where they were"""
+    latents: int = 4096
+    """for a shipped generator: training images whose latents are fitted to draw from"""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Latents and reconstructions of new images."""
+
+    run: Annotated[Path, tyro.conf.Positional, _run]
+    """the --out folder of train-generator, or a generator.safetensors"""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """image files, or folders of them"""
+    out: Path = Path("out/fit")
+    """where latents.safetensors, a PNG for each image and a sheet go"""
+    iterations: int = 60
+    """joint iterations"""
+    latent_penalty: float = 0.01
+    """weight λ of the latent's prior: squared error + λ ‖u‖² is minimised"""
+    resize: bool = False
+    """crop the images to their central square and scale it to the generator's size"""

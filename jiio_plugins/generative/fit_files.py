@@ -17,42 +17,52 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from torch import Tensor
 
-def fit_files(
-    run: Path,
-    paths: Sequence[Path],
-    out: Path,
-    iterations: int = 60,
-    latent_penalty: float = 0.01,
-    resize: bool = False,
-) -> Fit:
+    from jiio_plugins.generative.config import FitConfig
+
+
+def fit_files(config: FitConfig) -> Fit:
     """Fit image files; write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
-
-    Args:
-        run: folder of a run, or a generator.
-        paths: files, or folders that are searched recursively.
-        out: where the results go.
-        iterations: of the joint loop.
-        latent_penalty: λ of :func:`fit`.
-        resize: crop and scale to the generator's size.
 
     Raises:
         FileNotFoundError: a path that is not there, or no generator.
         ValueError: nothing readable, or images of another size; ``out`` is a run's folder.
     """
+    out = config.out
     if (out / CONFIG).exists():
         raise ValueError(
             f"{out} is the folder of a run, whose latents would be replaced: give another --out"
         )
-    check_penalty(latent_penalty)
-    decoder = load_generator(run)
-    channels, height, width = decoder.image_shape
+    check_penalty(config.latent_penalty)
+    decoder = load_generator(config.run)
+    files, images = _read(_find(config.images), decoder.image_shape, config.resize)
+    method, penalty = Joint(max_iter=config.iterations), config.latent_penalty
+    fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
+    out.mkdir(parents=True, exist_ok=True)
+    save_latents(out / LATENTS, fitted.latents)
+    write_sheet(out / "fits.png", torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
+    for k, path in enumerate(files):
+        write_sheet(out / f"{k:04d}-{path.stem}.png", fitted.images[k : k + 1], 1)
+        print(f"{float(fitted.psnr[k]):6.2f} dB  {path}")
+    print(f"mean {float(fitted.psnr.mean()):.2f} dB; latents in {out / LATENTS}")
+    return fitted
+
+
+def _find(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are; folders are searched recursively."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         files += inside if path.is_dir() else [path]
+    return files
+
+
+def _read(files: list[Path], shape: tuple[int, ...], resize: bool) -> tuple[list[Path], Tensor]:
+    """The readable files, and their images in [0, 1] of the generator's ``shape``."""
+    channels, height, width = shape
     if resize and height != width:
         raise ValueError(
             f"--resize makes squares, the generator makes {width}×{height} pixels: bring the "
@@ -69,14 +79,4 @@ def fit_files(
             f"the generator makes {width}×{height} pixels, the images have "
             f"{pixels.shape[3]}×{pixels.shape[2]}: --resize crops and scales them"
         )
-    images = to_unit(pixels)
-    method = Joint(max_iter=iterations)
-    fitted = fit(decoder, images, method=method, latent_penalty=latent_penalty, progress=True)
-    out.mkdir(parents=True, exist_ok=True)
-    save_latents(out / LATENTS, fitted.latents)
-    write_sheet(out / "fits.png", torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
-    for k, path in enumerate(files):
-        write_sheet(out / f"{k:04d}-{path.stem}.png", fitted.images[k : k + 1], 1)
-        print(f"{float(fitted.psnr[k]):6.2f} dB  {path}")
-    print(f"mean {float(fitted.psnr.mean()):.2f} dB; latents in {out / LATENTS}")
-    return fitted
+    return files, to_unit(pixels)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import metrics
-from jiio_plugins.generative.config import CONFIG, TrainConfig
+from jiio_plugins.generative.config import CONFIG, SampleConfig, TrainConfig
 from jiio_plugins.generative.files import GENERATOR, LATENTS, about, load_generator, load_latents
-from jiio_plugins.generative.latents import LatentPrior, Prior, decode, fit, fit_latents, fit_prior
+from jiio_plugins.generative.latents import decode, fit, fit_latents, fit_prior
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
@@ -43,55 +43,53 @@ class Source:
     latent_penalty: float = 0.01
 
 
-def open_source(run: str, folder: Path | None, with_images: bool, latents: int = 4096) -> Source:
-    """The folder of a run, or a shipped generator by name.
-
-    Args:
-        run: folder that ``train-generator`` wrote, or one of the shipped generators, whose latents
-            are fitted here.
-        folder: where Fashion-MNIST lies, or the folder of images; None: as the run had it.
-        with_images: load the run's images.
-        latents: how many to fit for a shipped generator.
+def open_source(config: SampleConfig) -> Source:
+    """The folder of a run, or a shipped generator by name, whose latents are fitted here.
 
     Raises:
         FileNotFoundError, ValueError: no run, or no data; the message says what to do.
     """
-    if run in _SHIPPED and not Path(run).exists():
-        decoder: Any = load_pretrained(run)
-        images = load_images(_SHIPPED[run], folder or Path("data"))
-        fitted = fit_latents(decoder, images.train[:latents], desc="fitting latents")
-        return Source(decoder, fitted, _SHIPPED[run], images)
-    path = Path(run)
+    path = Path(config.run)
+    if config.run in _SHIPPED and not path.exists():
+        data = _SHIPPED[config.run]
+        shipped: Any = load_pretrained(config.run)
+        images = load_images(data, config.folder or Path("data"))
+        fitted = fit_latents(shipped, images.train[: config.latents], desc="fitting latents")
+        return Source(shipped, fitted, data, images)
     decoder = load_generator(path)
     fitted = load_latents(path / LATENTS)
-    of_run = about(path / LATENTS)
-    step, trained = of_run.get("step"), about(path / GENERATOR).get("step")
+    step, trained = about(path / LATENTS).get("step"), about(path / GENERATOR).get("step")
     if step != trained:
         raise ValueError(
             f"the latents in {path} are of step {step}, its generator is of step {trained}: finish "
             "the run with --resume"
         )
-    if not with_images:
+    if not config.metrics:
         return Source(decoder, fitted, "", None)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"there is no {path / CONFIG}, which names the images to compare with: --no-metrics "
             "makes samples alone"
         )
-    config = TrainConfig.from_json((path / CONFIG).read_text())
-    named = config.data in ("digits", "fashion-mnist")
-    data = config.data if named or folder is None else str(folder)
-    images = load_images(data, folder or config.folder, config.resize, without=path)
-    if images.shape != decoder.image_shape:
+    of_run = TrainConfig.from_json((path / CONFIG).read_text())
+    images = _images(path, of_run, config.folder, decoder.image_shape)
+    return Source(decoder, fitted, of_run.data, images, of_run.latent_penalty)
+
+
+def _images(run: Path, of_run: TrainConfig, folder: Path | None, shape: tuple[int, ...]) -> Images:
+    """The images that the run was trained on, wherever they lie now."""
+    named = of_run.data in ("digits", "fashion-mnist")
+    data = of_run.data if named or folder is None else str(folder)
+    images = load_images(data, folder or of_run.folder, of_run.resize, without=run)
+    if images.shape != shape:
+        raise ValueError(f"{data} holds images {images.shape}, the generator makes {shape}")
+    known = about(run / LATENTS).get("images")
+    if known is not None and known != fingerprint(images.train):
         raise ValueError(
-            f"{data} holds images {images.shape}, the generator makes {decoder.image_shape}"
-        )
-    if of_run.get("images", fingerprint(images.train)) != fingerprint(images.train):
-        raise ValueError(
-            f"the images in {data} are not those that {path} was trained on: what is held out "
+            f"the images in {data} are not those that {run} was trained on: what is held out "
             "now was not then. --no-metrics makes samples alone"
         )
-    return Source(decoder, fitted, config.data, images, config.latent_penalty)
+    return images
 
 
 def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | None]:
@@ -112,81 +110,57 @@ def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | 
     return name, build_network(name, "--features").eval()
 
 
-def sample_run(
-    run: str,
-    out: Path | None = None,
-    *,
-    count: int = 64,
-    prior: Prior = "gmm",
-    columns: int = 8,
-    seed: int = 0,
-    measure: bool = True,
-    measured: int = 2000,
-    fits: int = 100,
-    features: str | None = None,
-    folder: Path | None = None,
-    latents: int = 4096,
-) -> dict[str, Any]:
-    """Draw samples; write their sheet and, with ``measure``, figures and neighbours.
+def sample_run(config: SampleConfig) -> dict[str, Any]:
+    """Draw samples; write their sheet and, with ``metrics``, figures and neighbours.
 
     Writes ``samples-PRIOR.png``, ``neighbours-PRIOR.png`` (rows of samples above the training
     images nearest to them) and ``metrics-PRIOR.json``.
 
-    Args:
-        run: see :func:`open_source`.
-        out: folder for the files; None: the run's, or out/NAME for a shipped generator.
-        count: images on the sheet.
-        prior: see :func:`jiio_plugins.generative.fit_prior`.
-        columns: of the sheets.
-        seed: of everything random.
-        measure: compute metrics.
-        measured: samples that the metrics are computed from.
-        fits: held-out images that are fitted for PSNR and SSIM.
-        features: see :func:`find_features`.
-        folder: see :func:`open_source`.
-        latents: see :func:`open_source`.
-
     Returns:
-        What the JSON holds; empty without ``measure``.
+        What the JSON holds; empty without ``metrics``.
     """
-    for what, value in (("count", count), ("columns", columns), ("measured", measured)):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
-    source = open_source(run, folder, measure, latents)
-    out = out or (Path(run) if Path(run).is_dir() else Path("out") / run)
+    for what in ("count", "columns", "measured"):
+        if getattr(config, what) < 1:
+            raise ValueError(f"{what} must be at least 1, got {getattr(config, what)}")
+    source = open_source(config)
+    run = Path(config.run)
+    out = config.out or (run if run.is_dir() else Path("out") / run)
     out.mkdir(parents=True, exist_ok=True)
-    density = fit_prior(source.latents, prior=prior, seed=seed)
-    total = max(count, measured if measure else 0)
-    samples = decode(source.decoder, density.sample(total, seed).to(source.latents))
-    sheet = out / f"samples-{prior}.png"
-    write_sheet(sheet, samples[:count], columns)
-    print(f"{count} samples from {density} on {len(source.latents)} latents: {sheet}")
-    if not measure or source.images is None:
+    density = fit_prior(source.latents, prior=config.prior, seed=config.seed)
+    total = max(config.count, config.measured if config.metrics else 0)
+    samples = decode(source.decoder, density.sample(total, config.seed).to(source.latents))
+    sheet = out / f"samples-{config.prior}.png"
+    write_sheet(sheet, samples[: config.count], config.columns)
+    print(f"{config.count} samples from {density} on {len(source.latents)} latents: {sheet}")
+    if not config.metrics or source.images is None:
         return {}
-    name, network = find_features(features, source.data)
-    report: dict[str, Any] = {
-        "generator": run,
-        "data": source.data,
-        "prior": describe(density),
-        "held-out fits": fit_figures(source, fits),
-        "samples": len(samples),
-    }
-    if network is not None:
-        report["features"] = name
-        report["distances"] = set_figures(samples, source.images, network, seed)
-    report["nearest training images"] = neighbour_figures(
-        samples, source.images, network, out / f"neighbours-{prior}.png", 2 * columns, columns
-    )
-    path = out / f"metrics-{prior}.json"
+    prior = {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
+    report = {"prior": prior, **_measure(config, source, samples, out)}
+    path = out / f"metrics-{config.prior}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     print(f"figures: {path}")
     return report
 
 
-def describe(density: LatentPrior) -> dict[str, Any]:
-    """Components and BIC, as plain values."""
-    return {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
+def _measure(config: SampleConfig, source: Source, samples: Tensor, out: Path) -> dict[str, Any]:
+    """Figures of the samples beside the images of the run; draws the neighbours."""
+    assert source.images is not None
+    name, network = find_features(config.features, source.data)
+    report: dict[str, Any] = {
+        "generator": config.run,
+        "data": source.data,
+        "held-out fits": fit_figures(source, config.fits),
+        "samples": len(samples),
+    }
+    if network is not None:
+        report["features"] = name
+        report["distances"] = set_figures(samples, source.images, network, config.seed)
+    sheet = out / f"neighbours-{config.prior}.png"
+    report["nearest training images"] = neighbour_figures(
+        samples, source.images, network, sheet, config.columns
+    )
+    return report
 
 
 def fit_figures(source: Source, count: int) -> dict[str, float]:
@@ -222,15 +196,14 @@ def neighbour_figures(
     images: Images,
     network: nn.Module | None,
     sheet: Path,
-    shown: int,
     columns: int,
 ) -> dict[str, Any]:
-    """How near samples are to the training images; draw the first ones above their neighbours."""
+    """How near samples are to the training images; draw two rows of them above their neighbours."""
     both = torch.cat([samples, to_unit(images.held_out[:_COMPARED])])
     found = metrics.nearest(both, images.train, network, progress=True)
     ours, theirs = found.split(len(samples))
     pairs = []
-    for part in torch.arange(min(shown, len(samples))).split(columns):
+    for part in torch.arange(min(2 * columns, len(samples))).split(columns):
         blank = samples.new_ones(columns - len(part), *samples.shape[1:])
         nearest = to_unit(images.train[ours.index[part]])
         pairs += [samples[part], blank, nearest, blank]

@@ -14,6 +14,7 @@ from jiio_plugins import Joint
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.envelope import joint_solution
 from jiio_plugins.generative import TrainConfig, fit, load_generator, train
+from jiio_plugins.generative.config import FitConfig, SampleConfig
 from jiio_plugins.generative.files import CHECKPOINT, load_checkpoint
 from jiio_plugins.generative.fit_files import fit_files
 from jiio_plugins.generative.pictures import write_sheet
@@ -145,18 +146,19 @@ def test_pictures_of_a_run_are_no_data(tmp_path: Path) -> None:
     train(config(folder / "run", data=str(folder), steps=2, batch_size=4))
     assert list((folder / "run").glob("*.png"))
     train(config(folder / "run", data=str(folder), steps=3, batch_size=4, resume=True))
-    sample_run(str(folder / "run"), count=4, measured=4, fits=2)
+    sample_run(SampleConfig(str(folder / "run"), count=4, measured=4, fits=2))
     (folder / "00.png").unlink()
     with pytest.raises(ValueError, match="the data has changed"):
         train(config(folder / "run", data=str(folder), steps=4, batch_size=4, resume=True))
     with pytest.raises(ValueError, match=r"are not those that .* was trained on"):
-        sample_run(str(folder / "run"), count=4, measured=4, fits=2)
+        sample_run(SampleConfig(str(folder / "run"), count=4, measured=4, fits=2))
 
 
 def test_sampling_wants_latents_of_the_generator_that_is_there(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(config(out, steps=2, latent_penalty=1.0))
-    report = sample_run(str(out), tmp_path / "drawn", count=4, measured=4, fits=8)
+    drawn = SampleConfig(str(out), out=tmp_path / "drawn", count=4, measured=4, fits=8)
+    report = sample_run(drawn)
     model, (images, _) = load_generator(out), load_digits("test")
     fitted = fit(model, images[:8], latent_penalty=1.0)
     assert report["held-out fits"]["PSNR"] == pytest.approx(float(fitted.psnr.mean()), abs=0.01)
@@ -168,9 +170,9 @@ def test_sampling_wants_latents_of_the_generator_that_is_there(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         train(config(out, steps=6, resume=True), on_step=kill)
     with pytest.raises(ValueError, match=r"latents in .* step 2, its generator is of step 4"):
-        sample_run(str(out), count=4, measure=False)
+        sample_run(SampleConfig(str(out), count=4, metrics=False))
     with pytest.raises(ValueError, match="is the folder of a run, whose latents would be"):
-        fit_files(out, [out / "samples.png"], out)
+        fit_files(FitConfig(out, (out / "samples.png",), out))
 
 
 # Several processes ------------------------------------------------------------------------------
