@@ -19,7 +19,7 @@ from jiio_deepinv.losses import contraction
 from jiio_plugins import Anderson, Implicit, Joint
 from jiio_plugins.generative import psnr
 from jiio_plugins.models import MDEQRefiner
-from jiio_plugins.utils.checkpoint import Trained, set_random_states
+from jiio_plugins.utils import TrainingState, set_random_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -384,7 +384,7 @@ def train(
     model, physics, total = learner.model, task.physics(), minutes * 60
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     settings = {"task": task.name, "learner": name, "minutes": minutes}
-    state = Trained(model, optimizer, None, settings)
+    state = TrainingState(model, optimizer, None, settings)
     spent, step, curve = 0.0, 0, []
     torch.manual_seed(0)
     if path.exists():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.randomness import seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ class TensorBatches:
 
     def order(self, index: int) -> Tensor:
         """The numbers of all samples as epoch ``index`` has them, ``(samples,)``."""
-        return torch.randperm(len(self.x), generator=generator_for((self.seed, index), "cpu"))
+        return torch.randperm(len(self.x), generator=seeded_generator("cpu", self.seed, index))
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, see :class:`Batches`.
@@ -91,9 +91,3 @@ class TensorBatches:
         for rows in self.order(index).split(self.batch_size)[skip : self.count]:
             at = rows.to(self.x.device)
             yield self.x[at], self.y[at]
-
-
-def generator_for(numbers: tuple[int, ...], device: torch.device | str) -> torch.Generator:
-    """A generator seeded by these numbers together."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed))

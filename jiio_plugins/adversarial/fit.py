@@ -19,16 +19,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from jiio_plugins.adversarial.batches import Batches, generator_for
 from jiio_plugins.adversarial.carried import Carried, carry
 from jiio_plugins.envelope import joint_solution
-from jiio_plugins.utils.checkpoint import Trained, set_random_states
+from jiio_plugins.utils.checkpoint import TrainingState
+from jiio_plugins.utils.randomness import seeded_generator, set_random_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.optim import Optimizer
 
+    from jiio_plugins.adversarial.batches import Batches
     from jiio_plugins.adversarial.step import AdversarialStep, AdversarialTraining
 
 
@@ -131,7 +132,7 @@ def fit_adversarially(
                 break
             model.train()
             for x, y in batches.epoch(epoch, run.step):
-                generator = generator_for((seed, epoch, run.step), x.device)
+                generator = seeded_generator(x.device, seed, epoch, run.step)
                 start = None if kept is None else kept.start(epoch, run.step, x, generator)
                 search = training if kept is None or start is None else kept.search
                 step = search(
@@ -196,7 +197,7 @@ class _Run:
         settings = {**training.settings(), **rules, "batches an epoch": len(batches), "seed": seed}
         if self.path is not None and hasattr(batches, "settings"):
             settings.update(batches.settings())
-        self.trained = Trained(model, optimizer, scheduler, settings)
+        self.trained = TrainingState(model, optimizer, scheduler, settings)
         self.epoch = self.step = self.waited = 0
         self.stopped = False
         self.history: list[Metrics] = []

@@ -1,85 +1,30 @@
-"""Files of a run: checkpoints that survive a kill or a full disk, and the finished generator."""
+"""Files of a run beside its checkpoint: settings, generator, latents; each whole or not there."""
 
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from jiio_plugins.generative.config import CONFIG, Architecture, TrainConfig
-from jiio_plugins.utils import checkpoint
+from jiio_plugins.generative.config import Architecture, TrainConfig
+from jiio_plugins.utils.checkpoint import check_weights, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from jiio_plugins.models.decoder import MDEQDecoder
 
 CHECKPOINT = "checkpoint.pt"
 GENERATOR, LATENTS = "generator.safetensors", "latents.safetensors"
-FORMAT = "jiio-plugins generator checkpoint 1"
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces the one before once it is whole; a full disk keeps that one.
-
-    Raises:
-        OSError: could not be written; the message says whether an older file is kept.
-    """
-    try:
-        with checkpoint.replacing(path) as file:
-            yield file
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        kept = f"; the one before is kept ({path})" if path.exists() else ""
-        raise OSError(f"could not write {path.name}{kept}: {error}. Free some space") from error
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a nested dict of tensors and plain values; the old file stays until the new is whole.
-
-    Raises:
-        OSError: could not be written, such as on a full disk; the checkpoint before is kept.
-    """
-    with _whole(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read it back, tensors on the CPU; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: truncated, or not a checkpoint of train-generator.
-    """
-    state = checkpoint.read(path)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of jiio train-generator")
-    return state
-
-
-def load_state(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """``module.load_state_dict`` with an error that says which file does not fit, and how."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(
-            f"{where} belongs to another model: {first} Use the settings of its run ({CONFIG} "
-            "beside it)"
-        ) from error
 
 
 def save_config(path: Path, config: TrainConfig) -> None:
     """Write a run's settings."""
-    with _whole(path) as file:
+    with replacing(path) as file:
         file.write((config.to_json() + "\n").encode())
 
 
@@ -100,7 +45,7 @@ def save_generator(
     about = {name: str(value) for name, value in about_it.items()}
     about["architecture"] = json.dumps({**asdict(model), "image_shape": decoder.image_shape})
     tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
-    with _whole(path) as file:
+    with replacing(path) as file:
         file.write(save(tensors, metadata=about))
 
 
@@ -129,7 +74,8 @@ def load_generator(path: str | Path) -> MDEQDecoder:
     shape = sizes.pop("image_shape")
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     decoder = Architecture(**sizes).build((shape[0], shape[1], shape[2]))
-    load_state(decoder, weights, file)
+    check_weights(decoder, weights, file)
+    decoder.load_state_dict(weights)
     return decoder.eval()
 
 
@@ -151,7 +97,7 @@ def save_latents(path: Path, latents: Tensor, **about_it: object) -> None:
         OSError: could not be written, such as on a full disk. An older file is kept.
     """
     about = {name: str(value) for name, value in about_it.items()}
-    with _whole(path) as file:
+    with replacing(path) as file:
         file.write(save({"latents": latents.detach().cpu().contiguous()}, metadata=about))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from jiio_plugins.generative.config import CONFIG, TrainConfig
 from jiio_plugins.generative.latents import fit, fit_latents
 from jiio_plugins.generative.pictures import write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
-from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
 from jiio_plugins.utils.distributed import launch
 
 if TYPE_CHECKING:
@@ -145,14 +145,15 @@ class _Run:
             if config.latents == "encoder":
                 encoder = Encoder(decoder.image_shape, decoder.latent_shape)
         step = TrainingStep(decoder, encoder, config, method)
-        self.optimizer: Any = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             step.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
         self.ema = AveragedModel(
             decoder.to(fabric.device), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
         )
         self.ema.eval()
-        self.wrapped, self.optimizer = fabric.setup(step, self.optimizer)
+        self.optimizer: Any
+        self.wrapped, self.optimizer = fabric.setup(step, optimizer)
         self.inner = step
         # each process has its own images, and their latents
         self.mine = torch.arange(fabric.global_rank, len(images.train), fabric.world_size)
@@ -167,6 +168,10 @@ class _Run:
         self.psnr = math.nan
         self.writer: Any = None
         self.data = fingerprint(images.train)
+        given = json.loads(config.to_json()).items()
+        same = {name: value for name, value in given if name not in _RESUMABLE}
+        same["set of training images"] = f"{len(images.train)}, fingerprint {self.data}"
+        self.state = TrainingState(step, optimizer, None, same)
 
     def record(self) -> None:
         """Write the settings, where they are new."""
@@ -300,16 +305,8 @@ class _Run:
             raise self._diverged("the weights hold NaN or Inf")
         table = self._gathered()
         if self.fabric.is_global_zero:
-            state = {
-                "step": self.done,
-                "config": json.dumps(asdict(self.config), default=str),
-                "images": self.data,
-                "training": self.inner.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.state_dict(),
-                "table": table,
-            }
-            files.save_checkpoint(self.config.out / files.CHECKPOINT, state)
+            progress = {"step": self.done, "ema": self.ema.state_dict(), "table": table}
+            self.state.save(self.config.out / files.CHECKPOINT, progress)
             files.save_generator(
                 self.config.out / files.GENERATOR, self.averaged, self.model, step=self.done
             )
@@ -332,19 +329,10 @@ class _Run:
         if not path.is_file() and not (self.config.out / files.GENERATOR).exists():
             self.fabric.print(f"{self.config.out} has no checkpoint yet: from the first step")
             return
-        state = files.load_checkpoint(path)
-        files.load_state(self.inner, state["training"], path)
-        files.load_state(self.ema, state["ema"], path)
-        table = state["table"]
-        same = state.get("images", self.data) == self.data  # older ones do not say
-        if not same or table.shape != (len(self.images.train), *self.table.shape[1:]):
-            raise ValueError(
-                f"{path} is of {len(table)} training images, and these {len(self.images.train)} "
-                "are not the same ones: the data has changed"
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.table = table[self.mine].clone()
-        self.done = int(state["step"])
+        progress, _ = self.state.load(path)
+        self.ema.load_state_dict(progress["ema"])
+        self.table = progress["table"][self.mine].clone()
+        self.done = progress["step"]
 
     def finish(self) -> Trained:
         """Last checkpoint, pictures, and latents of training images to sample from."""

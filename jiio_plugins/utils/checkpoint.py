@@ -7,17 +7,18 @@ whole one. It holds tensors and plain numbers alone and is read with ``weights_o
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
-import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from jiio_plugins.utils.randomness import random_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-FORMAT = "jiio-plugins training checkpoint 1"
+FORMAT = "jiio-plugins training checkpoint 2"
 
 
 @dataclass
-class Trained:
+class TrainingState:
     """What a training changes, all of which a checkpoint holds.
 
     Attributes:
@@ -46,17 +47,23 @@ class Trained:
     settings: Mapping[str, Any]
 
     def save(self, path: str | Path, progress: Mapping[str, Any]) -> None:
-        """Write model, optimiser, scheduler, the global random states and ``progress``."""
+        """Write model, optimiser, scheduler, the global random states and ``progress``.
+
+        Args:
+            path: the file, which replaces the one before once it is whole.
+            progress: tensors and plain values, which :meth:`load` returns.
+
+        Raises:
+            OSError: it could not be written, such as on a full disk; the one before is kept.
+        """
         write(
             path,
             {
                 "format": FORMAT,
-                "settings": dict(self.settings),
+                "settings": self._common(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "optimizer_type": type(self.optimizer).__name__,
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "scheduler_type": _kind(self.scheduler),
                 "random": random_states(),
                 "progress": dict(progress),
             },
@@ -72,39 +79,58 @@ class Trained:
         """
         saved = read(path)
         if saved.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a training checkpoint of this package")
-        self._check(path, saved)
+            raise ValueError(
+                f"{path} is not a training checkpoint of this version of jiio-plugins: give "
+                "another file, or delete it to start afresh"
+            )
+        check_weights(self.model, saved["model"], path)
+        here, there = self._common(), saved["settings"]
+        for name in {**there, **here}:
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"{path} was written with another {name}, {there.get(name)!r}, and cannot be "
+                    f"resumed with {here.get(name)!r}: use the same, or another file to start "
+                    "afresh"
+                )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
         return saved["progress"], saved["random"]
 
-    def _check(self, path: str | Path, saved: dict[str, Any]) -> None:
-        own = {name: tuple(t.shape) for name, t in _tensors(self.model.state_dict()).items()}
-        other = {name: tuple(t.shape) for name, t in _tensors(saved["model"]).items()}
-        if own != other:
-            names = sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))
-            name = names[0]
-            raise ValueError(
-                f"{path} is a checkpoint of another model: {len(names)} tensors differ, first "
-                f"{name!r}, {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
-            )
-        groups = [len(g["params"]) for g in self.optimizer.state_dict()["param_groups"]]
-        saved_groups = [len(g["params"]) for g in saved["optimizer"]["param_groups"]]
-        kinds = (
-            ("optimizer", saved["optimizer_type"], type(self.optimizer).__name__),
-            ("optimizer's parameter groups", saved_groups, groups),
-            ("scheduler", saved["scheduler_type"], _kind(self.scheduler)),
+    def _common(self) -> dict[str, Any]:
+        """What it must have in common with the training that wrote a checkpoint."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        settings = {
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer's parameter groups": [len(group["params"]) for group in groups],
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            **self.settings,
+        }
+        # numbers of NumPy become Python's: a file that holds them cannot be read back
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=float))
+        return plain
+
+
+def check_weights(model: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """ValueError unless ``state``, as it stands in ``path``, has the names and shapes of a model's.
+
+    Args:
+        model: whose tensors they are to become.
+        state: tensors by name; other values are not looked at.
+        path: for the message.
+    """
+    here, there = (
+        {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+        for tensors in (model.state_dict(), state)
+    )
+    names = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+    if names:
+        raise ValueError(
+            f"{path} belongs to another model: {len(names)} tensors differ, first {names[0]!r}, "
+            f"{there.get(names[0], 'absent')} there and {here.get(names[0], 'absent')} here. Build "
+            "the model with the settings that the file was written with"
         )
-        settings = {**dict.fromkeys(saved["settings"]), **self.settings}
-        compared = [(name, saved["settings"].get(name), value) for name, value in settings.items()]
-        for what, there, here in (*kinds, *compared):
-            if there != here:
-                raise ValueError(
-                    f"{path} was written with another {what}, {there!r}, and cannot be resumed "
-                    f"with {here!r}: use the same, or another file to start afresh"
-                )
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -115,28 +141,30 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _kind(scheduler: Any) -> str | None:
-    return None if scheduler is None else type(scheduler).__name__
-
-
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` once it is whole, also if the process is killed."""
+    """A file that takes the place of ``path`` once it is whole, also if the process is killed.
+
+    Raises:
+        OSError: it could not be written; the message says whether there is one from before.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        kept = f"; the one before is kept ({path})" if path.exists() else ""
+        raise OSError(
+            f"could not write {path.name}{kept}: {error}. Free some space, or choose another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -165,26 +193,3 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
-
-
-def random_states() -> dict[str, Any]:
-    """The global random states of torch (all devices), NumPy and Python, as plain values."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the global state is meant)
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_states` returned; CUDA's where as many devices are there."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))

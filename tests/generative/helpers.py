@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.generative import Architecture, TrainConfig
-from jiio_plugins.generative.files import CHECKPOINT, load_checkpoint
+from jiio_plugins.generative.files import CHECKPOINT
+from jiio_plugins.utils import checkpoint
 from tests.helpers import ROOT
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def run(out: Path, *extra: str, launcher: tuple[str, ...] = ("-m", "jiio_plugins
 
 
 def states(out: Path) -> dict[str, Any]:
-    return load_checkpoint(out / CHECKPOINT)
+    return checkpoint.read(out / CHECKPOINT)
 
 
 def assert_same(a: Any, b: Any) -> None:
