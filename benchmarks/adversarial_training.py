@@ -64,6 +64,7 @@ from jiio_plugins.adversarial import (
     CARRIED_REFINE,
     TRAINING_METHOD,
     AdversarialTraining,
+    FitSettings,
     TensorBatches,
     fit_adversarially,
 )
@@ -418,20 +419,19 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, setting.lr, total_steps=setting.epochs * len(batches)
     )
+    fit_settings = FitSettings(
+        epochs=setting.epochs,
+        seed=seed,
+        scheduler_interval="step",
+        max_grad_norm=1.0,
+        carried=setting.carried(name),
+        restart_every=setting.epochs if name in CARRIED_METHODS else 1,
+    )
+    training = setting.training(name)
     begin = time.process_time()
     with count_evaluations() as counter:
         history = fit_adversarially(
-            model,
-            setting.training(name),
-            optimizer,
-            batches,
-            epochs=setting.epochs,
-            seed=seed,
-            scheduler=schedule,
-            scheduler_interval="step",
-            max_grad_norm=1.0,
-            carried=setting.carried(name),
-            restart_every=setting.epochs if name in CARRIED_METHODS else 1,
+            model, training, optimizer, batches, fit_settings, scheduler=schedule
         )
     seconds = time.process_time() - begin
     steps = setting.epochs * len(batches)

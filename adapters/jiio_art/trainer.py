@@ -22,6 +22,7 @@ from jiio_art.attack import JIIOAttack
 from jiio_plugins.adversarial import (
     TRAINING_METHOD,
     AdversarialTraining,
+    FitSettings,
     TensorBatches,
     fit_adversarially,
 )
@@ -240,20 +241,11 @@ class JIIOAdversarialTrainer(Trainer):
         if self.restart_every > 1:
             carried = training.carried()
             carried = replace(carried, method=self._cast(self.carried or carried.method))
-        wrapped = RawInput(self._classifier, keep_wrapper=True)
-        logger.info("Adversarial training with %r", self.attack)
-        self.history = fit_adversarially(
-            module,
-            training,
-            self._classifier.optimizer,
-            batches,
+        settings = FitSettings(
             epochs=nb_epochs,
-            validation=None if validation_data is None else self.tensors(*validation_data),
             validation_batch=batch_size,
-            wrapped=wrapped,
             restart_every=self.restart_every,
             carried=carried,
-            scheduler=scheduler,
             scheduler_interval=self.scheduler_interval,
             max_grad_norm=self.max_grad_norm,
             patience=self.patience,
@@ -262,6 +254,17 @@ class JIIOAdversarialTrainer(Trainer):
             resume=self.resume,
             seed=self.seed,
             verbose=self.verbose,
+        )
+        logger.info("Adversarial training with %r", self.attack)
+        self.history = fit_adversarially(
+            module,
+            training,
+            self._classifier.optimizer,
+            batches,
+            settings,
+            validation=None if validation_data is None else self.tensors(*validation_data),
+            scheduler=scheduler,
+            wrapped=RawInput(self._classifier, keep_wrapper=True),
         )
 
     def _training(self) -> AdversarialTraining:

@@ -1,7 +1,7 @@
 """Adversarial training: one step for any training loop, and a loop."""
 
 from jiio_plugins.adversarial.batches import Batches, TensorBatches
-from jiio_plugins.adversarial.fit import Interval, Metrics, fit_adversarially
+from jiio_plugins.adversarial.fit import FitSettings, Interval, Metrics, fit_adversarially
 from jiio_plugins.adversarial.step import (
     CARRIED_METHOD,
     CARRIED_REFINE,
@@ -17,6 +17,7 @@ __all__ = [
     "AdversarialStep",
     "AdversarialTraining",
     "Batches",
+    "FitSettings",
     "Interval",
     "Metrics",
     "TensorBatches",

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.utils.checks import is_count
-
 if TYPE_CHECKING:
     from jiio_plugins.adversarial.batches import Batches
     from jiio_plugins.adversarial.step import AdversarialTraining
@@ -29,13 +27,7 @@ def carry(
         TypeError: ``carried`` is no such step, or the batches do not tell which samples they hold.
         ValueError: another ball, or a number of epochs that does not fit.
     """
-    if not is_count(every, 1):
-        raise ValueError(f"restart_every must be a number of epochs >= 1, got {every!r}")
     if every == 1:
-        if carried is not None:
-            raise ValueError(
-                "carried= is the step between restarts: it needs restart_every above 1"
-            )
         return None
     search = training.carried() if carried is None else carried
     if not hasattr(search, "settings") or not hasattr(search, "region"):
@@ -47,7 +39,7 @@ def carry(
             f"carried searches must be in the ball of the others, norm {training.norm} and eps "
             f"{training.eps}, got {search.norm} and {search.eps}"
         )
-    return Carried(batches, int(every), search)
+    return Carried(batches, every, search)
 
 
 class Carried:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,61 +21,32 @@ from tqdm.auto import tqdm
 
 from jiio_plugins.adversarial.carried import Carried, carry
 from jiio_plugins.envelope import joint_solution
+from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
+from jiio_plugins.utils.checks import check_counts
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.optim import Optimizer
 
     from jiio_plugins.adversarial.batches import Batches
     from jiio_plugins.adversarial.step import AdversarialStep, AdversarialTraining
 
 
-Interval = Literal["epoch", "step"]
-
-
 _LOOSE = 0.1  # mean relative residual of z; trainings that ended well stay below 0.03
 
 
+Interval = Literal["epoch", "step"]
 Metrics = dict[str, float]
 
 
-def fit_adversarially(
-    model: nn.Module,
-    training: AdversarialTraining,
-    optimizer: Optimizer,
-    batches: Batches,
-    *,
-    epochs: int,
-    validation: tuple[Tensor, Tensor] | None = None,
-    validation_batch: int = 128,
-    wrapped: nn.Module | None = None,
-    restart_every: int = 1,
-    carried: AdversarialTraining | None = None,
-    scheduler: Any = None,
-    scheduler_interval: Interval = "epoch",
-    max_grad_norm: float | None = None,
-    patience: int | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    verbose: bool = True,
-) -> list[Metrics]:
-    """Train ``model`` in place; its train/eval flags come back as they were.
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How :func:`fit_adversarially` trains.
 
     Args:
-        model: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
-        training: the step.
-        optimizer: of the model's parameters.
-        batches: the data: :class:`TensorBatches`, or something of one's own like :class:`Batches`.
         epochs: of the whole training, those before a resume included.
-        validation: images and labels judged after each epoch: clean accuracy by ``model(x)``, and
-            robust accuracy by ``model(x')`` at the examples the training's own search finds.
-        validation_batch: images judged together.
-        wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
+        validation_batch: validation images judged together.
         restart_every: epochs from one search that starts as ``training`` says to the next. In
             between, each search takes up the image where the last one for the same sample ended,
             which is hard already, one step on (:meth:`AdversarialStep.ahead`), and is short. As
@@ -83,9 +54,7 @@ def fit_adversarially(
             not augmented.
         carried: the step of those searches; None: ``training.carried()``. The progress then shows
             no clean accuracy.
-        scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
-            robust accuracy with mode "max", the training loss with mode "min".
-        scheduler_interval: when it steps.
+        scheduler_interval: when the scheduler steps.
         max_grad_norm: clip the gradient's norm; None: do not.
         patience: stop after so many epochs without a better robust validation accuracy, and put the
             best weights back; None: train to the end and keep the last.
@@ -96,6 +65,67 @@ def fit_adversarially(
         seed: of everything random in the steps.
         verbose: show a progress bar: loss, clean and robust accuracy, relative residual of z.
 
+    Raises:
+        TypeError, ValueError: bad settings; the message says what is accepted.
+    """
+
+    epochs: int
+    validation_batch: int = 128
+    restart_every: int = 1
+    carried: AdversarialTraining | None = None
+    scheduler_interval: Interval = "epoch"
+    max_grad_norm: float | None = None
+    patience: int | None = None
+    checkpoint: str | Path | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
+    seed: int = 0
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "validation_batch", "restart_every", "patience", "checkpoint_every")
+        check_counts(self, **{n: 1 for n in counts if getattr(self, n) is not None})
+        if self.carried is not None and self.restart_every == 1:
+            raise ValueError(
+                "carried= is the step between restarts: it needs restart_every above 1"
+            )
+        if self.scheduler_interval not in ("epoch", "step"):
+            raise ValueError(
+                f"scheduler_interval must be 'epoch' or 'step', got {self.scheduler_interval!r}"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.checkpoint is None and self.checkpoint_every is not None:
+            raise ValueError("checkpoint_every needs checkpoint=, the file to write")
+        if self.checkpoint is None and self.resume:
+            raise ValueError("resume=True needs checkpoint=, the file to resume from")
+
+
+def fit_adversarially(
+    model: nn.Module,
+    training: AdversarialTraining,
+    optimizer: Optimizer,
+    batches: Batches,
+    settings: FitSettings,
+    *,
+    validation: tuple[Tensor, Tensor] | None = None,
+    scheduler: Any = None,
+    wrapped: nn.Module | None = None,
+) -> list[Metrics]:
+    """Train ``model`` in place; its train/eval flags come back as they were.
+
+    Args:
+        model: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
+        training: the step.
+        optimizer: of the model's parameters.
+        batches: the data: :class:`TensorBatches`, or something of one's own like :class:`Batches`.
+        settings: epochs, checkpoints and the rest.
+        validation: images and labels judged after each epoch: clean accuracy by ``model(x)``, and
+            robust accuracy by ``model(x')`` at the examples the training's own search finds.
+        scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
+            robust accuracy with mode "max", the training loss with mode "min".
+        wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
+
     Returns:
         One dict per epoch: "loss", "robust", "residual", "clean" where the steps saw it, with
         validation "validation_clean" and "validation_robust".
@@ -104,6 +134,7 @@ def fit_adversarially(
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
         ValueError: bad arguments, or a checkpoint of another training.
         FloatingPointError: the loss became NaN or Inf; the last checkpoint is whole.
+        OSError: a checkpoint could not be written; the one before is kept.
 
     Warns:
         RuntimeWarning: z was left far from its fixed points in an epoch.
@@ -114,130 +145,74 @@ def fit_adversarially(
             "TensorBatches(x, y, batch_size), or a class like it around a loader, got "
             f"{type(batches).__name__}"
         )
-    rules: dict[str, Any] = {
-        "max_grad_norm": max_grad_norm,
-        "scheduler_interval": scheduler_interval,
-        "restart_every": restart_every,
-    }
-    kept = carry(training, batches, restart_every, carried)
+    if settings.patience is not None and validation is None:
+        raise ValueError("early stopping (patience=) needs validation data to judge by")
+    _check_optimizer(optimizer, scheduler, model)
+    kept = carry(training, batches, settings.restart_every, settings.carried)
+    same = _common(training, batches, settings, kept)
+    state = TrainingState(model, optimizer, scheduler, same)
+    run = _Run(state, training, batches, settings, kept, wrapped)
+    run.begin()
+    with flags_kept(model), run.bar() as bar:
+        while run.progress.epoch < settings.epochs and not run.progress.stopped:
+            model.train()
+            for x, y in batches.epoch(run.progress.epoch, run.progress.step):
+                run.make_step(x, y)
+                means = {name: f"{value:.3g}" for name, value in run.progress.means().items()}
+                bar.set_postfix(means, refresh=False)
+                bar.update()
+            run.end_epoch(validation)
+        if run.progress.best is not None:
+            model.load_state_dict(run.progress.best["model"])
+    optimizer.zero_grad()
+    return run.progress.history
+
+
+def _check_optimizer(optimizer: Optimizer, scheduler: Any, model: nn.Module) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer holds none of the model's parameters: build it from them")
+    if scheduler is None:
+        return
+    if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
+        raise TypeError(
+            f"scheduler must be one of torch.optim.lr_scheduler's, got {type(scheduler).__name__}"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(
+            "the scheduler was built for another optimizer, so it would change nothing here: build "
+            "it from the one that trains"
+        )
+
+
+def _common(
+    training: AdversarialTraining, batches: Batches, settings: FitSettings, kept: Carried | None
+) -> dict[str, Any]:
+    """What a resumed training must have in common with the one before."""
+    names = ("max_grad_norm", "scheduler_interval", "restart_every", "seed")
+    same = {**training.settings(), **{name: getattr(settings, name) for name in names}}
+    same["batches an epoch"] = len(batches)
     if kept is not None:
         own = kept.search.settings().items()
-        rules.update({f"{name} of carried searches": value for name, value in own})
-    run = _Run(model, training, optimizer, batches, scheduler, checkpoint, seed, rules, kept)
-    _check(run, epochs, patience, validation, scheduler_interval, checkpoint_every, max_grad_norm)
-    run.begin(resume)
-    with _flags_restored(model), run.bar(epochs, verbose) as bar:
-        for epoch in range(run.epoch, epochs):
-            if run.stopped:
-                break
-            model.train()
-            for x, y in batches.epoch(epoch, run.step):
-                generator = seeded_generator(x.device, seed, epoch, run.step)
-                start = None if kept is None else kept.start(epoch, run.step, x, generator)
-                search = training if kept is None or start is None else kept.search
-                step = search(
-                    model,
-                    x,
-                    y,
-                    wrapped=wrapped,
-                    generator=generator,
-                    start=start,
-                    ahead=kept is not None,
-                )
-                optimizer.zero_grad()
-                step.loss.backward()
-                if max_grad_norm is not None:
-                    clip_grad_norm_(model.parameters(), max_grad_norm)
-                loss = float(step.loss.detach())
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the training loss is {loss} in epoch {epoch + 1}, step {run.step + 1}: "
-                        "lower the learning rate, or keep the cell easy to solve with "
-                        "jacobian_weight"
-                    )
-                optimizer.step()
-                if scheduler is not None and scheduler_interval == "step":
-                    _advance(scheduler, {"loss": loss})
-                if kept is not None:
-                    kept.keep(epoch, run.step, step.ahead(), len(step.robust))
-                run.take_in(step, loss)
-                bar.update()
-                bar.set_postfix({k: f"{v:.3g}" for k, v in run.means().items()}, refresh=False)
-                if checkpoint_every is not None and run.step % checkpoint_every == 0:
-                    run.save()
-            run.end_epoch(validation, validation_batch, patience)
-            if scheduler is not None and scheduler_interval == "epoch":
-                _advance(scheduler, run.history[-1])
-            run.save()
-            _warn_if_loose(run)
-        if run.best is not None:
-            model.load_state_dict(run.best["model"])
-    optimizer.zero_grad()
-    return run.history
+        same.update({f"{name} of carried searches": value for name, value in own})
+    if settings.checkpoint is not None and hasattr(batches, "settings"):
+        same.update(batches.settings())
+    return same
 
 
-class _Run:
+@dataclass
+class _Progress:
     """How far a training has come."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        training: AdversarialTraining,
-        optimizer: Optimizer,
-        batches: Batches,
-        scheduler: Any,
-        checkpoint: str | Path | None,
-        seed: int,
-        rules: dict[str, Any],
-        kept: Carried | None = None,
-    ) -> None:
-        self.model, self.training, self.batches = model, training, batches
-        self.kept = kept
-        self.path = None if checkpoint is None else Path(checkpoint)
-        settings = {**training.settings(), **rules, "batches an epoch": len(batches), "seed": seed}
-        if self.path is not None and hasattr(batches, "settings"):
-            settings.update(batches.settings())
-        self.trained = TrainingState(model, optimizer, scheduler, settings)
-        self.epoch = self.step = self.waited = 0
-        self.stopped = False
-        self.history: list[Metrics] = []
-        self.sums: dict[str, list[float]] = {}
-        self.best: dict[str, Any] | None = None
+    epoch: int = 0
+    step: int = 0
+    waited: int = 0
+    stopped: bool = False
+    history: list[Metrics] = field(default_factory=list)
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
 
-    def begin(self, resume: bool) -> None:
-        """Take up the checkpoint, or make sure that none is overwritten."""
-        if self.path is None:
-            if resume:
-                raise ValueError("resume=True needs checkpoint=, the file to resume from")
-            return
-        if not self.path.exists():
-            return
-        if not resume:
-            raise FileExistsError(
-                f"{self.path} exists: resume=True goes on from it; to start afresh give another "
-                "file or delete it"
-            )
-        progress, random = self.trained.load(self.path)
-        carried = progress.pop("carried", None)
-        if self.kept is not None:
-            self.kept.load(carried)
-        for name, value in progress.items():
-            setattr(self, name, value)
-        skip = getattr(self.batches, "skip", None)
-        if skip is not None:
-            skip(self.epoch * len(self.batches) + self.step)
-        set_random_states(random)
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        if self.path is not None:
-            names = ("epoch", "step", "waited", "stopped", "history", "sums", "best")
-            progress = {name: getattr(self, name) for name in names}
-            if self.kept is not None:
-                progress["carried"] = self.kept.state()
-            self.trained.save(self.path, progress)
-
-    def take_in(self, step: AdversarialStep, loss: float) -> None:
+    def add(self, step: AdversarialStep, loss: float) -> None:
         """One step has been made."""
         self.step += 1
         rows = {"robust": step.robust.float(), "residual": step.residual}
@@ -253,47 +228,140 @@ class _Run:
         """Of the epoch so far."""
         return {name: total / count for name, (total, count) in self.sums.items()}
 
-    def end_epoch(
-        self, validation: tuple[Tensor, Tensor] | None, batch_size: int, patience: int | None
-    ) -> None:
-        """Judge, note, and decide whether to stop."""
-        metrics = self.means()
-        if validation is not None:
-            judged = judge(self.model, self.training, *validation, batch_size=batch_size)
-            metrics.update({f"validation_{name}": value for name, value in judged.items()})
-        self.history.append(metrics)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-        if patience is None:
-            return
-        value = metrics["validation_robust"]
+    def wait(self, value: float, model: nn.Module, patience: int) -> None:
+        """Keep the weights if they are the best so far, or stop when none was for too long."""
         if self.best is None or value > self.best["value"]:
-            weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
             self.best, self.waited = {"value": value, "model": weights}, 0
         else:
             self.waited += 1
         self.stopped = self.waited >= patience
 
-    def bar(self, epochs: int, verbose: bool) -> Any:
+
+@dataclass
+class _Run:
+    """A training, and all that it needs."""
+
+    state: TrainingState
+    training: AdversarialTraining
+    batches: Batches
+    settings: FitSettings
+    kept: Carried | None
+    wrapped: nn.Module | None
+    progress: _Progress = field(default_factory=_Progress)
+
+    def begin(self) -> None:
+        """Take up the checkpoint, or make sure that none is overwritten."""
+        path = self.settings.checkpoint
+        if path is None or not Path(path).exists():
+            return
+        if not self.settings.resume:
+            raise FileExistsError(
+                f"{path} exists: resume=True goes on from it; to start afresh give another "
+                "file or delete it"
+            )
+        progress, random = self.state.load(path)
+        carried = progress.pop("carried", None)
+        if self.kept is not None:
+            self.kept.load(carried)
+        self.progress = _Progress(**progress)
+        skip = getattr(self.batches, "skip", None)
+        if skip is not None:
+            skip(self._done())
+        set_random_states(random)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.settings.checkpoint is not None:
+            carried = {} if self.kept is None else {"carried": self.kept.state()}
+            self.state.save(self.settings.checkpoint, {**vars(self.progress), **carried})
+
+    def make_step(self, x: Tensor, y: Tensor) -> None:
+        """Search, move the parameters, and note what was seen."""
+        at, settings = self.progress, self.settings
+        step = self._search(x, y)
+        self.state.optimizer.zero_grad()
+        step.loss.backward()
+        if settings.max_grad_norm is not None:
+            clip_grad_norm_(self.state.model.parameters(), settings.max_grad_norm)
+        loss = float(step.loss.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} in epoch {at.epoch + 1}, step {at.step + 1}: lower "
+                "the learning rate, or keep the cell easy to solve with jacobian_weight"
+            )
+        self.state.optimizer.step()
+        self._advance("step", {"loss": loss})
+        if self.kept is not None:
+            self.kept.keep(at.epoch, at.step, step.ahead(), len(step.robust))
+        at.add(step, loss)
+        if settings.checkpoint_every is not None and at.step % settings.checkpoint_every == 0:
+            self.save()
+
+    def end_epoch(self, validation: tuple[Tensor, Tensor] | None) -> None:
+        """Judge, decide whether to stop, and write the checkpoint."""
+        at, settings, model = self.progress, self.settings, self.state.model
+        metrics = at.means()
+        if validation is not None:
+            size = settings.validation_batch
+            judged = judge(model, self.training, *validation, batch_size=size)
+            metrics.update({f"validation_{name}": value for name, value in judged.items()})
+        at.history.append(metrics)
+        at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
+        if settings.patience is not None:
+            at.wait(metrics["validation_robust"], model, settings.patience)
+        self._advance("epoch", metrics)
+        self.save()
+        _warn_if_loose(at.epoch, metrics.get("residual", 0.0))
+
+    def bar(self) -> Any:
         """A bar over all steps."""
-        done = self.epoch * len(self.batches) + self.step
         return tqdm(
-            total=epochs * len(self.batches),
-            initial=done,
+            total=self.settings.epochs * len(self.batches),
+            initial=self._done(),
             desc="adversarial training",
-            disable=not verbose,
+            disable=not self.settings.verbose,
         )
 
+    def _done(self) -> int:
+        return self.progress.epoch * len(self.batches) + self.progress.step
 
-def _warn_if_loose(run: _Run) -> None:
-    residual = run.history[-1].get("residual", 0.0)
+    def _search(self, x: Tensor, y: Tensor) -> AdversarialStep:
+        at, kept = self.progress, self.kept
+        generator = seeded_generator(x.device, self.settings.seed, at.epoch, at.step)
+        start = None if kept is None else kept.start(at.epoch, at.step, x, generator)
+        training = self.training if kept is None or start is None else kept.search
+        return training(
+            self.state.model,
+            x,
+            y,
+            wrapped=self.wrapped,
+            generator=generator,
+            start=start,
+            ahead=kept is not None,
+        )
+
+    def _advance(self, interval: Interval, metrics: Metrics) -> None:
+        scheduler = self.state.scheduler
+        if scheduler is None or interval != self.settings.scheduler_interval:
+            return
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+        elif scheduler.mode == "max":
+            scheduler.step(metrics.get("validation_robust", metrics.get("robust", 0.0)))
+        else:
+            scheduler.step(metrics["loss"])
+
+
+def _warn_if_loose(epoch: int, residual: float) -> None:
     if not residual <= _LOOSE:
         warnings.warn(
-            f"in epoch {run.epoch} the search left z at a mean relative residual of {residual:.2g} "
+            f"in epoch {epoch} the search left z at a mean relative residual of {residual:.2g} "
             f"(fine: below {_LOOSE}). It lags behind the images, so the search is weaker than it "
             "looks and the model may learn to classify before it has converged. Set or raise "
             "jacobian_weight, take more iterations, or lower the learning rate",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -306,7 +374,7 @@ def judge(
     ``jiio_plugins.evaluation``.
     """
     right = {"clean": 0, "robust": 0}
-    with _flags_restored(model):
+    with flags_kept(model):
         model.eval()
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             found = joint_solution(
@@ -320,62 +388,3 @@ def judge(
                 for name, seen in (("clean", images), ("robust", found.x)):
                     right[name] += int((model(seen).argmax(1) == labels).sum())
     return {name: count / len(x) for name, count in right.items()}
-
-
-def _advance(scheduler: Any, metrics: Metrics) -> None:
-    if not isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step()
-    elif scheduler.mode == "max":
-        scheduler.step(metrics.get("validation_robust", metrics.get("robust", 0.0)))
-    else:
-        scheduler.step(metrics["loss"])
-
-
-@contextmanager
-def _flags_restored(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _check(
-    run: _Run,
-    epochs: int,
-    patience: int | None,
-    validation: tuple[Tensor, Tensor] | None,
-    interval: str,
-    checkpoint_every: int | None,
-    max_grad_norm: float | None,
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"the number of epochs must be at least 1, got {epochs}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
-    if patience is not None and validation is None:
-        raise ValueError("early stopping (patience=) needs validation data to judge by")
-    if interval not in ("epoch", "step"):
-        raise ValueError(f"scheduler_interval must be 'epoch' or 'step', got {interval!r}")
-    if checkpoint_every is not None and (checkpoint_every < 1 or run.path is None):
-        raise ValueError(
-            f"checkpoint_every must be at least 1 and needs checkpoint=, got {checkpoint_every}"
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-    optimizer, scheduler = run.trained.optimizer, run.trained.scheduler
-    own = {id(p) for p in run.model.parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer holds none of the model's parameters: build it from them")
-    if scheduler is None:
-        return
-    if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
-        raise TypeError(
-            f"scheduler must be one of torch.optim.lr_scheduler's, got {type(scheduler).__name__}"
-        )
-    if scheduler.optimizer is not optimizer:
-        raise ValueError(
-            "the scheduler was built for another optimizer, so it would change nothing here: build "
-            "it from the one that trains"
-        )

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from jiio_plugins import Joint
 from jiio_plugins.adversarial.batches import TensorBatches
-from jiio_plugins.adversarial.fit import fit_adversarially
+from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
 from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import ConvDEQClassifier
@@ -70,17 +70,18 @@ def train(
     scheduler: str | None = None,
     training: AdversarialTraining = TRAINING,
     optimizer: torch.optim.Optimizer | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
-    options = {"epochs": 3, "verbose": False, **options}
     return fit_adversarially(
         model,
         training,
         optimizer,
         batches(*data(), 16),
+        FitSettings(**{"epochs": 3, "verbose": False, **options}),
         scheduler=None if scheduler is None else SCHEDULERS[scheduler](optimizer),
-        **options,
+        validation=validation,
     )
 
 

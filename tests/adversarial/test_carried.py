@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.carried import Carried
-from jiio_plugins.adversarial.fit import fit_adversarially, judge
+from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially, judge
 from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
 from tests.adversarial.helpers import (
     TRAINING,
@@ -65,10 +65,7 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
         fresh,
         torch.optim.SGD(model.parameters(), lr=0.01),
         Watched(x, torch.arange(64), 20, drop_last=True),
-        epochs=5,
-        restart_every=3,
-        carried=short,
-        verbose=False,
+        FitSettings(epochs=5, restart_every=3, carried=short, verbose=False),
     )
     for epoch, (begun, _) in enumerate(history):
         anew = epoch % 3 == 0
@@ -135,10 +132,7 @@ def test_images_that_were_not_attacked_are_not_taken_up() -> None:
         training,
         torch.optim.SGD(model.parameters(), lr=0.01),
         TensorBatches(x, y, 16),
-        epochs=2,
-        restart_every=2,
-        carried=training,
-        verbose=False,
+        FitSettings(epochs=2, restart_every=2, carried=training, verbose=False),
     )
     orders = [TensorBatches(x, y, 16).order(k).split(16) for k in (0, 1)]
     before = {int(n) for rows in orders[0] for n in rows[:8]}

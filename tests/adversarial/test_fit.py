@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from jiio_plugins import Joint
 from jiio_plugins.adversarial.batches import TensorBatches
-from jiio_plugins.adversarial.fit import fit_adversarially
+from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
 from jiio_plugins.utils import checkpoint
 from tests.adversarial.helpers import TRAINING, assert_equal_weights, build, data, train
 
@@ -61,11 +62,9 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         TRAINING,
         optimizer,
         TensorBatches(*data(), 16),
-        epochs=20,
-        patience=2,
+        FitSettings(epochs=20, patience=2, verbose=False),
         validation=data("test", 100),
         scheduler=scheduler,
-        verbose=False,
     )
     seen = [epoch["validation_robust"] for epoch in history]
     best = seen.index(max(seen))
@@ -78,9 +77,8 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         TRAINING,
         optimizer,
         TensorBatches(*data(), 16),
-        epochs=best + 1,
+        FitSettings(epochs=best + 1, verbose=False),
         scheduler=scheduler,
-        verbose=False,
     )
     assert_equal_weights(model, alone)
 
@@ -99,6 +97,9 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         ({"resume": True}, ValueError, "needs checkpoint="),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"restart_every": 0}, ValueError, "restart_every must be"),
+        ({"restart_every": 1.5}, TypeError, "restart_every must be an integer"),
+        ({"validation_batch": 0}, ValueError, "validation_batch must be at least 1"),
+        ({"checkpoint": "run.pt", "checkpoint_every": 0}, ValueError, "checkpoint_every must be"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -112,9 +113,8 @@ def test_a_scheduler_or_optimizer_of_something_else() -> None:
     batches = TensorBatches(*data(), 16)
 
     def fit(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        fit_adversarially(
-            model, TRAINING, optimizer, batches, epochs=1, scheduler=scheduler, verbose=False
-        )
+        settings = FitSettings(epochs=1, verbose=False)
+        fit_adversarially(model, TRAINING, optimizer, batches, settings, scheduler=scheduler)
 
     kept = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match="another optimizer"):

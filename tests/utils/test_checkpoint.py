@@ -149,6 +149,16 @@ def test_a_finished_training_resumed_does_nothing_and_can_be_prolonged(tmp_path:
     assert_equal_weights(whole, again)
 
 
+def test_settings_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    training = replace(TRAINING, eps=np.float64(0.3))
+    train(build(), epochs=1, checkpoint=path, training=training, seed=np.int64(4))
+    again = train(build(), epochs=np.int64(2), checkpoint=path, resume=True, seed=4)
+    assert len(again) == 2
+    with pytest.raises(ValueError, match="another seed, 4, and cannot be resumed with 5"):
+        train(build(), checkpoint=path, resume=True, seed=np.int64(5))
+
+
 # Bad input: clear errors, and nothing overwritten -----------------------------------------------
 
 
