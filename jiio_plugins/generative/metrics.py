@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from jiio_plugins.joint.guard import flags_kept
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -116,13 +118,9 @@ def extract(features: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the network returns anything but a matrix.
     """
-    flags = [(module, module.training) for module in features.modules()]
-    features.eval()
-    try:
+    with flags_kept(features):
+        features.eval()
         out = torch.cat([features(part) for part in images.split(_BATCH)])
-    finally:
-        for module, flag in flags:
-            module.training = flag
     if out.ndim != 2:
         raise ValueError(f"a feature network must return (rows, d), got {tuple(out.shape)}")
     return out

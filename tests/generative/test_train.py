@@ -15,7 +15,6 @@ from jiio_plugins.data.classification import load_digits
 from jiio_plugins.envelope import joint_solution
 from jiio_plugins.generative import TrainConfig, fit, load_generator, train
 from jiio_plugins.generative.config import FitConfig, SampleConfig
-from jiio_plugins.generative.files import CHECKPOINT
 from jiio_plugins.generative.fit_files import fit_files
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.generative.sample_run import sample_run

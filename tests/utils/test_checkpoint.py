@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_plugins.utils import checkpoint
 from tests.adversarial.helpers import (
     SCHEDULERS,
+    TRAINING,
     Bomb,
     StoppedError,
     assert_equal_weights,
