@@ -1,6 +1,6 @@
 """Joint inference and input optimisation (JIIO) for deep equilibrium models."""
 
-from jiio_plugins.attacks import attack, attack_objective, is_adversarial
+from jiio_plugins.attacks import attack, is_adversarial
 from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
 from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
@@ -8,6 +8,7 @@ from jiio_plugins.equilibrium.counting import Counter, count_evaluations
 from jiio_plugins.equilibrium.layer import Equilibrium
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
+from jiio_plugins.losses import attack_objective
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.methods.nested import Nested
 from jiio_plugins.optimize import optimize_input

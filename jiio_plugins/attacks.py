@@ -6,11 +6,10 @@ Both host adapters call :func:`attack`. They only translate their toolkit's word
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from jiio_plugins.constraints import (
     Constraint,
@@ -18,6 +17,7 @@ from jiio_plugins.constraints import (
 )
 from jiio_plugins.equilibrium.counting import Cost, count
 from jiio_plugins.joint.inputs import check_input
+from jiio_plugins.losses import attack_objective, hit
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.optimize import optimize_input
 from jiio_plugins.solution import Solution, Stats
@@ -25,13 +25,9 @@ from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checks import is_count, outside_inference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.losses import Loss
     from jiio_plugins.methods.base import Callback, Method
-
-Loss = Literal["cross-entropy", "dlr", "margin"]
-LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
 
 
 def attack(
@@ -129,7 +125,7 @@ def attack(
             constraint=whole if rows is None else _Rows(whole, x, rows),
             verify=verify,
             training_mode=training_mode,
-            stop=(lambda output: _hit(output, wanted, targeted)) if early_stop else None,
+            stop=(lambda output: hit(output, wanted, targeted)) if early_stop else None,
             callback=callback,
         )
         return _with_verification_paid(found) if chosen else found
@@ -172,70 +168,6 @@ class _Rows(Constraint):
         return self.whole.bind(self.x).restrict(self.rows)
 
 
-def attack_objective(
-    loss: Loss, labels: Tensor, targeted: bool = False
-) -> Callable[[Tensor], Tensor]:
-    """The function of the logits that an attack minimises, ``(rows, classes) -> (rows,)``.
-
-    With the logits a, the labels y and π sorting the logits, largest first:
-
-    - cross-entropy: ``log p_y``.
-    - margin: ``a_y − max_{i≠y} a_i``.
-    - dlr: the margin divided by ``a_π1 − a_π3``.
-
-    With ``targeted`` the sign of the first two turns. dlr becomes
-    ``−(a_y − a_π1) / (a_π1 − (a_π3 + a_π4) / 2)``, as far as there are classes.
-
-    Args:
-        loss: "cross-entropy", "dlr" or "margin".
-        labels: y, integers ``(rows,)``.
-        targeted: whether y is wanted, or to be left.
-
-    Raises:
-        ValueError: an unknown loss. The function raises it for labels out of range, or logits of
-            another shape.
-        TypeError: labels that are not integers.
-    """
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.ndim != 1:
-        raise TypeError(
-            f"labels must be integers of shape (batch,), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    labels = outside_inference(labels.long())
-
-    def objective(logits: Tensor) -> Tensor:
-        _check_logits(logits, len(labels))
-        classes = logits.shape[1]
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"labels must be in 0 … {classes - 1} (the model has {classes} classes), "
-                f"got {low} … {high}"
-            )
-        if loss == "cross-entropy":
-            value = -cross_entropy(logits, labels, reduction="none")
-            return -value if targeted else value
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        others = logits.scatter(1, labels[:, None], -torch.inf)
-        margin = own - others.amax(1)
-        if targeted:
-            margin = -margin
-        if loss == "margin":
-            return margin
-        ordered = logits.sort(1, descending=True).values
-        if targeted and classes >= 4:
-            span = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
-        else:
-            span = ordered[:, 0] - ordered[:, min(2, classes - 1)]
-        # equal logits have no span, and the loss stays finite
-        return margin / (span + 1e-12)
-
-    return objective
-
-
 def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -> Tensor:
     """Samples that succeed by ``model(x)`` itself and by the tight solve too, bool ``(rows,)``.
 
@@ -244,22 +176,8 @@ def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -
         labels: integers ``(rows,)``: the true classes, or with ``targeted`` the wanted ones.
         targeted: whether the attack was.
     """
-    tight = _hit(solution.output, labels, targeted)
-    return tight & _hit(solution.stats.model_output, labels, targeted)
-
-
-def _hit(output: Any, labels: Tensor, targeted: bool) -> Tensor:
-    if not len(labels):  # a model that was given no image has no output
-        return torch.zeros_like(labels, dtype=torch.bool)
-    predicted = output.argmax(1)
-    hit: Tensor = predicted == labels
-    return hit if targeted else ~hit
-
-
-def _check_logits(logits: Any, rows: int) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != rows:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model must return logits of shape ({rows}, classes), got {got}")
+    tight = hit(solution.output, labels, targeted)
+    return tight & hit(solution.stats.model_output, labels, targeted)
 
 
 def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted: bool) -> Solution:
@@ -269,8 +187,8 @@ def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted
     """
     assert old.value is not None
     assert new.value is not None
-    hit = is_adversarial(new, labels[rows], targeted)
-    take = hit | (new.value < old.value[rows])  # these rows of old have not succeeded
+    # these rows of old have not succeeded
+    take = is_adversarial(new, labels[rows], targeted) | (new.value < old.value[rows])
     to, source = rows[take], take.nonzero().squeeze(1)
 
     def put(into: Any, values: Any) -> Any:

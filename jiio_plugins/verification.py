@@ -15,19 +15,22 @@ Statuses and their remedies are in :mod:`jiio_plugins.solution`. Methods are jud
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
 from jiio_plugins.equilibrium.solvers import Anderson, Solver
-from jiio_plugins.equilibrium.state import row_norm
+from jiio_plugins.equilibrium.state import relative, row_norm
+from jiio_plugins.joint.problem import Problem
+from jiio_plugins.joint.variables import Variable
+from jiio_plugins.losses import attack_objective
 from jiio_plugins.solution import Solution, Stats, Status
 
 if TYPE_CHECKING:
-    from jiio_plugins.joint.problem import Problem, Solved
+    from jiio_plugins.joint.problem import Solved
     from jiio_plugins.methods.base import MethodResult
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
@@ -44,7 +47,7 @@ def default_verifier(dtype: torch.dtype) -> Solver:
 
 
 @dataclass
-class Verdict:
+class Candidate:
     """What two solves say of one candidate v per problem.
 
     Attributes:
@@ -93,7 +96,7 @@ class Judge:
         self.problem, self.verifier, self.warm = problem, verifier, warm
         self.f_evals = torch.zeros(problem.rows, device=problem.v_start.device)
 
-    def everything(self, v: Tensor) -> Verdict:
+    def everything(self, v: Tensor) -> Candidate:
         """The verdict on v ``(problems, d)``, for all problems."""
         with counting_into((counter := RowCounter(self.f_evals),)):
             own = self.problem.solve(v)
@@ -102,7 +105,7 @@ class Judge:
         self.amplification = tight.amplification
         return self._verdict(v, _by_row(own, tight))
 
-    def some(self, v: Tensor, where: Tensor, base: Verdict) -> Verdict:
+    def some(self, v: Tensor, where: Tensor, base: Candidate) -> Candidate:
         """The verdict on some problems. The other rows are taken from another verdict.
 
         Args:
@@ -120,7 +123,7 @@ class Judge:
         parts = _by_row(own, tight).items()
         return self._verdict(v, {k: getattr(base, k).index_copy(0, rows, t) for k, t in parts})
 
-    def take_better(self, best: Verdict, v: Tensor, where: Tensor) -> Verdict:
+    def take_better(self, best: Candidate, v: Tensor, where: Tensor) -> Candidate:
         """The better of two candidates, problem by problem.
 
         Args:
@@ -145,7 +148,7 @@ class Judge:
                 chosen[name] = ours
                 continue
             chosen[name] = torch.where(choice.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
-        found = Verdict(**chosen)
+        found = Candidate(**chosen)
         if bool(better.any()) and not self._splits(best.output):
             mixed = self.everything(found.v)  # only the model can put together what it returns
             found.output, found.model_output = mixed.output, mixed.model_output
@@ -155,13 +158,13 @@ class Judge:
         """Whether what the model returned is one tensor with a row per row of the batch."""
         return isinstance(output, Tensor) and output.ndim > 0 and len(output) == self.problem.rows
 
-    def _verdict(self, v: Tensor, by_row: dict[str, Any]) -> Verdict:
+    def _verdict(self, v: Tensor, by_row: dict[str, Any]) -> Candidate:
         with torch.no_grad():
             value, model_value = (
                 self.problem.groups.sum(self.problem.loss(by_row[name]))
                 for name in ("output", "model_output")
             )
-        return Verdict(v=v, value=value, model_value=model_value, **by_row)
+        return Candidate(v=v, value=value, model_value=model_value, **by_row)
 
 
 def _by_row(own: Solved, tight: Solved) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     return solution, final.v
 
 
-def _never_worse(judge: Judge, result: MethodResult, final: Verdict) -> Verdict:
+def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candidate:
     """The end, or where that is better the best iterate or the start."""
     problem, groups = judge.problem, judge.problem.groups
     amplified = _SLOWER * _amplification(problem, result, judge.amplification, final.z)
@@ -229,7 +232,7 @@ def _never_worse(judge: Judge, result: MethodResult, final: Verdict) -> Verdict:
     return judge.take_better(final, problem.v_start, unsafe)
 
 
-def _status(problem: Problem, final: Verdict) -> Tensor:
+def _status(problem: Problem, final: Candidate) -> Tensor:
     """How far the values can be trusted, ``(problems,)``."""
     worst = problem.groups.worst
     status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
@@ -261,3 +264,76 @@ def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved
     pairs = zip(*parts, strict=True)
     ratios = [row_norm(error) / row_norm(residual).clamp(min=tiny) for error, residual in pairs]
     return found.index_copy(0, rows, torch.stack(ratios).amax(0).to(found.dtype))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What two solves say of some samples, ``(rows,)`` each.
+
+    Attributes:
+        model_wrong: by the model's own answer, the solver it carries.
+        tight_wrong: by the independent solve.
+        converged: whether that solve reached its tolerance, with a finite answer.
+        loss: cross-entropy by the independent solve.
+        model_loss: cross-entropy by the model.
+        residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the state that the model itself stops at.
+        tight_residual: the same of the state of the independent solve.
+    """
+
+    model_wrong: Tensor
+    tight_wrong: Tensor
+    converged: Tensor
+    loss: Tensor
+    model_loss: Tensor
+    residual: Tensor
+    tight_residual: Tensor
+
+    @property
+    def broken(self) -> Tensor:
+        """Wrong by both, and verified."""
+        return self.model_wrong & self.tight_wrong & self.converged
+
+    @property
+    def doubtful(self) -> Tensor:
+        """Wrong by either, but not verified: it may or may not break its sample."""
+        return (self.model_wrong | self.tight_wrong) & ~self.converged
+
+    @property
+    def differ(self) -> Tensor:
+        """Samples whose two losses are more than 1 % (and 0.01) apart, or classes differ."""
+        gap = (self.loss - self.model_loss).abs()
+        far = ~(gap <= 1e-2 * (1 + self.loss.abs()))
+        return far | (self.model_wrong != self.tight_wrong)
+
+    @classmethod
+    def join(cls, parts: list[Verdict]) -> Verdict:
+        """Batches -> one."""
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+
+@torch.no_grad()
+def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
+    """The model's own answer, and that of a solve from the layers' initial state.
+
+    Args:
+        model: returns logits ``(rows, classes)``.
+        x: images ``(rows, ...)``.
+        y: true classes, integers ``(rows,)``.
+        verify: solver of that solve.
+
+    Raises:
+        ValueError: no equilibrium layer, logits of another shape, labels out of range.
+    """
+    problem = Problem(Variable(model, x), attack_objective("cross-entropy", y))
+    found = Judge(problem, verify, warm=False).everything(problem.v_start)
+    f, own = problem.evaluate(found.v, found.model_z), found.model_output
+    finite = torch.isfinite(found.output).all(1)
+    return Verdict(
+        (own.argmax(1) != y) | ~torch.isfinite(own).all(1),  # NaN is no right answer
+        (found.output.argmax(1) != y) | ~finite,
+        found.converged & finite,
+        -found.value,
+        -found.model_value,
+        relative(f - found.model_z, f),
+        found.residual,
+    )

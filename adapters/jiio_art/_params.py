@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jiio_plugins.attacks import LOSSES
+from jiio_plugins.losses import LOSSES
 from jiio_plugins.methods import Method
 
 if TYPE_CHECKING:

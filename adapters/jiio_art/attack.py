@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
     from art.summary_writer import SummaryWriter
 
-    from jiio_plugins.attacks import Loss
+    from jiio_plugins.losses import Loss
     from jiio_plugins.methods import Callback, Method, Progress
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from jiio_plugins.methods import Joint, Method
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
-    from jiio_plugins.attacks import Loss
+    from jiio_plugins.losses import Loss
     from jiio_plugins.solution import Solution
 
 NORMS = {"L2": 2.0, "Linf": math.inf}

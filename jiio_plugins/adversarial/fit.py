@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -25,8 +23,10 @@ from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
 from jiio_plugins.utils.checks import check_counts
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
+from jiio_plugins.verification import Verdict, default_verifier, judge
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from jiio_plugins.adversarial.batches import Batches
@@ -128,7 +128,7 @@ def fit_adversarially(
 
     Returns:
         One dict per epoch: "loss", "robust", "residual", "clean" where the steps saw it, with
-        validation "validation_clean" and "validation_robust".
+        validation "validation_clean", "validation_robust" and "validation_unverified".
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
@@ -304,7 +304,7 @@ class _Run:
         metrics = at.means()
         if validation is not None:
             size = settings.validation_batch
-            judged = judge(model, self.training, *validation, batch_size=size)
+            judged = validate(model, self.training, *validation, batch_size=size)
             metrics.update({f"validation_{name}": value for name, value in judged.items()})
         at.history.append(metrics)
         at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
@@ -365,15 +365,26 @@ def _warn_if_loose(epoch: int, residual: float) -> None:
         )
 
 
-def judge(
+def validate(
     model: nn.Module, training: AdversarialTraining, x: Tensor, y: Tensor, *, batch_size: int = 128
 ) -> Metrics:
-    """Clean and robust accuracy in eval mode, with the solver the model carries.
+    """Clean and robust accuracy in eval mode, by the answers of the model itself.
 
     Robust means: against the training's own search from the image. For figures to report use
     ``jiio_plugins.evaluation``.
+
+    Args:
+        model: returns logits ``(rows, classes)``.
+        training: whose search and whose ball.
+        x: images ``(n, ...)``.
+        y: true classes, integers ``(n,)``.
+        batch_size: images judged together.
+
+    Returns:
+        "clean" and "robust", and "unverified": the share of adversarial examples where an
+        independent solve does not reach its tolerance. It grows when the fixed point is being lost.
     """
-    right = {"clean": 0, "robust": 0}
+    judged: dict[str, list[Verdict]] = {"clean": [], "robust": []}
     with flags_kept(model):
         model.eval()
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -384,7 +395,8 @@ def judge(
                 method=training.method,
                 constraint=training.region(images),
             )
-            with torch.no_grad():
-                for name, seen in (("clean", images), ("robust", found.x)):
-                    right[name] += int((model(seen).argmax(1) == labels).sum())
-    return {name: count / len(x) for name, count in right.items()}
+            for name, seen in (("clean", images), ("robust", found.x)):
+                judged[name].append(judge(model, seen, labels, default_verifier(x.dtype)))
+    verdicts = {name: Verdict.join(parts) for name, parts in judged.items()}
+    metrics = {name: float((~v.model_wrong).double().mean()) for name, v in verdicts.items()}
+    return {**metrics, "unverified": float((~verdicts["robust"].converged).double().mean())}

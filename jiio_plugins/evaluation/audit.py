@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from jiio_plugins.attacks import attack, attack_objective, is_adversarial
+from jiio_plugins.attacks import attack, is_adversarial
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.evaluation.report import Finding, paired_shares, wilson
 from jiio_plugins.joint.modes import layers_as
+from jiio_plugins.losses import attack_objective
 from jiio_plugins.methods.backpropagated import (
     Backpropagated,
     through_intermediate,
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
     from jiio_plugins.equilibrium.solvers import Solver
     from jiio_plugins.evaluation.attack import Attack
-    from jiio_plugins.evaluation.judge import Verdict
     from jiio_plugins.solution import Solution
     from jiio_plugins.threat_model import ThreatModel
+    from jiio_plugins.verification import Verdict
 
 Found = tuple[dict[str, Any], list[Finding]]
 

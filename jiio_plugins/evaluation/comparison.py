@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson
-from jiio_plugins.evaluation.judge import judge
 from jiio_plugins.threat_model import ThreatModel
+from jiio_plugins.verification import judge
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -14,12 +14,12 @@ from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.attack import Attack, Run
-from jiio_plugins.evaluation.judge import Verdict, judge
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
 from jiio_plugins.joint.guard import guarded
 from jiio_plugins.joint.inputs import check_input, unwrap
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.verification import Verdict, judge
 
 
 def robust_accuracy(

@@ -25,7 +25,7 @@ from jiio_plugins.methods.nested import Nested
 from jiio_plugins.threat_model import ThreatModel
 
 if TYPE_CHECKING:
-    from jiio_plugins.attacks import Loss
+    from jiio_plugins.losses import Loss
     from jiio_plugins.methods.base import Method
 
 HOST_NORMS = {2.0: "L2", float("inf"): "Linf"}

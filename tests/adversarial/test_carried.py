@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.carried import Carried
-from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially, judge
+from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially, validate
 from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
 from tests.adversarial.helpers import (
     TRAINING,
@@ -84,11 +84,11 @@ def test_carried_searches_are_as_good_for_less() -> None:
     counts = []
     for every in (1, 8):
         model = build()
-        before = judge(model, training, *data("test", 100))["robust"]
+        before = validate(model, training, *data("test", 100))["robust"]
         with count_evaluations() as counter:
             history = train(model, epochs=8, restart_every=every, training=training)
         counts.append(counter.f_evals + counter.vjps)
-        assert judge(model, training, *data("test", 100))["robust"] > before + 0.2
+        assert validate(model, training, *data("test", 100))["robust"] > before + 0.2
         assert ("clean" in history[-1]) == (every == 1)
     assert counts[1] < 0.7 * counts[0]
 

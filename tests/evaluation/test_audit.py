@@ -14,9 +14,9 @@ from jiio_plugins import Anderson, Implicit, JacobianFree, Picard
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.evaluation import Attack, RobustnessReport, engine_attack, robust_accuracy
 from jiio_plugins.evaluation.audit import passive
-from jiio_plugins.evaluation.judge import Verdict
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.verification import Verdict
 
 
 def digits(images: int) -> tuple[Tensor, Tensor]:
