@@ -131,9 +131,9 @@ class AdversarialTraining:
         trades: β. None: no TRADES.
         refine: further steps on z and μ before the gradient, see
             :func:`jiio_plugins.envelope_loss`.
-        jacobian_weight: weight γ of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate
-            of the joint loop. It keeps the cell easy to solve.
-        jacobian_probes: number of ξ in that estimate.
+        jacobian_weight: weight of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate of
+            the joint loop. It keeps the cell easy to solve.
+        jacobian_probes: random probes in that estimate.
         loss: ``loss(output, labels) -> (rows,)``.
 
     Raises:

@@ -332,7 +332,7 @@ class PenaltyMode:
 
     Args:
         z: flat state of each layer, without a graph.
-        probes: number of ξ in each estimate.
+        probes: random probes in each estimate.
         generator: source of the probes. None: the global one.
 
     Attributes:
