@@ -1,6 +1,7 @@
-"""Settings as frozen dataclasses, which are the command line too; of training, the run's record.
+"""Settings as frozen dataclasses, which are the command line too.
 
-The command line takes its help from what is said of each field.
+Those of a training are the run's record. The command line takes its help from what is said of each
+field.
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ class TrainConfig:
             of the image's last visit (kept in a table), or at an encoder's guess
         iterations: joint iterations a training step
         warmup: evaluations of f alone before the first of them
-        step_size: of the latent, in units of u² / squared error. Default: 2.5 √(sites / pixels), of
+        step_size: of the latent, in units of w² / squared error. Default: 2.5 √(sites / pixels), of
             which a latent vector has one site and a spatial latent h·w
         refine: further steps on state and adjoint before the gradient of the weights
-        latent_penalty: weight λ of the latent's prior: squared error + λ ‖u‖² is minimised
+        latent_penalty: weight λ of the latent's prior: squared error + λ ‖w‖² is minimised
         epochs: passes over the training images
         steps: stop after so many steps, whatever the epochs
         batch_size: images a step, over all processes
@@ -212,51 +213,58 @@ _run = tyro.conf.arg(metavar="RUN")
 class SampleConfig:
     """New images from a trained generator: draw latents from a density of the fitted ones.
 
-    Writes samples-PRIOR.png; and metrics-PRIOR.json with PSNR and SSIM of held-out fits, Fréchet
-    and kernel distances, and how near samples are to training images, which neighbours-PRIOR.png
-    shows below them.
+    Writes samples-PRIOR.png, and metrics-PRIOR.json with PSNR and SSIM of held-out fits, Fréchet
+    and kernel distances, and how near samples are to training images. neighbours-PRIOR.png shows
+    samples above these.
+
+    Attributes:
+        run: the --out folder of train-generator, or a shipped generator: digits-generator,
+            fashion-mnist-generator
+        count: images on the sheet
+        prior: one Gaussian, or a mixture whose number of components is chosen by BIC
+        out: folder for the files. Default: RUN, or out/NAME for a shipped generator
+        columns: of the sheets
+        metrics: compare with the images of the run
+        measured: samples that are compared
+        fits: held-out images that are fitted
+        features: network that distances are measured in: fashion-mnist-features, or your own
+            module:function. Default: that of the data, or none: then neighbours are sought by
+            pixels
+        folder: where the images lie now. Default: where they were
+        latents: for a shipped generator: training images whose latents are fitted to draw from
+        seed: of all that is random
     """
 
     run: Annotated[str, tyro.conf.Positional, _run]
-    """the --out folder of train-generator, or a shipped generator: digits-generator,
-    fashion-mnist-generator"""
     count: int = 64
-    """images on the sheet"""
     prior: Literal["gaussian", "gmm"] = "gmm"
-    """one Gaussian, or a mixture whose number of components is chosen by BIC"""
     out: Path | None = None
-    """folder for the files; default: RUN, or out/NAME for a shipped generator"""
     columns: int = 8
-    """of the sheets"""
     metrics: bool = True
-    """compare with the images of the run"""
     measured: int = 2000
-    """samples that are compared"""
     fits: int = 100
-    """held-out images that are fitted"""
     features: str | None = None
-    """network that distances are measured in: fashion-mnist-features, or your own module:function;
-    default: that of the data, or none: then neighbours are sought by pixels"""
     folder: Path | None = None
-    """where the images lie now; default: where they were"""
     latents: int = 4096
-    """for a shipped generator: training images whose latents are fitted to draw from"""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Latents and reconstructions of new images."""
+    """Latents and reconstructions of new images.
+
+    Attributes:
+        run: the --out folder of train-generator, or a generator.safetensors
+        images: image files, or folders of them
+        out: where latents.safetensors, a PNG for each image and a sheet go
+        iterations: joint iterations
+        latent_penalty: weight λ of the latent's prior: squared error + λ ‖w‖² is minimised
+        resize: crop the images to their central square and scale it to the generator's size
+    """
 
     run: Annotated[Path, tyro.conf.Positional, _run]
-    """the --out folder of train-generator, or a generator.safetensors"""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """image files, or folders of them"""
     out: Path = Path("out/fit")
-    """where latents.safetensors, a PNG for each image and a sheet go"""
     iterations: int = 60
-    """joint iterations"""
     latent_penalty: float = 0.01
-    """weight λ of the latent's prior: squared error + λ ‖u‖² is minimised"""
     resize: bool = False
-    """crop the images to their central square and scale it to the generator's size"""
