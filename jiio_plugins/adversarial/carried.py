@@ -25,7 +25,7 @@ def carry(
 
     Raises:
         TypeError: ``carried`` is no such step, or the batches do not tell which samples they hold.
-        ValueError: another ball, or a number of epochs that does not fit.
+        ValueError: it searches in another ball.
     """
     if every == 1:
         return None

@@ -1,4 +1,4 @@
-"""Files of a run beside its checkpoint: settings, generator, latents; each whole or not there."""
+"""Files of a run beside its checkpoint: settings, generator, latents. Each is whole or absent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ GENERATOR, LATENTS = "generator.safetensors", "latents.safetensors"
 
 
 def save_config(path: Path, config: TrainConfig) -> None:
-    """Write a run's settings."""
+    """Write a run's settings.
+
+    Args:
+        path: the file.
+        config: the settings.
+
+    Raises:
+        OSError: could not be written, such as on a full disk. An older file is kept.
+    """
     with replacing(path) as file:
         file.write((config.to_json() + "\n").encode())
 
