@@ -26,8 +26,8 @@ class Cell(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        w = self.weight / (1 + self.weight.norm())
-        return torch.tanh(z @ w.T + u)
+        weight = self.weight / (1 + self.weight.norm())
+        return torch.tanh(z @ weight.T + u)
 
 
 class DEQ(nn.Module):

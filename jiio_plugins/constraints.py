@@ -1,7 +1,8 @@
 """Constraint sets on the optimised variable: balls, boxes, masks, and their intersection.
 
 Every set is given in the units of x. It is bound to a starting point when an optimisation begins.
-All of them become one :class:`FeasibleSet`, ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε, v = c off the mask}``.
+All of them become one :class:`FeasibleSet`,
+``{v : lower ≤ v ≤ upper, ‖v − c‖_p ≤ ε, v = c off the mask}``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Number = float | Tensor
 
 @dataclass
 class FeasibleSet:
-    """A box and at most one ball around ``center``: ``{v : l ≤ v ≤ u, ‖v − c‖_p ≤ ε}``.
+    """A box and at most one ball around ``center``: ``{v : lower ≤ v ≤ upper, ‖v − c‖_p ≤ ε}``.
 
     Attributes:
         center: c, ``(problems, d)``.
-        lower: l, ``(problems, d)``, or None. An L∞ ball is a box too.
+        lower: least v, ``(problems, d)``, or None. An L∞ ball is a box too.
         upper: the box's other bound, likewise.
         norm: p of the ball (1, 2 or inf), None without one. It sets the steepest direction.
         radius: ε, ``(problems, 1)``, None without a ball.

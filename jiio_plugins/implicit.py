@@ -1,11 +1,11 @@
 """The derivative of a joint solution, by implicit differentiation of the whole fixed point.
 
-State, adjoint and variable of a smooth problem solve ``w = F(w, θ)`` for ``w = (z, μ, v)`` and
+State, adjoint and variable of a smooth problem solve ``q = F(q, θ)`` for ``q = (z, μ, v)`` and
 
-    F(w, θ) = ( f(z, v),  J_zᵀμ + ∂ℓ/∂z,  Π(v − α (J_vᵀμ + ∂ℓ/∂v)) ),
+    F(q, θ) = ( f(z, v),  J_zᵀμ + ∂ℓ/∂z,  Π(v − α (J_vᵀμ + ∂ℓ/∂v)) ),
 
 θ standing for every tensor that model, objective or constraint uses. For a loss ``L(v)`` with
-``g = ∂L/∂v`` the gradient is ``dL/dθ = (∂F/∂θ)ᵀ λ`` where ``λ = (∂F/∂w)ᵀ λ + (0, 0, g)``. F always
+``g = ∂L/∂v`` the gradient is ``dL/dθ = (∂F/∂θ)ᵀ λ`` where ``λ = (∂F/∂q)ᵀ λ + (0, 0, g)``. F always
 takes the plain gradient, whatever steps found the solution: normalised steps never settle, and α
 cancels. One evaluation of F is kept with its graph, so memory does not depend on how many
 iterations found the solution or solve for λ; autograd finds θ in that graph, closures included.
@@ -155,8 +155,8 @@ class JointMap:
         jz_mu, jv_mu = linearized.vjp(mu, create_graph=True)
         *z_leaves, v_leaf = linearized.leaves
         moved = v_leaf - self.step * (dl_dv + jv_mu)
-        images = linearized.live_fz, jz_mu + dl_dz, self.problem.feasible.project_smoothly(moved)
-        return images, [*z_leaves, mu, v_leaf]
+        fq = linearized.live_fz, jz_mu + dl_dz, self.problem.feasible.project_smoothly(moved)
+        return fq, [*z_leaves, mu, v_leaf]
 
 
 class _FlatJointMap:
@@ -274,19 +274,19 @@ def attach(
         v with a graph, and the residuals. Those of the gradient are filled in by its backward pass.
     """
     problem, (z, mu, v) = problem.live(), (result.z, result.mu, result.v)
-    images, leaves = JointMap(problem, step).linearize(z, mu, v)
+    fq, leaves = JointMap(problem, step).linearize(z, mu, v)
     blocks = Blocks(problem.groups, z.shape[1], v.shape[1])
     with torch.no_grad():
-        moved = [image.detach() - t for image, t in zip(images, (z, mu, v), strict=True)]
+        moved = [after.detach() - t for after, t in zip(fq, (z, mu, v), strict=True)]
         sizes = zip(blocks.norms(*moved), blocks.norms(z, mu, v), strict=True)
         tiny = torch.finfo(v.dtype).tiny
         residual = torch.stack([size / scale.clamp(min=tiny) for size, scale in sizes]).amax(0)
     residuals = Residuals(residual)
-    if not _leads_elsewhere(images, leaves):
+    if not _leads_elsewhere(fq, leaves):
         return v.detach(), residuals
-    equation = _Adjoint(blocks, images, leaves, problem)
+    equation = _Adjoint(blocks, fq, leaves, problem)
     attached: Tensor = _Gate.apply(
-        *images, v.detach(), equation, solver or adjoint_solver(v.dtype), residuals
+        *fq, v.detach(), equation, solver or adjoint_solver(v.dtype), residuals
     )
     return attached, residuals
 
@@ -304,34 +304,34 @@ def graph_of(*tensors: Tensor) -> Iterator[torch.autograd.graph.Node]:
             todo.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
-def _leads_elsewhere(images: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+def _leads_elsewhere(fq: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether the graph holds a leaf that is none of ``leaves``."""
     own = set(graph_of(*leaves))
     return any(
         node not in own and (getattr(node, "variable", None) is not None or not node.next_functions)
-        for node in graph_of(*images)
+        for node in graph_of(*fq)
     )
 
 
 class _Adjoint:
-    """``λ -> (∂F/∂w)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F.
+    """``λ -> (∂F/∂q)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F.
 
     With λ_v = s λ'_v and the equation for v read as ``λ'_v + residual`` this is the equation of F
     for the step s α, whose solution is the same: s is cut where α is too long to converge.
     """
 
     def __init__(
-        self, blocks: Blocks, images: Parts, leaves: Sequence[Tensor], problem: Problem
+        self, blocks: Blocks, fq: Parts, leaves: Sequence[Tensor], problem: Problem
     ) -> None:
-        self.blocks, self.images, self.leaves, self.rows = blocks, images, leaves, problem.rows
+        self.blocks, self.fq, self.leaves, self.rows = blocks, fq, leaves, problem.rows
         self.layers = len(problem.layout.layouts)
-        self.live = [image.requires_grad for image in images]
+        self.live = [t.requires_grad for t in fq]
 
     def __call__(self, flat: Tensor) -> Tensor:
         z, mu, v = self.blocks.unpack(flat)
         scaled = self.share * v
         grads = torch.autograd.grad(
-            list(compress(self.images, self.live)),
+            list(compress(self.fq, self.live)),
             self.leaves,
             list(compress((z, mu, scaled), self.live)),
             retain_graph=True,
@@ -362,15 +362,15 @@ class _Adjoint:
 
     def _plain_steps(self) -> tuple[Parts, Tensor]:
         """λ after a few plain iterations, and where the change in λ_v has grown meanwhile."""
-        z, mu, _ = self.images
+        z, mu, _ = self.fq
         self.blocks.units = None
         flat = self.blocks.pack(torch.zeros_like(z), torch.zeros_like(mu), self.g)
         changes = []
         with torch.no_grad():
             for _ in range(_PLAIN):
-                image = self(flat)
-                changes.append(row_norm((image - flat)[:, -self.blocks.d :]))
-                flat = image
+                after = self(flat)
+                changes.append(row_norm((after - flat)[:, -self.blocks.d :]))
+                flat = after
         return self.blocks.unpack(flat), ~(changes[-1] <= 2 * changes[0])
 
 
@@ -380,9 +380,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z_image: Tensor,
-        mu_image: Tensor,
-        v_image: Tensor,
+        z_next: Tensor,
+        mu_next: Tensor,
+        v_next: Tensor,
         v: Tensor,
         equation: _Adjoint,
         solver: Solver,

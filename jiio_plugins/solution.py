@@ -70,11 +70,11 @@ class Residuals:
     """How far an implicit gradient can be trusted, one entry per problem.
 
     Attributes:
-        joint: relative residual ``‖F(w) − w‖ / ‖w‖`` of the solution ``w = (z, μ, v)``, the largest
+        joint: relative residual ``‖F(q) − q‖ / ‖q‖`` of the solution ``q = (z, μ, v)``, the largest
             of the three blocks, ``(problems,)``.
         adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ, ``(problems,)``. None before a
             gradient was taken.
-        adjoint_evals: products with ``(∂F/∂w)ᵀ`` that took, ``(problems,)``. None likewise.
+        adjoint_evals: products with ``(∂F/∂q)ᵀ`` that took, ``(problems,)``. None likewise.
     """
 
     joint: Tensor

@@ -207,7 +207,7 @@ class _ImplicitGate(torch.autograd.Function):
                 return start, None, None, None, None
             result = iterate(_AdjointMap(ctx.f, ctx.fz, ctx.z, g, ctx.autocast), start, ctx.solver)
             count(Cost(vjps=result.evals + 1))  # one more carries μ on to the injection
-        # after a few steps from a warm start the last one's image counts; it costs nothing
+        # after a few steps from a warm start one more is there already; it costs nothing
         mu = result.z if ctx.warm_start is None else result.fz
         return mu, None, None, None, None
 

@@ -22,13 +22,13 @@ def jacobian_penalty(
 ) -> Tensor:
     """Hutchinson estimate of ``‖J_z‖²_F / n`` per row, averaged over rows: a differentiable scalar.
 
-    ``‖J_z‖²_F = E‖J_zᵀξ‖²`` for ξ with unit covariance. z is held constant.
+    ``‖J_z‖²_F = E‖J_zᵀη‖²`` for η with unit covariance. z is held constant.
 
     Args:
         cell: the cell of an :class:`jiio_plugins.Equilibrium`.
         z: state, tensor or tuple, batch first. Usually it is the equilibrium.
         *injection: what the layer was called with.
-        probes: number of Gaussian ξ. Each costs one VJP.
+        probes: number of Gaussian η. Each costs one VJP.
         generator: source of the probes. None: the global one.
 
     Returns:

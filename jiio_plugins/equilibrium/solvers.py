@@ -288,9 +288,9 @@ class _AndersonState(SolverState):
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
-    """Broyden's good method with a limited-memory inverse Jacobian of ``g(z) = f(z) − z``.
+    """Broyden's good method with a limited-memory inverse Jacobian of ``r(z) = f(z) − z``.
 
-    ``z⁺ = z − H g(z)`` with ``H₀ = −I`` and ``H⁺ = H + (Δz − HΔg) ΔzᵀH / (ΔzᵀHΔg)``.
+    ``z⁺ = z − H r(z)`` with ``H₀ = −I`` and ``H⁺ = H + (Δz − HΔr) ΔzᵀH / (ΔzᵀHΔr)``.
 
     Args:
         max_iter: evaluations of f at most, per row.
@@ -324,10 +324,10 @@ class Broyden(Solver):
 class _BroydenState(SolverState):
     def __init__(self, solver: Broyden, z: Tensor) -> None:
         rows, n = z.shape
-        self.u = z.new_zeros(rows, solver.memory, n)
-        self.v = z.new_zeros(rows, solver.memory, n)
+        self.left = z.new_zeros(rows, solver.memory, n)
+        self.right = z.new_zeros(rows, solver.memory, n)
         self.z_last: Tensor | None = None
-        self.g_last: Tensor | None = None
+        self.r_last: Tensor | None = None
         self.count = 0
 
     def _times_h(self, left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
@@ -338,24 +338,24 @@ class _BroydenState(SolverState):
     def advance(
         self, z: Tensor, fz: Tensor, reject: Tensor, z_best: Tensor, f_best: Tensor
     ) -> Tensor:
-        g = fz - z
-        if self.z_last is not None and self.g_last is not None:
-            slot = self.count % self.u.shape[1]
+        r = fz - z
+        if self.z_last is not None and self.r_last is not None:
+            slot = self.count % self.left.shape[1]
             if slot == 0:  # each pair was made with H as it was, so none can be dropped alone
-                self.u.zero_()
-                self.v.zero_()
-            s, y = z - self.z_last, g - self.g_last
-            sh = self._times_h(self.v, self.u, s)
+                self.left.zero_()
+                self.right.zero_()
+            s, y = z - self.z_last, r - self.r_last
+            sh = self._times_h(self.right, self.left, s)
             denominator = (sh * y).sum(1, keepdim=True)
-            u = (s - self._times_h(self.u, self.v, y)) / denominator
+            left = (s - self._times_h(self.left, self.right, y)) / denominator
             # a finite secant pair is true whether or not its step is taken back
-            usable = torch.isfinite(u.sum(1)) & torch.isfinite(sh.sum(1))
-            self.u[:, slot] = torch.where(usable[:, None], u, 0)
-            self.v[:, slot] = torch.where(usable[:, None], sh, 0)
+            usable = torch.isfinite(left.sum(1)) & torch.isfinite(sh.sum(1))
+            self.left[:, slot] = torch.where(usable[:, None], left, 0)
+            self.right[:, slot] = torch.where(usable[:, None], sh, 0)
             self.count += 1
         self.z_last = torch.where(reject[:, None], z_best, z)
-        self.g_last = torch.where(reject[:, None], f_best - z_best, g)
-        return z - self._times_h(self.u, self.v, g)
+        self.r_last = torch.where(reject[:, None], f_best - z_best, r)
+        return z - self._times_h(self.left, self.right, r)
 
 
 class HostFlag:

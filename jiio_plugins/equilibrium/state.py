@@ -145,14 +145,14 @@ def surely_finite(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and math.isfinite(float(tensor.detach().sum()))
 
 
-def relative(residual: Tensor, image: Tensor) -> Tensor:
+def relative(residual: Tensor, fz: Tensor) -> Tensor:
     """Relative residual of each row, ``(rows,)``.
 
     Args:
         residual: ``f(z) − z``, ``(rows, n)``.
-        image: ``f(z)``, ``(rows, n)``.
+        fz: ``f(z)``, ``(rows, n)``.
     """
-    return row_norm(residual) / row_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
+    return row_norm(residual) / row_norm(fz).clamp(min=torch.finfo(fz.dtype).tiny)
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:

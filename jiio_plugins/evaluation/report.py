@@ -89,8 +89,8 @@ def paired_shares(a: Sequence[bool], b: Sequence[bool]) -> Interval:
         cross = both * neither - (ones - both) * (twos - both)
         phi = (max(cross - n / 2, 0.0) if cross > 0 else cross) / math.sqrt(margins)
 
-    def reach(u: float, v: float) -> float:
-        return math.sqrt(max(u * u - 2 * phi * u * v + v * v, 0.0))
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
 
     difference = p.value - q.value
     return Interval(

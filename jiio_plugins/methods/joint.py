@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 class Joint(Method):
     """JIIO: z, μ and v advance together. No solve is run to its end.
 
-    One iteration at ``(z, jz_mu, v)``, with ``jz_mu`` for ``J_zᵀμ`` and ω for ``relaxation``::
+    One iteration, which carries z, J_zᵀμ and v, with ω = ``relaxation``::
 
-        z ← z + ω (f(z, v) − z)            state_steps times, the last one with its graph and with
+        z     ← z + ω (f(z, v) − z)        state_steps times, the last one with its graph and with
                                            what comes before and after the layer
-        μ = jz_mu + ∂ℓ/∂z at f(z, v)       the head's gradient is free: it needs no VJP of f
-        jz_mu ← J_zᵀμ                      one VJP, which yields J_vᵀμ too. In the first
+        μ     ← J_zᵀμ + ∂ℓ/∂z at f(z, v)   the head's gradient is free: it needs no VJP of f
+        J_zᵀμ ← that of the new μ          one VJP, which yields J_vᵀμ too. In the first
                                            adjoint_warmup iterations these two lines twice
-        v ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
+        v     ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
 
     Here d(g) is the steepest descent direction for a gradient g, see :class:`Method`. The iteration
     deviates from the paper in these points, each measured at equal cost:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-Blocks = tuple[Tensor, Tensor]  # z and w, ``(problems, 2, N)``, and v, ``(problems, 1, d)``
+# z and J_zᵀμ, ``(problems, 2, N)``, in code ``zj``; and v, ``(problems, 1, d)``
+Blocks = tuple[Tensor, Tensor]
 
 
 _RIDGE = 1e-3  # of the least squares, relative to their diagonal
@@ -32,8 +33,8 @@ _LEAST = 1e-300  # of a square that something is divided by
 class Secants:
     """The last ``memory`` differences Y of the blocks, and D of what goes with them.
 
-    ``γ = argmin Σ_{z, w, v} ‖t − Yγ‖² / ‖t‖²``, one set of weights per problem. Each of the three
-    counts relative to its own target: otherwise the largest decides alone.
+    ``γ = argmin Σ ‖t − Yγ‖² / ‖t‖²``, summed over z, J_zᵀμ and v: one set of weights per problem.
+    Each of the three counts relative to its own target: otherwise the largest decides alone.
     """
 
     def __init__(self, memory: int) -> None:
@@ -44,7 +45,7 @@ class Secants:
 
     @property
     def y(self) -> list[Tensor]:
-        """Of z and w by turns, ``(2 · problems, differences, N)``; of v, ``(problems, …, d)``."""
+        """Of z, J_zᵀμ by turns, ``(2 · problems, differences, N)``; of v, ``(problems, …, d)``."""
         return [past[:, : self.count] for past in self._y]
 
     @property
@@ -66,7 +67,7 @@ class Secants:
             y: difference of the blocks.
             d: what goes with it, for as many blocks as are to be mixed.
             t: target of the least squares.
-            squares: ‖t‖² of z, w and v, ``(problems, 3)`` in float64.
+            squares: ‖t‖² of z, J_zᵀμ and v, ``(problems, 3)`` in float64.
             forget: problems whose whole history is dropped, ``(problems,)``.
 
         Shape:
@@ -105,10 +106,10 @@ class Secants:
 
 
 class Mixing(abc.ABC):
-    """Proposes the next iterate from the history of (z, w, v) and their residuals.
+    """Proposes the next iterate from the history of (z, J_zᵀμ, v) and their residuals.
 
     Attributes:
-        size: relative residuals of z, w and v at the last call, summed, ``(problems,)``.
+        size: relative residuals of z, J_zᵀμ and v at the last call, summed, ``(problems,)``.
     """
 
     def __init__(self, memory: int) -> None:
@@ -139,11 +140,11 @@ class Mixing(abc.ABC):
 
 
 class BlockAnderson(Mixing):
-    """Anderson's method on (z, w, v) as one: v comes from the same least squares as z and w.
+    """Anderson's method on (z, J_zᵀμ, v) as one: all three come from the same least squares.
 
     With Y the differences of residuals and ΔT those of iterates, ``γ`` cancels the residuals and
     ``t⁺ = t + r − (ΔT + Y) γ``. The residual of v is its plain step. Only ``step`` times that is
-    taken, ``v⁺ = v + s r − (ΔV + s Y) γ``.
+    taken, ``v⁺ = v + step (r − Yγ) − ΔV γ``.
 
     A problem takes a plain step (γ = 0) where the mixed one would turn v against it: near a maximum
     or a saddle, which to a root finder are as good as a minimum. One whose residual grows tenfold
@@ -161,7 +162,7 @@ class BlockAnderson(Mixing):
         y = r[0] - moved[0], r[1] - moved[1]
         d = y[0] + (t[0] - before[0]), t[1] - before[1]
         gamma = self.secants.weights(y, d, r, squares, forget)
-        y_v, (d_zw, d_v) = self.secants.y[1], self.secants.d
+        y_v, (d_zj, d_v) = self.secants.y[1], self.secants.d
         for_v = gamma.to(y_v.dtype)
         along_y, along_v = torch.bmm(for_v, y_v), torch.bmm(for_v, d_v)
         turned = ~(((r[1] - along_v - along_y) * r[1]).sum(2, keepdim=True) > 0)
@@ -171,47 +172,48 @@ class BlockAnderson(Mixing):
         v = t[1] + step * r[1] - along
         if not surely_none(back):
             v = torch.where(back[:, None, None], t[1], v)
-        return _mixed(t[0] + r[0], gamma, d_zw), v
+        return _mixed(t[0] + r[0], gamma, d_zj), v
 
 
 class QuasiNewton(Mixing):
-    """L-BFGS for v; z and w follow it along the secants of the history.
+    """L-BFGS for v; z and J_zᵀμ follow it along the secants of the history.
 
-    ``v⁺ = v + s H r`` with H the L-BFGS inverse of the change of r along the last steps of v; a
+    ``v⁺ = v + step H r`` with H the L-BFGS inverse of the change of r along the last steps of v; a
     step whose gradient does not turn with it, because z lags behind or the objective is not convex
     there, is left out of H. No step is longer than the plain one that the run began with; the limit
-    grows while steps reach it. Then γ cancels the residuals of z and w under the step Δv of v::
+    grows while steps reach it. Then γ cancels the residuals of z and J_zᵀμ (subscript J) under the
+    step Δv of v::
 
-        γ = argmin ‖r_z − Y_z γ‖²/‖r_z‖² + ‖r_w − Y_w γ‖²/‖r_w‖² + ‖Δv + ΔV γ‖²/‖Δv‖²
-        (z, w)⁺ = (z, w) + (r_z, r_w) − D γ
+        γ = argmin ‖r_z − Y_z γ‖²/‖r_z‖² + ‖r_J − Y_J γ‖²/‖r_J‖² + ‖Δv + ΔV γ‖²/‖Δv‖²
+        (z, J_zᵀμ)⁺ = (z, J_zᵀμ) + (r_z, r_J) − D γ
 
-    which moves z and w to where they would settle for the new v, as far as the history tells.
+    which moves z and J_zᵀμ to where they would settle for the new v, as far as the history tells.
 
     Source: Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), in the compact
     form of Byrd, Nocedal and Schnabel (1994).
     """
 
     def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
-        (zw, v), (zw_r, v_r), step = t, (r[0], r[1][:, 0]), step[:, 0]
+        (zj, v), (r_zj, r_v), step = t, (r[0], r[1][:, 0]), step[:, 0]
         if self.last is None:
             shape = len(v), self.memory, v.shape[2]
             self.s = self.y = v.new_zeros(shape, dtype=torch.float64)
             self.gamma = torch.ones_like(v[:, 0, :1])
-            self.reach = row_norm(step * v_r)
-            return zw + zw_r, v + (step * v_r)[:, None]
+            self.reach = row_norm(step * r_v)
+            return zj + r_zj, v + (step * r_v)[:, None]
         # a run may begin where the gradient is 0 and go on where it is not
-        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * v_r))
+        self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * r_v))
         before, moved = self.last
-        y, change = (zw_r - moved[0], r[1] - moved[1]), (zw - before[0], v - before[1])
+        y, change = (r_zj - moved[0], r[1] - moved[1]), (zj - before[0], v - before[1])
         self._learn(change[1][:, 0], -y[1][:, 0], back)
-        dv = step * self._direction(v_r)
+        dv = step * self._direction(r_v)
         length = row_norm(dv)
         share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
         dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
         self.reach = torch.where((share < 1) & ~back, REGROW * self.reach, self.reach)
         squares = torch.cat([squares[:, :2], _squares(dv)], dim=1)
-        gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (zw_r, dv), squares)
-        return _mixed(zw + zw_r, gamma, self.secants.d[0]), v + dv
+        gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (r_zj, dv), squares)
+        return _mixed(zj + r_zj, gamma, self.secants.d[0]), v + dv
 
     def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
         """Take in a step of v and how its gradient changed. Those taken back start anew."""
@@ -230,16 +232,16 @@ class QuasiNewton(Mixing):
 
     def _direction(self, r: Tensor) -> Tensor:
         """``H r``. A pair of zeros has no part in H."""
-        s, y, g = self.s, self.y, r.double().unsqueeze(2)
+        s, y, column = self.s, self.y, r.double().unsqueeze(2)
         gamma = self.gamma.double().unsqueeze(2)
         upper = torch.bmm(s, y.transpose(1, 2)).triu()
         curvature = upper.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
         upper.diagonal(dim1=1, dim2=2).copy_(torch.where(curvature > 0, curvature, 1.0).squeeze(2))
-        u = torch.linalg.solve_triangular(upper, torch.bmm(s, g), upper=True)
-        along_y = torch.bmm(y.transpose(1, 2), u)
-        rhs = curvature * u + gamma * torch.bmm(y, along_y - g)
+        along_s = torch.linalg.solve_triangular(upper, torch.bmm(s, column), upper=True)
+        along_y = torch.bmm(y.transpose(1, 2), along_s)
+        rhs = curvature * along_s + gamma * torch.bmm(y, along_y - column)
         a = torch.linalg.solve_triangular(upper.transpose(1, 2), rhs, upper=False)
-        direction = torch.bmm(s.transpose(1, 2), a) + gamma * (g - along_y)
+        direction = torch.bmm(s.transpose(1, 2), a) + gamma * (column - along_y)
         return direction.squeeze(2).to(r.dtype)
 
 
@@ -247,7 +249,7 @@ MIXINGS: dict[str, type[Mixing]] = {"quasi-newton": QuasiNewton, "anderson": Blo
 
 
 def _squares(*blocks: Tensor) -> Tensor:
-    """‖z‖², ‖w‖² and ‖v‖² of a triple of blocks, ``(problems, 3)``; more triples add columns."""
+    """‖z‖², ‖J_zᵀμ‖² and ‖v‖² of a triple, ``(problems, 3)``; more triples add columns."""
     norms = [torch.linalg.vector_norm(block, dim=2) for block in blocks]
     return torch.cat(norms, dim=1).double().square()
 

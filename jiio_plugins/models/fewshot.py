@@ -270,8 +270,8 @@ class SinusoidCell(nn.Module):
             v: context, ``(rows, context)``.
         """
         # the Frobenius norm bounds the spectral one
-        w = self.weight * (self.contraction / self.weight.norm().clamp(min=self.contraction))
-        return torch.tanh(z @ w.T + u + self.modulate(v))
+        weight = self.weight * (self.contraction / self.weight.norm().clamp(min=self.contraction))
+        return torch.tanh(z @ weight.T + u + self.modulate(v))
 
 
 class SinusoidDEQ(nn.Module):

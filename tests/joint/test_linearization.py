@@ -33,18 +33,18 @@ def test_the_estimate_of_the_objective_is_exact_to_second_order(network: Any) ->
     problem = Problem(Variable(network(), x), lambda y: y.square().sum(1))
     exact = problem.solve(x, TIGHT)
     z, value = exact.z, problem.loss(exact.output)
-    w = torch.zeros_like(z)
+    jz_mu = torch.zeros_like(z)
     for _ in range(200):
         at = problem.linearize(x, z)
-        b, _ = at.gradient(problem.loss(at.output))
-        w, _ = at.vjp(w + b)
+        dl_dz, _ = at.gradient(problem.loss(at.output))
+        jz_mu, _ = at.vjp(jz_mu + dl_dz)
     errors = []
     for eps in (1e-2, 1e-3):
-        away, off = z + eps * rand(*z.shape, seed=2), w + eps * rand(*z.shape, seed=3)
+        away, off = z + eps * rand(*z.shape, seed=2), jz_mu + eps * rand(*z.shape, seed=3)
         at = problem.linearize(x, away)
         loss = problem.loss(at.output)
-        b, _ = at.gradient(loss)
-        at.vjp(off + b)
+        dl_dz, _ = at.gradient(loss)
+        at.vjp(off + dl_dz)
         estimate = loss.detach() + (at.own_jz_mu * (at.fz - away)).sum(1)
         errors.append(float((estimate - value).abs().max()))
     assert errors[1] < 2e-2 * errors[0]

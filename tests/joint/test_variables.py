@@ -119,13 +119,13 @@ def test_groups_of_one_row_are_rows() -> None:
 @pytest.mark.parametrize("index", [None, [0] * 5, [2, 0, 1, 0, 0]])
 def test_states_of_a_problem_lie_together(index: list[int] | None) -> None:
     groups = Groups(5, None if index is None else torch.tensor(index))
-    z, w = rand(5, 4, seed=1), rand(5, 4, seed=2)
-    joined = groups.join(z, w)
+    z, jz_mu = rand(5, 4, seed=1), rand(5, 4, seed=2)
+    joined = groups.join(z, jz_mu)
     assert len(joined) == groups.problems
-    for part, block in zip(groups.part(joined), (z, w), strict=True):
+    for part, block in zip(groups.part(joined), (z, jz_mu), strict=True):
         assert torch.equal(part, block)
     norms = joined.square().sum(2)
-    expected = torch.stack([groups.sum(t.square().sum(1)) for t in (z, w)], dim=1)
+    expected = torch.stack([groups.sum(t.square().sum(1)) for t in (z, jz_mu)], dim=1)
     torch.testing.assert_close(norms, expected)
 
 

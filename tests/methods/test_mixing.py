@@ -17,7 +17,7 @@ from tests.helpers import Net, rand
 
 
 def test_quasi_newton_steps_are_those_of_bfgs() -> None:
-    """On quadratics of which z and w know nothing: against the dense recursion."""
+    """On quadratics of which z and J_zᵀμ know nothing: against the dense recursion."""
     rows, d = 3, 6
     hessian = rand(rows, d, d, seed=1)
     hessian = hessian @ hessian.mT + 0.5 * torch.eye(d)
@@ -59,13 +59,13 @@ def test_state_and_adjoint_follow_a_step_of_v(monkeypatch: pytest.MonkeyPatch) -
     for k in range(n + d):
         z_next, v_next = rand(1, n, seed=10 + k), rand(1, d, seed=30 + k)
         change = z_next - z, v_next - v
-        image = change[0] @ a.T + change[1] @ b.T
+        moved = change[0] @ a.T + change[1] @ b.T
         z, v = z_next, v_next
         r = z @ a.T + v @ b.T - z
         dv = rand(1, d, seed=50 + k)
         gamma = secants.weights(
-            (both(image - change[0]), -change[1][:, None]),
-            [both(image)],
+            (both(moved - change[0]), -change[1][:, None]),
+            [both(moved)],
             (both(r), dv[:, None]),
             torch.ones(1, 3, dtype=torch.float64),
         )
