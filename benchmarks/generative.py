@@ -136,17 +136,17 @@ class Fits:
         )
 
     def through_the_model(self, rows: slice, make: Callable[[Tensor], Any], steps: int) -> History:
-        """Any torch optimiser on ``decoder(u)``, with the gradient the layer carries."""
-        u = self.decoder.zeros(len(self.images[rows])).requires_grad_()
-        optimizer, history = make(u), History()
+        """Any torch optimiser on ``decoder(w)``, with the gradient the layer carries."""
+        w = self.decoder.zeros(len(self.images[rows])).requires_grad_()
+        optimizer, history = make(w), History()
         with count_evaluations() as counter:
 
             def closure() -> Tensor:
-                at = u.detach().clone()
+                at = w.detach().clone()
                 optimizer.zero_grad()
-                error = (self.decoder(u) - self.images[rows]).square().sum()
+                error = (self.decoder(w) - self.images[rows]).square().sum()
                 error.backward()
-                n = len(u)
+                n = len(w)
                 history.add(
                     at.flatten(1),
                     torch.full((n,), counter.f_evals / n),
@@ -166,8 +166,8 @@ class Fits:
         runs = [
             self.through_the_model(
                 slice(i, i + 1),
-                lambda u: torch.optim.LBFGS(
-                    [u], lr=1, max_iter=steps, max_eval=2 * steps, line_search_fn="strong_wolfe"
+                lambda w: torch.optim.LBFGS(
+                    [w], lr=1, max_iter=steps, max_eval=2 * steps, line_search_fn="strong_wolfe"
                 ),
                 1,
             )
@@ -190,7 +190,7 @@ class Fits:
         layer = self.decoder.equilibrium
         own, layer.adjoint = layer.adjoint, Unrolled(steps=depth)
         history = self.through_the_model(
-            slice(None), lambda u: torch.optim.Adam([u], lr=rate), steps
+            slice(None), lambda w: torch.optim.Adam([w], lr=rate), steps
         )
         layer.adjoint = own
         history.vjps = [f.clone() for f in history.f_evals]

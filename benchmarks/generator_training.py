@@ -193,7 +193,7 @@ def run(name: str, method: Method | None, args: Args) -> Curve:
 
 
 class VAE(nn.Module):
-    """``−log p(y | u) + KL(q(u | y) ‖ N(0, I))`` with Gaussian pixels of standard deviation 0.1."""
+    """``−log p(y | w) + KL(encoder(y) ‖ N(0, I))`` with Gaussian pixels of σ = 0.1."""
 
     def __init__(self, decoder: MDEQDecoder) -> None:
         super().__init__()
@@ -203,8 +203,8 @@ class VAE(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """The loss per image, ``(rows,)``."""
         mean, log_var = self.encoder(y).split(self.size, dim=1)
-        u = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-        error = (self.decoder(u) - y).square().flatten(1).sum(1) / (2 * 0.1**2)
+        w = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        error = (self.decoder(w) - y).square().flatten(1).sum(1) / (2 * 0.1**2)
         divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1)
         loss: Tensor = error + divergence
         return loss

@@ -58,10 +58,10 @@ def fit(
     batch_size: int = 256,
     progress: bool = False,
 ) -> Fit:
-    """The latent of each image: ``argmin_u ‖g(u) − y‖² + λ‖u‖²``.
+    """The latent of each image: ``argmin_w ‖G(w) − y‖² + λ‖w‖²``.
 
     Args:
-        decoder: the generator g.
+        decoder: the generator G.
         images: y, ``(rows, c, h, w)`` in [0, 1], on the decoder's device.
         start: latents to start from, ``(rows, *latent_shape)``. None: zero.
         method: :class:`jiio_plugins.Joint` (default, 60 iterations, memory 10) or
@@ -93,10 +93,10 @@ def fit(
     method = with_step_size(method or Joint(max_iter=60), decoder)
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
-    for y, u in tqdm(batches, desc="fitting latents", disable=not progress):
+    for y, w in tqdm(batches, desc="fitting latents", disable=not progress):
         found = optimize_input(
             model,
-            u,
+            w,
             SquaredError(y, latent_penalty),
             method=method,
         )

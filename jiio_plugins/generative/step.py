@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 class WithLatent(nn.Module):
-    """``u → (decoder(u), u)``, so that an objective can hold a prior on the latent."""
+    """``w → (decoder(w), w)``, so that an objective can hold a prior on the latent."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Image ``(rows, *image_shape)`` and latent ``(rows, *latent_shape)``."""
-        return self.decoder(u), u
+        return self.decoder(w), w
 
 
 class SquaredError:
-    """``ℓ = ‖image − y‖² + λ ‖u‖²`` per row, of what :class:`WithLatent` returns.
+    """``ℓ = ‖image − y‖² + λ ‖w‖²`` per row, of what :class:`WithLatent` returns.
 
     Args:
         images: y, ``(rows, c, h, w)`` in [0, 1].
@@ -44,13 +44,13 @@ class SquaredError:
 
     def __call__(self, output: tuple[Tensor, Tensor]) -> Tensor:
         """ℓ, ``(rows,)``."""
-        image, u = output
+        image, w = output
         error = (image.to(self.images.dtype) - self.images).square().flatten(1).sum(1)
-        return error + self.penalty * u.square().flatten(1).sum(1)
+        return error + self.penalty * w.square().flatten(1).sum(1)
 
 
 def default_step_size(decoder: MDEQDecoder) -> float:
-    """``2.5 √(sites / pixels)``, in units of u² / squared error.
+    """``2.5 √(sites / pixels)``, in units of w² / squared error.
 
     A latent's gradient is a sum over the pixels that it reaches. A vector reaches all ``c · h · w``
     of an image, a spatial latent the fewer the more sites (height × width) it has. Trained
@@ -130,8 +130,8 @@ class StepResult(NamedTuple):
 class TrainingStep(nn.Module):
     """The step as a module, so that DistributedDataParallel can wrap it as a whole.
 
-    ``loss = mean ℓ(u*) / pixels + w · jacobian_penalty [+ mean ‖encoder(y) − u*‖²]``. The joint
-    loop ended at u*. By the envelope theorem it is held constant.
+    ``loss = mean ℓ(w*) / pixels + γ · jacobian_penalty [+ mean ‖encoder(y) − w*‖²]``, γ
+    being ``jacobian_weight``. The joint loop ended at w*. By the envelope theorem it is constant.
 
     Args:
         decoder: the generator.

@@ -60,7 +60,7 @@ def train(
 ) -> Trained:
     """Train a generator by fitting latents inside the step, and write the run's folder.
 
-    Minimises ``mean_i min_u ‖g(u) − y_i‖² + λ‖u‖²`` over the weights of ``g``. What is random in a
+    Minimises ``mean_i min_w ‖G(w) − y_i‖² + λ‖w‖²`` over the weights of G. What is random in a
     step depends on (seed, step, process) alone, so resuming needs no random state.
 
     Args:

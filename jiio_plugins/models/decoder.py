@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MDEQDecoder(nn.Module):
-    """Generator ``u → σ(h(z*))`` with ``z* = f(z*, inject(u))``. Its images lie in [0, 1].
+    """Generator ``w → σ(h(z*))`` with ``z* = f(z*, inject(w))``. Its images lie in [0, 1].
 
     The latent becomes a map first. A vector goes through a linear layer, at the coarsest scale. A
     spatial latent goes through a 3×3 convolution and a pixel shuffle, at the finest scale: an
@@ -107,7 +107,7 @@ class MDEQDecoder(nn.Module):
             nn.Sigmoid(),
         )
 
-    def injection(self, u: Tensor) -> tuple[Tensor, ...]:
+    def injection(self, w: Tensor) -> tuple[Tensor, ...]:
         """What the cell sees of the latents ``(rows, *latent_shape)``.
 
         Returns:
@@ -116,12 +116,12 @@ class MDEQDecoder(nn.Module):
         Raises:
             ValueError: latents of another shape.
         """
-        if u.shape[1:] != self.latent_shape:
+        if w.shape[1:] != self.latent_shape:
             raise ValueError(
                 f"latents must have shape (rows, {', '.join(map(str, self.latent_shape))}), "
-                f"got {tuple(u.shape)}"
+                f"got {tuple(w.shape)}"
             )
-        embedded = self.embed(u)
+        embedded = self.embed(w)
         return tuple(
             interpolate(conv(embedded), size, mode="bilinear", align_corners=False)
             for conv, size in zip(self.inject, self.sizes, strict=True)
@@ -132,9 +132,9 @@ class MDEQDecoder(nn.Module):
         image: Tensor = self.head(z[0])
         return image
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, w: Tensor) -> Tensor:
         """Images ``(rows, *image_shape)`` in [0, 1]."""
-        return self.decode(self.equilibrium(*self.injection(u)))
+        return self.decode(self.equilibrium(*self.injection(w)))
 
     def zeros(self, rows: int) -> Tensor:
         """``rows`` latents at zero, on the model's device and in its dtype: where a fit starts."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MDEQRefiner(nn.Module):
-    """Generator ``u → u + h(z*)`` with ``z* = f(z*, inject(u))``: u is an image, z* corrects it.
+    """Generator ``w → w + h(z*)`` with ``z* = f(z*, inject(w))``: w is an image, z* corrects it.
 
     The last layer of h is zero at first, so a new one is the identity. Put behind a trained encoder
     it starts where that is, and it learns how images differ from guesses. The cell of a new one
@@ -81,17 +81,17 @@ class MDEQRefiner(nn.Module):
             last,
         )
 
-    def injection(self, u: Tensor) -> tuple[Tensor, ...]:
+    def injection(self, w: Tensor) -> tuple[Tensor, ...]:
         """What the cell sees of the latents at each scale, ``(rows, channels[s], h_s, w_s)``."""
-        embedded = self.embed(u)
+        embedded = self.embed(w)
         return tuple(avg_pool2d(conv(embedded), 2**s) for s, conv in enumerate(self.inject))
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, w: Tensor) -> Tensor:
         """Images of the latents' shape."""
-        if tuple(u.shape[1:]) != self.latent_shape:
+        if tuple(w.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"latents must have shape (rows, {', '.join(map(str, self.latent_shape))}), got "
-                f"{tuple(u.shape)}"
+                f"{tuple(w.shape)}"
             )
-        corrected: Tensor = u + self.head(self.equilibrium(*self.injection(u))[0])
+        corrected: Tensor = w + self.head(self.equilibrium(*self.injection(w))[0])
         return corrected

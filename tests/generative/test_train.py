@@ -48,9 +48,9 @@ def test_training_lowers_the_error_and_leaves_a_run(tmp_path: Path, latents: Any
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert load_file(done.out / "latents.safetensors")["latents"].shape == (64, 4)
     again = load_generator(done.out)
-    u = torch.randn(3, 4)
+    w = torch.randn(3, 4)
     with torch.no_grad():
-        assert torch.equal(again(u), done.decoder.eval()(u))
+        assert torch.equal(again(w), done.decoder.eval()(w))
     table = states(done.out)["progress"]["table"]
     assert int(table.any(1).sum()) == 30 * 16  # no image twice in an epoch
 

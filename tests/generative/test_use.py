@@ -111,8 +111,8 @@ def test_a_generator_says_how_to_build_it(tmp_path: Path) -> None:
     save_generator(tmp_path / "g.safetensors", decoder, sizes)
     again = load_generator(tmp_path / "g.safetensors")
     assert isinstance(again, MDEQDecoder)
-    u = torch.randn(2, 2, 4, 4)
-    assert torch.equal(decode(again, u), decode(decoder.eval(), u))
+    w = torch.randn(2, 2, 4, 4)
+    assert torch.equal(decode(again, w), decode(decoder.eval(), w))
     content = (tmp_path / "g.safetensors").read_bytes()
     (tmp_path / "g.safetensors").write_bytes(content[:1000])
     with pytest.raises(ValueError, match="damaged or truncated"):

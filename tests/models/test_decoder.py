@@ -21,13 +21,13 @@ DECODERS: dict[str, dict[str, Any]] = {
 def test_decoder_shapes_and_gradients(name: str) -> None:
     torch.manual_seed(0)
     model = MDEQDecoder(**DECODERS[name])
-    u = torch.randn(2, *model.latent_shape, requires_grad=True)
-    images = model(u)
+    w = torch.randn(2, *model.latent_shape, requires_grad=True)
+    images = model(w)
     assert images.shape == (2, *DECODERS[name]["image_shape"])
     assert float(images.detach().min()) >= 0
     assert float(images.detach().max()) <= 1
     images.square().sum().backward()
-    for parameter_name, p in [*model.named_parameters(), ("u", u)]:
+    for parameter_name, p in [*model.named_parameters(), ("latents", w)]:
         assert p.grad is not None, parameter_name
         assert float(p.grad.abs().max()) > 0, parameter_name
     assert torch.equal(model.zeros(3), torch.zeros(3, *model.latent_shape))
@@ -36,8 +36,8 @@ def test_decoder_shapes_and_gradients(name: str) -> None:
 def test_every_scale_sees_the_latent() -> None:
     torch.manual_seed(0)
     model = MDEQDecoder(**DECODERS["wide"]).double()
-    u = torch.randn(1, 5).double().requires_grad_()
-    parts = model.injection(u)
+    w = torch.randn(1, 5).double().requires_grad_()
+    parts = model.injection(w)
     assert [tuple(p.shape) for p in parts] == [(1, 8, 8, 16), (1, 8, 4, 8), (1, 4, 2, 4)]
     z = model.equilibrium.initial_state(*parts)
     for s, part in enumerate(parts):

@@ -14,14 +14,14 @@ from jiio_plugins.models import MDEQRefiner
 def test_a_new_refiner_is_the_identity_and_learns() -> None:
     torch.manual_seed(0)
     model = MDEQRefiner((3, 16, 24), channels=(8, 12))
-    u = torch.randn(2, 3, 16, 24)
-    assert torch.equal(model(u), u)
-    parts = model.injection(u)
+    w = torch.randn(2, 3, 16, 24)
+    assert torch.equal(model(w), w)
+    parts = model.injection(w)
     assert [tuple(p.shape) for p in parts] == [(2, 8, 8, 12), (2, 12, 4, 6)]
     nn.init.normal_(model.head[-1].weight)
-    u.requires_grad_()
-    model(u).square().sum().backward()
-    for name, p in [*model.named_parameters(), ("u", u)]:
+    w.requires_grad_()
+    model(w).square().sum().backward()
+    for name, p in [*model.named_parameters(), ("latents", w)]:
         assert float(p.grad.abs().max()) > 0, name
     with pytest.raises(ValueError, match="divisible by 4, got 16×22"):
         MDEQRefiner((1, 16, 22), channels=(8, 8))
