@@ -134,14 +134,14 @@ def tv(task: Task, validation: Tensor) -> tuple[str, Any]:
     """Total variation, its weight tuned."""
     prior = dinv.optim.TVPrior(n_it_max=50)
     grid = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-    return best({f"weight {w:g}": variational(prior, w) for w in grid}, task, validation)
+    return best({f"weight {b:g}": variational(prior, b) for b in grid}, task, validation)
 
 
 def wavelet(task: Task, validation: Tensor) -> tuple[str, Any]:
     """ℓ1 of Daubechies wavelets, the weight tuned (deepinv's prox takes a tenth of it)."""
     prior = dinv.optim.WaveletPrior(level=3, wv="db8")
     grid = (0.1, 0.3, 0.6, 1.2, 2.4, 4.8, 9.6)
-    return best({f"weight {w:g}": variational(prior, w) for w in grid}, task, validation)
+    return best({f"weight {b:g}": variational(prior, b) for b in grid}, task, validation)
 
 
 def deep_image_prior(iterations: int) -> Any:
@@ -344,8 +344,8 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
 
     def regularise(y: Tensor, physics: Physics) -> Tensor:
         with torch.no_grad():
-            u = encoder(y, physics)
-        return 0.05 * contraction(generator, u)
+            w = encoder(y, physics)
+        return 0.05 * contraction(generator, w)
 
     def corrected(y: Tensor, physics: Physics) -> Tensor:
         images: Tensor = generator(encoder(y, physics))

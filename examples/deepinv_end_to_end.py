@@ -5,7 +5,7 @@
 
 A U-Net guesses an image m, a smaller one how far off each pixel may be, s; and JIIO moves the guess
 to where a generator's image fits the measurements,
-``u* = argmin_u ‖A G(u) − y‖² / 2σ² + ‖(u − m)/s‖² / 2``. All networks learn together, through the
+``w* = argmin_w ‖A G(w) − y‖² / 2σ² + ‖(w − m)/s‖² / 2``. All networks learn together, through the
 solution, in deepinv's own trainer. It takes some five minutes on one core.
 
 The photographs are the two that scikit-learn ships (trained on patches of one, shown on the other);

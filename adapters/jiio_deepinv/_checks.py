@@ -105,23 +105,23 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name} must be a finite number, not negative, got {value}")
 
 
-def check_latents(u: Any, shape: tuple[int, ...], name: str) -> Tensor:
+def check_latents(w: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """Some latents as they are, if they have the wanted shape.
 
     Args:
-        u: what was given or returned.
+        w: what was given or returned.
         shape: ``(rows, *latent_shape)``.
         name: what the message calls them.
 
     Raises:
         ValueError: no tensor, or another shape.
     """
-    if not isinstance(u, Tensor) or tuple(u.shape) != shape:
+    if not isinstance(w, Tensor) or tuple(w.shape) != shape:
         raise ValueError(
             f"{name} must be, or return, latents of shape {shape}, got "
-            f"{tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__}"
+            f"{tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}"
         )
-    return u
+    return w
 
 
 def check_guess(guess: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

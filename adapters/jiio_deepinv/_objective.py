@@ -22,7 +22,7 @@ STIFFER = 10  # a sensing matrix of a quarter of the measurements is, at most
 
 
 class Place(NamedTuple):
-    """Constants of each row, flat: ``u = mean + std · w``, and c, see :class:`Latents`.
+    """Constants of each row, flat: ``w = mean + std · ξ``, and c, see :class:`Latents`.
 
     Attributes:
         mean: where the latents lie, ``(rows, latent)``, or one row for all.
@@ -34,9 +34,9 @@ class Place(NamedTuple):
     std: Tensor
     c: Tensor | None = None
 
-    def latents(self, w: Tensor) -> Tensor:
-        """The u that w ``(rows, latent)`` stands for."""
-        return self.mean + self.std * w
+    def latents(self, xi: Tensor) -> Tensor:
+        """The w that ξ ``(rows, latent)`` stands for."""
+        return self.mean + self.std * xi
 
     def given(self, rows: int) -> tuple[Tensor, ...]:
         """For so many rows, as the engine hands it on to the model."""
@@ -44,10 +44,10 @@ class Place(NamedTuple):
 
 
 class Latents(nn.Module):
-    """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, w, r)``.
+    """Image, latent and what the image adds to the generator's, all flat: ``v -> (x, ξ, δ)``.
 
-    v is w, with the latent ``u = mean + std · w`` (:class:`Place`). Without a place, u is w. Where
-    the place has a c, v is ``(w, r/c)`` and ``x = G(u) + r``. That c brings the curvature in r/c to
+    v is ξ, with the latent ``w = mean + std · ξ`` (:class:`Place`). Without a place, w is ξ. Where
+    the place has a c, v is ``(ξ, δ/c)`` and ``x = G(w) + δ``. That c brings the curvature in δ/c to
     1. One flat tensor is what the engine can evaluate row by row, and :meth:`split` takes it apart.
 
     Args:
@@ -85,21 +85,21 @@ class Latents(nn.Module):
             count: number of random directions, always the same.
 
         Returns:
-            Images ``(rows, *image_shape)``, and the largest ``(G(mean + std δ) − G(mean)) / ‖δ‖``
-            of the directions δ, likewise. Its squared length is about the curvature of
-            ``‖G(mean + std w) − x‖² / 2`` in w, which grows with the number of pixels. δ is larger
+            Images ``(rows, *image_shape)``, and the largest ``(G(mean + std Δξ) − G(mean)) / ‖Δξ‖``
+            of the steps Δξ, likewise. Its squared length is about the curvature of
+            ``‖G(mean + std ξ) − x‖² / 2`` in ξ, which grows with the number of pixels. Δξ is larger
             where std is, as a step down the objective is.
         """
         draw = torch.Generator().manual_seed(0)
-        delta = torch.randn(count, 1, self.size, generator=draw).to(place.mean) * place.std
-        delta = RADIUS * nn.functional.normalize(delta, dim=2)
+        steps = torch.randn(count, 1, self.size, generator=draw).to(place.mean) * place.std
+        steps = RADIUS * nn.functional.normalize(steps, dim=2)
         # one pass of the generator for all of them, the means first
-        delta = torch.cat([torch.zeros_like(delta[:1]), delta])
+        steps = torch.cat([torch.zeros_like(steps[:1]), steps])
         rows = len(place.mean)
-        images = self.images(place.latents(delta).flatten(0, 1)).unflatten(0, (-1, rows))
+        images = self.images(place.latents(steps).flatten(0, 1)).unflatten(0, (-1, rows))
         change = (images[1:] - images[:1]) / RADIUS
         largest = change.abs().square().flatten(2).sum(2).argmax(0)
-        return images[0], change[largest, torch.arange(rows, device=delta.device)]
+        return images[0], change[largest, torch.arange(rows, device=steps.device)]
 
     @property
     def pixels(self) -> int:
@@ -108,31 +108,31 @@ class Latents(nn.Module):
         return torch.Size(self.image_shape).numel() * (1 + self.dtype.is_complex)
 
     def forward(self, v: Tensor, *given: Tensor) -> Tensor:
-        """Image, w and r side by side, ``(rows, pixels + latent + added pixels)``.
+        """Image, ξ and δ side by side, ``(rows, pixels + latent + added pixels)``.
 
         Args:
             v: the optimised variable, ``(rows, latent)``, or ``(rows, latent + pixels)`` with a c.
-            *given: tensors of a :class:`Place`, in its order. None: u is w.
+            *given: tensors of a :class:`Place`, in its order. None: w is ξ.
         """
-        w, r = v[:, : self.size], v[:, self.size :]
+        xi, delta = v[:, : self.size], v[:, self.size :]
         place = Place(*given) if given else None
-        image = _real(self.images(w if place is None else place.latents(w)))
+        image = _real(self.images(xi if place is None else place.latents(xi)))
         if place is None or place.c is None:
-            return torch.cat([image, w], dim=1)
-        r = r * place.c
-        return torch.cat([image + r, w, r], dim=1)
+            return torch.cat([image, xi], dim=1)
+        delta = delta * place.c
+        return torch.cat([image + delta, xi, delta], dim=1)
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, flat w and flat r of what :meth:`forward` returned.
+        """Image, flat ξ and flat δ of what :meth:`forward` returned.
 
-        r has no columns where the image is the generator's.
+        δ has no columns where the image is the generator's.
         """
         rest = output.shape[1] - self.pixels - self.size
-        image, w, r = output.split([self.pixels, self.size, rest], dim=1)
+        image, xi, delta = output.split([self.pixels, self.size, rest], dim=1)
         if self.dtype is not None and self.dtype.is_complex:
             pairs = image.contiguous().reshape(-1, *self.image_shape, 2)
-            return torch.view_as_complex(pairs).to(self.dtype), w, r
-        return image.reshape(-1, *self.image_shape).to(self.dtype), w, r
+            return torch.view_as_complex(pairs).to(self.dtype), xi, delta
+        return image.reshape(-1, *self.image_shape).to(self.dtype), xi, delta
 
 
 def _real(images: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ def _real(images: Tensor) -> Tensor:
 
 
 class Objective:
-    """``ℓ = (data(x, y) + b prior(x) + λ/2 ‖w‖² + ρ/2 ‖r‖²) / κ`` per sample.
+    """``ℓ = (data(x, y) + b prior(x) + λ/2 ‖ξ‖² + ρ/2 ‖δ‖²) / κ`` per sample.
 
-    κ is about the curvature in w, so that one step size serves all operators, noise levels and
+    κ is about the curvature in ξ, so that one step size serves all operators, noise levels and
     generators. It moves no minimum. It is that of the data term along what the generator draws
     (:func:`curvature`) times the squared length of a step (:meth:`Latents.probe`), plus λ.
 
     Args:
-        model: what makes ``(x, w, r)``.
+        model: what makes ``(x, ξ, δ)``.
         y: measurements, as the physics makes them.
         physics: the forward model A.
         data: the data term. None: the likelihood of the physics' noise model.
@@ -160,7 +160,7 @@ class Objective:
     Attributes:
         stiffness: curvature of the data term in x, ``(rows,)``.
         scale: κ, ``(rows,)``.
-        reach: root mean square of the image, or of what a step on u does to it, ``(rows,)``.
+        reach: root mean square of the image, or of what a step on ξ does to it, ``(rows,)``.
         image: the image of the last call.
     """
 
@@ -190,7 +190,7 @@ class Objective:
 
         Args:
             image: where the latents start, ``(rows, *image_shape)``.
-            change: what a step on w does to it, likewise.
+            change: what a step on ξ does to it, likewise.
             guessed: whether they start at an encoder's guess.
 
         Raises:
@@ -223,14 +223,14 @@ class Objective:
 
     def __call__(self, output: Tensor) -> Tensor:
         """ℓ, ``(rows,)``, of what the model returned."""
-        image, w, r = self.model.split(output)
+        image, xi, delta = self.model.split(output)
         self.image = image.detach()
         total = self.fidelity(image)
         if self.prior is not None:
             total = total + self.prior_weight * self._prior_value(image)
-        total = total + 0.5 * self.latent_penalty * w.square().sum(1)
-        total = total + 0.5 * self.range_penalty * r.square().sum(1)
-        return (total / self.scale).to(w.dtype)
+        total = total + 0.5 * self.latent_penalty * xi.square().sum(1)
+        total = total + 0.5 * self.range_penalty * delta.square().sum(1)
+        return (total / self.scale).to(xi.dtype)
 
     def _prior_value(self, image: Tensor) -> Tensor:
         assert self.prior is not None

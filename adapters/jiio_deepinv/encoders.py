@@ -18,24 +18,26 @@ FIRST = 1 / (1 + math.exp(3))  # std of a new one, or half of the largest
 
 
 class GaussianEncoder(nn.Module):
-    """``u ~ N(m, diag s²)``, ``m = guess(y, physics)``, ``s = σ sigmoid(spread([m, r]) + c)``.
+    """``w ~ N(m, diag s²)``: m is a guess from y, s how far off it may be.
 
-    r is what of y the guess leaves over, ``Aᵀ(y − A(m))`` or ``A⁺(y − A(m))``. As ``encoder`` of a
+    ``m = guess(y, physics)``, ``s = largest · sigmoid(spread([m, e]) + offset)``.
+
+    e is what of y the guess leaves over, ``Aᵀ(y − A(m))`` or ``A⁺(y − A(m))``. As ``encoder`` of a
     :class:`JIIOReconstructor` whose latents are images, it says where the measurements may still
     change a guess: at edges more than in an empty background. With ``latent_penalty=1`` and a
     likelihood as data term the reconstruction is the mode under the prior N(m, diag s²), which the
     networks predict from y.
 
-    s is learned end to end, from the reconstruction's own loss. The constant c lets a new one's be
-    around 0.05, or half of σ if that is less. It does not fall below 0.001 σ.
+    s is learned end to end, from the reconstruction's own loss. The offset lets a new one's be
+    around 0.05, or half of ``largest`` if that is less. It does not fall below 0.001 of it.
 
     Args:
         guess: any deepinv network that is called with y and physics: an ``ArtifactRemoval``, an
             unfolded algorithm.
         spread: an image network of twice the channels to the channels of an image, such as
             ``dinv.models.UNet(2, 1, residual=False, batch_norm=False)``.
-        mode: "adjoint" or "pinv": how r comes back from the measurements.
-        largest: σ, in units of the image. A few times the error of the guess is enough. The
+        mode: "adjoint" or "pinv": how e comes back from the measurements.
+        largest: in units of the image. A few times the error of the guess is enough. The
             iterations take longer the larger s is against the noise. Where they end early, and with
             them a loose gradient, s can come to stay large.
 
@@ -43,7 +45,7 @@ class GaussianEncoder(nn.Module):
         y as the physics makes it → two of ``(rows, c, h, w)``, real.
 
     Raises:
-        ValueError: another mode, or a σ that is not positive. When called, what does not fit.
+        ValueError: another mode, or a largest that is not positive. When called, what does not fit.
 
     Not for: complex images (MRI in deepinv has two real channels), physics without an adjoint.
 

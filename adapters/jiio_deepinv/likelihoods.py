@@ -42,31 +42,32 @@ def likelihood_of(physics: Physics, gain: Any = 1.0) -> DataFidelity:
     """Minus the log-likelihood of the measurements under ``physics.noise_model``, up to a constant.
 
     ========================  ======================================================================
-    noise model               ``-log p(y | z)`` summed over the entries, z = A(x)
+    noise model               ``-log p(y | ŷ)`` summed over the entries, ŷ = A(x)
     ========================  ======================================================================
-    ZeroNoise                 ``(z − y)² / 2σ²`` with σ = 0.05 g
-    GaussianNoise             ``(z − y)² / 2σ²``, σ per sample where the noise model has that,
-                              and ``|z − y|² / σ²`` of complex entries, as deepinv draws them
+    ZeroNoise                 ``(ŷ − y)² / 2σ²`` with σ = 0.05 gain
+    GaussianNoise             ``(ŷ − y)² / 2σ²``, σ per sample where the noise model has that,
+                              and ``|ŷ − y|² / σ²`` of complex entries, as deepinv draws them
     UniformGaussianNoise      the same with the root mean square of its range of σ
     UniformNoise(a)           the same with ``σ = a/√3``, as its own, an indicator, has no slope
-    PoissonNoise(γ)           ``λ − k log λ`` with ``λ = z/γ`` and counts k
-    PoissonGaussianNoise      the same with ``λ = z/γ + σ²/γ²``, ``k = y/γ + σ²/γ²`` (shifted
+    PoissonNoise(γ)           ``rate − k log rate`` with ``rate = ŷ/γ`` and counts k
+    PoissonGaussianNoise      the same with ``rate = ŷ/γ + σ²/γ²``, ``k = y/γ + σ²/γ²`` (shifted
                               Poisson: mean and variance are those of the sum)
-    LogPoissonNoise           ``N₀ (exp(−μz) + μ z exp(−μy))``
-    GammaNoise(l)             ``l (log z + y/z)``
-    FisherTippettNoise(l)     ``l (z + exp(y − z))``
-    LaplaceNoise(b)           ``√((z − y)² + b²) / b``, smoothed ``|z − y|/b``
-    SaltPepperNoise           the same with b = 0.05 g, robust against outliers
-    RicianNoise(σ)            ``(z² + y²)/2σ² − log I₀(zy/σ²)``
+    LogPoissonNoise           ``N₀ (exp(−μŷ) + μ ŷ exp(−μy))``
+    GammaNoise(l)             ``l (log ŷ + y/ŷ)``
+    FisherTippettNoise(l)     ``l (ŷ + exp(y − ŷ))``
+    LaplaceNoise(b)           ``√((ŷ − y)² + b²) / b``, smoothed ``|ŷ − y|/b``
+    SaltPepperNoise           the same with b = 0.05 gain, robust against outliers
+    RicianNoise(σ)            ``(ŷ² + y²)/2σ² − log I₀(ŷy/σ²)``
     ========================  ======================================================================
 
-    σ and b below 0.05 g count as 0.05 g. Where λ or z is below 0.01 the Poisson and Gamma
-    likelihoods go on as their parabola of second order. That keeps them finite and convex there.
-    Stacked physics get a ``StackedPhysicsDataFidelity`` of their parts' likelihoods.
+    Letters of noise models are deepinv's. σ and b below 0.05 gain count as 0.05 gain. Where the
+    rate, or ŷ of a GammaNoise, is below 0.01 a likelihood goes on as its parabola of second order.
+    That keeps it finite and convex there. Stacked physics get a ``StackedPhysicsDataFidelity`` of
+    their parts' likelihoods.
 
     Args:
         physics: the forward model, with its noise model.
-        gain: g, how large an entry of A(x) is where one of x is 1. What a generator misses, 0.05 a
+        gain: how large an entry of A(x) is where one of x is 1. What a generator misses, 0.05 a
             pixel, reaches the measurements so. A number, one per sample ``(rows,)``, or for stacked
             physics a list of them.
 
@@ -124,8 +125,8 @@ def _at_least(width: Any, gain: Any, like: Tensor) -> Tensor:
 
 
 def _gaussian(sigma: Any, gain: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
-        error = (z - y) / _at_least(sigma, gain, y)
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
+        error = (y_hat - y) / _at_least(sigma, gain, y)
         # σ² is the variance of a complex entry, half of it that of each part
         return _sum(error.abs().square() if error.is_complex() else 0.5 * error.square())
 
@@ -133,30 +134,30 @@ def _gaussian(sigma: Any, gain: Any) -> DataFidelity:
 
 
 def _poisson(gain: Any, background: Any = 0.0, *, counts: bool = False) -> DataFidelity:
-    """``λ − k log λ`` with ``λ = z/γ + background``, ``k = y/γ``, or y if that holds counts."""
+    """``rate − k log rate``, ``rate = ŷ/γ + background``, ``k = y/γ``, or y if it holds counts."""
 
-    def distance(z: Tensor, y: Tensor) -> Tensor:
-        g, extra = _column(gain, y), _column(background, y)
-        rate = z / g + extra
-        k = y if counts else y / g
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
+        gamma, extra = _column(gain, y), _column(background, y)
+        rate = y_hat / gamma + extra
+        k = y if counts else y / gamma
         return _sum(rate - k * _extended_log(rate))
 
     return DataFidelity(d=distance)
 
 
 def _shifted_poisson(noise: Any, gain: Any) -> DataFidelity:
-    """``λ − k − k log(λ/k)`` with ``λ = z/γ + σ²/γ²``, ``k = y/γ + σ²/γ²``.
+    """``rate − k − k log(rate/k)`` with ``rate = ŷ/γ + σ²/γ²``, ``k = y/γ + σ²/γ²``.
 
-    What does not depend on z is taken off: for a small γ, λ and k are large and nearly equal.
+    What does not depend on ŷ is taken off: for a small γ, rate and k are large and nearly equal.
     """
 
-    def distance(z: Tensor, y: Tensor) -> Tensor:
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
         variance = _at_least(noise.sigma, gain, y).square()
         # less would add no hundredth of σ² to the variance, and counts too large for float32
-        g = _column(noise.gain, y).maximum(0.01 * variance)
-        counts = y / g + variance / g.square()
+        gamma = _column(noise.gain, y).maximum(0.01 * variance)
+        counts = y / gamma + variance / gamma.square()
         k = counts.clamp(min=RATE_MIN)
-        excess = (z - y) / g + (counts - k)  # λ − k
+        excess = (y_hat - y) / gamma + (counts - k)  # rate − k
         near = excess.maximum(RATE_MIN - k)
         t = (excess + k - RATE_MIN).clamp(max=0) / RATE_MIN  # as in _extended_log
         return _sum(excess - k * ((near / k).log1p() + t - 0.5 * t.square()))
@@ -172,11 +173,11 @@ def _extended_log(x: Tensor) -> Tensor:
 
 
 def _gamma(noise: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
-        near = z.clamp(min=RATE_MIN)
-        below = (z - near) / near
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
+        near = y_hat.clamp(min=RATE_MIN)
+        below = (y_hat - near) / near
         ratio = y / near
-        # 1/z = (1 − t + t²)/near to second order, t = (z − near)/near
+        # 1/ŷ = (1 − t + t²)/near to second order, t = (ŷ − near)/near
         return _sum(
             _column(noise.l, y) * (near.log() + below + ratio * (1 - below + below.square()))
         )
@@ -185,35 +186,35 @@ def _gamma(noise: Any) -> DataFidelity:
 
 
 def _fisher_tippett(noise: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
-        return _sum(_column(noise.l, y) * (z + (y - z).exp()))
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
+        return _sum(_column(noise.l, y) * (y_hat + (y - y_hat).exp()))
 
     return DataFidelity(d=distance)
 
 
 def _log_poisson(noise: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
         mu, N0 = _column(noise.mu, y), _column(noise.N0, y)
-        return _sum(N0 * ((-mu * z).exp() + mu * z * (-mu * y).exp()))
+        return _sum(N0 * ((-mu * y_hat).exp() + mu * y_hat * (-mu * y).exp()))
 
     return DataFidelity(d=distance)
 
 
 def _smoothed_l1(b: Any, gain: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
         scale = _at_least(b, gain, y)
-        error = (z - y).abs() if y.is_complex() else z - y
+        error = (y_hat - y).abs() if y.is_complex() else y_hat - y
         return _sum((error / scale).square().add(1).sqrt() - 1)
 
     return DataFidelity(d=distance)
 
 
 def _rician(noise: Any, gain: Any) -> DataFidelity:
-    def distance(z: Tensor, y: Tensor) -> Tensor:
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
         variance = _at_least(noise.sigma, gain, y).square()
-        # log I₀(a) = log i0e(a) + a, so that nothing overflows
-        bessel = torch.special.i0e(z * y / variance).log()
-        return _sum((z.abs() - y).square() / (2 * variance) - bessel)
+        # log I₀(t) = log i0e(t) + t, so that nothing overflows
+        bessel = torch.special.i0e(y_hat * y / variance).log()
+        return _sum((y_hat.abs() - y).square() / (2 * variance) - bessel)
 
     return DataFidelity(d=distance)
 

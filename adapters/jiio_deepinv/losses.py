@@ -12,20 +12,20 @@ from jiio_deepinv.reconstructor import JIIOReconstructor
 from jiio_plugins.joint import PenaltyMode, SolveMode, guarded, layer_mode
 
 
-def contraction(generator: nn.Module, u: Tensor) -> Tensor:
+def contraction(generator: nn.Module, w: Tensor) -> Tensor:
     """``‖J_z‖²_F / n`` of the generator's cells where their states settle, a differentiable scalar.
 
     Args:
         generator: a module with an equilibrium layer.
-        u: latents, ``(rows, *latent_shape)``.
+        w: latents, ``(rows, *latent_shape)``.
     """
     solve = SolveMode()
     with guarded(generator, freeze=False):
         with torch.no_grad(), layer_mode(solve):
-            generator(u)
+            generator(w)
         penalty = PenaltyMode([z.detach() for z in solve.z], probes=1, generator=None)
         with torch.enable_grad(), layer_mode(penalty):
-            generator(u)
+            generator(w)
     return penalty.value
 
 
@@ -80,7 +80,7 @@ class JacobianLoss(Loss):
                 + "; DataParallel's copies keep their latents to themselves, "
                 "DistributedDataParallel does not" * isinstance(model, nn.DataParallel)
             )
-        u = model.latents
-        if u is None:
+        w = model.latents
+        if w is None:
             raise RuntimeError("JacobianLoss comes after the model's forward, which was not called")
-        return self.weight * contraction(model.generator, u)
+        return self.weight * contraction(model.generator, w)

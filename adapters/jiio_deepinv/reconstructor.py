@@ -50,9 +50,9 @@ STEP = 1.0
 
 
 class JIIOReconstructor(Reconstructor):
-    """``x̂ = G(u*)``, ``u* = argmin_u  d(A(G(u)), y) + b g(G(u)) + λ/2 ‖(u − m)/s‖²``, jointly.
+    """``x̂ = G(w*)``, ``w* = argmin_w  data(G(w), y) + b prior(G(w)) + λ/2 ‖(w − m)/s‖²``, jointly.
 
-    G is a generator with an equilibrium layer. Its state, the adjoint and u advance in one
+    G is a generator with an equilibrium layer. Its state, the adjoint and w advance in one
     iteration (:class:`jiio_plugins.Joint`), each sample by itself.
 
     With gradients on, x̂ is a differentiable function of everything that requires grad (generator,
@@ -64,25 +64,25 @@ class JIIOReconstructor(Reconstructor):
     Args:
         generator: a module with a :class:`jiio_plugins.Equilibrium` that maps latents
             ``(rows, *latent_shape)`` to images ``(rows, *image_shape)``, real or complex.
-        data_fidelity: d, a ``deepinv.optim.DataFidelity``. None: minus the log-likelihood of the
-            physics' noise model (:func:`jiio_deepinv.likelihood_of`).
-        prior: g, a ``deepinv.optim.Prior`` with a value (an explicit one), or None.
+        data_fidelity: the data term, a ``deepinv.optim.DataFidelity``. None: minus the
+            log-likelihood of the physics' noise model (:func:`jiio_deepinv.likelihood_of`).
+        prior: a ``deepinv.optim.Prior`` with a value (an explicit one), or None.
         prior_weight: b.
         latent_penalty: λ, against the data term as it is: with a likelihood, 1 is a standard normal
-            prior on u.
-        range_penalty: ρ. With it the image may leave the generator's range, ``x̂ = G(u*) + r*``
-            where ``ρ/2 ‖r‖²`` is minimised along. None: it may not.
+            prior on w.
+        range_penalty: ρ. With it the image may leave the generator's range, ``x̂ = G(w*) + δ*``
+            where ``ρ/2 ‖δ‖²`` is minimised along. None: it may not.
         latent_shape: of one latent, d or a shape. None: ``generator.latent_shape``.
         encoder: a module that guesses the latents. ``encoder(y, physics)`` returns m, or (m, s)
-            with how far off it may be, see :class:`jiio_deepinv.GaussianEncoder`. u starts at m and
+            with how far off it may be, see :class:`jiio_deepinv.GaussianEncoder`. w starts at m and
             moves in units of s. The encoder is trained along. None: m is 0. Without s it is 1.
-        init: where u starts instead, ``(rows, *latent_shape)`` or ``init(y, physics)``. It gets no
+        init: where w starts instead, ``(rows, *latent_shape)`` or ``init(y, physics)``. It gets no
             gradient. None: m.
-        iters: steps on u.
-        step_size: in units of the inverse curvature in ``(u − m)/s``, which is estimated per sample
+        iters: steps on w.
+        step_size: in units of the inverse curvature in ``(w − m)/s``, which is estimated per sample
             from the physics, the likelihood and the generator's gain. A step too long is halved as
             often as needed, per sample.
-        tol: relative residual of state, adjoint and u at which a sample is finished.
+        tol: relative residual of state, adjoint and w at which a sample is finished.
         method: another :class:`jiio_plugins.Joint` or :class:`jiio_plugins.Nested` in place of
             ``iters``, ``step_size`` and ``tol``.
         implicit: solver that refines the solution and solves the equation of its gradient. None: as
@@ -156,14 +156,14 @@ class JIIOReconstructor(Reconstructor):
         """The last call as the engine saw it: f evaluations, VJPs, residuals, status per sample.
 
         ``value`` is the minimised sum. ``x`` holds the variable as it was optimised, flat:
-        ``(u − m)/s``, then with ``range_penalty`` r, scaled. None before the first call and after
-        one that failed.
+        ξ = ``(w − m)/s``, then with ``range_penalty`` δ, scaled. None before the first call and
+        after one that failed.
         """
         return self._solution
 
     @property
     def latents(self) -> Tensor | None:
-        """The u of the last call, ``(rows, *latent_shape)``: a start for one on like images."""
+        """The w of the last call, ``(rows, *latent_shape)``: a start for one on like images."""
         return self._latents
 
     def forward(
@@ -180,7 +180,7 @@ class JIIOReconstructor(Reconstructor):
         Args:
             y: measurements, batch first.
             physics: their forward model A.
-            init: where u starts, see the class. None: as the class has it.
+            init: where w starts, see the class. None: as the class has it.
             x_gt: true images, shaped like the reconstruction, for the metric "psnr".
             compute_metrics: also return ``{"residual", "cost", "psnr": list[rows][iteration]}``.
             **kwargs: what deepinv's wrappers pass to every model, not used. A setting of the class
@@ -224,22 +224,22 @@ class JIIOReconstructor(Reconstructor):
                 self.latent_penalty,
                 self.range_penalty or 0.0,
             )
-            w = start.flatten(1)
+            v = start.flatten(1)
             # at zero one row stands for the whole batch, and more steps can be tried
-            zero = Place(torch.zeros_like(w[:1]), torch.ones_like(w[:1]))
+            zero = Place(torch.zeros_like(v[:1]), torch.ones_like(v[:1]))
             with count_evaluations() as probing:
                 image, change = model.probe(place or zero, PROBES_EACH if place else PROBES)
-            whole = (len(w), *image.shape[1:])
+            whole = (len(v), *image.shape[1:])
             image, change = image.expand(whole).contiguous(), change.expand(whole).contiguous()
             objective.measure(image, change, guessed=place is not None)
             if self.range_penalty is not None:
                 ratio = (objective.stiffness + self.range_penalty) / objective.scale
-                place = (place or zero)._replace(c=ratio.detach().rsqrt().to(w.dtype)[:, None])
-                w = torch.cat([w, w.new_zeros(len(w), model.pixels)], dim=1)
-            given = () if place is None else place.given(len(w))
+                place = (place or zero)._replace(c=ratio.detach().rsqrt().to(v.dtype)[:, None])
+                v = torch.cat([v, v.new_zeros(len(v), model.pixels)], dim=1)
+            given = () if place is None else place.given(len(v))
             solution = optimize_input(
                 model,
-                w,
+                v,
                 objective,
                 given=given,
                 method=self.method,
@@ -248,21 +248,22 @@ class JIIOReconstructor(Reconstructor):
                 callback=None if metrics is None else metrics.watch(objective),
             )
             assert isinstance(solution.x, Tensor)
-            w = solution.x
-            live = any(t.requires_grad for t in (w, *given)) and torch.is_grad_enabled()
-            image, _, _ = model.split(model(w, *given) if live else solution.output.detach())
-            u = w[:, : model.size].detach()
-            self._latents = (u if place is None else place.latents(u).detach()).reshape(start.shape)
+            v = solution.x
+            live = any(t.requires_grad for t in (v, *given)) and torch.is_grad_enabled()
+            image, _, _ = model.split(model(v, *given) if live else solution.output.detach())
+            xi = v[:, : model.size].detach()
+            latents = xi if place is None else place.latents(xi).detach()
+            self._latents = latents.reshape(start.shape)
         assert solution.value is not None
         assert solution.stats.model_value is not None
         scale = objective.scale.to(solution.value.dtype)
         self._solution = replace(
             solution,
-            x=w.detach(),
+            x=v.detach(),
             value=solution.value * scale.detach(),
             stats=replace(
                 solution.stats,
-                f_evals=solution.stats.f_evals + probing.f_evals / len(w),
+                f_evals=solution.stats.f_evals + probing.f_evals / len(v),
                 model_value=solution.stats.model_value * scale.detach(),
             ),
         )
@@ -289,8 +290,8 @@ class JIIOReconstructor(Reconstructor):
         chosen = init if init is not None else self.init
         if chosen is not None:
             with torch.no_grad():
-                u = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
-                start = check_latents(u, wanted, "init").detach().clone().to(like)
+                w = chosen if isinstance(chosen, Tensor) else chosen(y, physics)
+                start = check_latents(w, wanted, "init").detach().clone().to(like)
                 if place is not None:
                     away = (start.flatten(1) - place.mean) / place.std
                     start = away.detach().reshape(wanted)

@@ -95,7 +95,7 @@ def test_what_was_made_in_inference_mode() -> None:
 
 def test_a_data_fidelity_that_mixes_samples() -> None:
     _, y, physics = measured()
-    mean = dinv.optim.DataFidelity(d=lambda u, y: (u - y).square().mean())
+    mean = dinv.optim.DataFidelity(d=lambda y_hat, y: (y_hat - y).square().mean())
     bad(y, physics, "one value per sample", data_fidelity=mean)
 
 

@@ -22,14 +22,14 @@ def test_latents_stay_near_the_encoders_guess() -> None:
     with torch.no_grad():
         m = encoder(y, physics)
         near, far = (
-            reconstructor(encoder=encoder, latent_penalty=w, iters=200, tol=1e-9)
-            for w in (1e6, 1.0)
+            reconstructor(encoder=encoder, latent_penalty=weight, iters=200, tol=1e-9)
+            for weight in (1e6, 1.0)
         )
         torch.testing.assert_close(near(y, physics), near.generator(m), rtol=1e-3, atol=1e-3)
         image = far(y, physics)
-        u = far.latents
+        w = far.latents
         value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
-        torch.testing.assert_close(far.solution.value, value + (u - m).square().sum(1) / 2)
+        torch.testing.assert_close(far.solution.value, value + (w - m).square().sum(1) / 2)
         start = (far.generator(m) - y).square().flatten(1).sum(1) / (2 * 0.1**2)
         assert (far.solution.value < start).all()
     assert "encoder.linear.weight" in far.state_dict()
@@ -41,15 +41,15 @@ def test_latents_move_as_far_as_the_encoder_is_unsure() -> None:
     with torch.no_grad():
         m, s = encoder(y, physics)
         image = model(y, physics)
-        u = model.latents
-        torch.testing.assert_close(model.generator(u), image)
+        w = model.latents
+        torch.testing.assert_close(model.generator(w), image)
         value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2)
-        away = (u - m) / s
-        torch.testing.assert_close(model.solution.x, away)
-        torch.testing.assert_close(model.solution.value, value + away.square().sum(1) / 2)
+        xi = (w - m) / s
+        torch.testing.assert_close(model.solution.x, xi)
+        torch.testing.assert_close(model.solution.value, value + xi.square().sum(1) / 2)
         elsewhere = model(y, physics, init=m + 1)
         torch.testing.assert_close(elsewhere, image, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model(y, physics, init=u), image, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(y, physics, init=w), image, rtol=1e-5, atol=1e-5)
         model.encoder.log_std.sub_(12)
         torch.testing.assert_close(model(y, physics), model.generator(m), rtol=1e-4, atol=1e-4)
 

@@ -35,12 +35,12 @@ def test_it_finds_the_minimum() -> None:
     assert found.shape == x.shape
     assert model.solution is not None
     assert model.solution.status.tolist() == [Status.CONVERGED] * 2
-    u = model.latents.clone().requires_grad_()
-    image = model.generator(u)
+    w = model.latents.clone().requires_grad_()
+    image = model.generator(w)
     torch.testing.assert_close(found, image)
-    value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2) + u.square().sum(1) / 2
+    value = (image - y).square().flatten(1).sum(1) / (2 * 0.1**2) + w.square().sum(1) / 2
     torch.testing.assert_close(model.solution.value, value.detach())
-    (gradient,) = torch.autograd.grad(value.sum(), u)
+    (gradient,) = torch.autograd.grad(value.sum(), w)
     assert gradient.abs().max() < 1e-4 * value.max()
 
 
@@ -52,8 +52,8 @@ class Bare(nn.Module):
         self.latent_shape = (1, 4, 4)
         self.equilibrium = Equilibrium(Elementwise(lambda z, u: 0.3 * z + 0.7 * u))
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.equilibrium(u)
+    def forward(self, w: Tensor) -> Tensor:
+        return self.equilibrium(w)
 
 
 def test_a_generator_without_parameters_and_a_weight_that_is_learned() -> None:
@@ -115,10 +115,10 @@ def test_stacked_measurements() -> None:
     with torch.no_grad():
         assert model(y, physics).shape == x.shape
     assert (model.solution.status == Status.CONVERGED).all()
-    u = model.latents.clone().requires_grad_()
-    value = likelihood_of(physics)(model.generator(u), y, physics) + u.square().sum(1) / 2
+    w = model.latents.clone().requires_grad_()
+    value = likelihood_of(physics)(model.generator(w), y, physics) + w.square().sum(1) / 2
     torch.testing.assert_close(model.solution.value, value.detach())
-    (gradient,) = torch.autograd.grad(value.sum(), u)
+    (gradient,) = torch.autograd.grad(value.sum(), w)
     assert gradient.abs().max() < 1e-6
 
 
@@ -169,7 +169,7 @@ def test_the_image_may_leave_the_generators_range() -> None:
         inside, outside = near(y, physics), far(y, physics)
         assert (far.solution.value < near.solution.value).all()
         assert far.latents.shape == (2, 3)
-        # at the optimum the added image is the proximal step of the data term at G(u)
+        # at the optimum the added image is the proximal step of the data term at G(w)
         made = far.generator(far.latents)
         torch.testing.assert_close(outside, (y / 0.01 + 10 * made) / 110, rtol=1e-3, atol=1e-3)
         # an infinite penalty is the generator's range

@@ -21,7 +21,7 @@ SHAPE = (1, 4, 4)
 
 
 class Generator(nn.Module):
-    """``u -> σ(W z* + b)`` with ``z* = tanh(V z* + E u)``; with a complex dtype ``σ(...)`` twice.
+    """``w -> σ(W z* + b)`` with ``z* = tanh(V z* + E w)``; with a complex dtype ``σ(...)`` twice.
 
     In float64 and solved tightly, whatever the images' dtype.
     """
@@ -44,12 +44,12 @@ class Generator(nn.Module):
         self.equilibrium = Equilibrium(TanhCell(n, 0.5, seed + 2), solver=solver)
         self.head = linear(n, pixels, seed + 3)
 
-    def forward(self, u: Tensor) -> Tensor:
-        flat = torch.sigmoid(self.head(self.equilibrium(self.embed(u.flatten(1)))))
+    def forward(self, w: Tensor) -> Tensor:
+        flat = torch.sigmoid(self.head(self.equilibrium(self.embed(w.flatten(1)))))
         if self.dtype.is_complex:
-            images = torch.view_as_complex(flat.reshape(len(u), *self.image_shape, 2))
+            images = torch.view_as_complex(flat.reshape(len(w), *self.image_shape, 2))
         else:
-            images = flat.reshape(len(u), *self.image_shape)
+            images = flat.reshape(len(w), *self.image_shape)
         return images.to(self.dtype)
 
 

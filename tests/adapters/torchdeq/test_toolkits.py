@@ -112,8 +112,8 @@ def test_deepinv() -> None:
     class Generator(Net):
         latent_shape = (5,)
 
-        def forward(self, u: Tensor) -> Tensor:
-            return super().forward(u).reshape(len(u), 1, 1, 3)
+        def forward(self, w: Tensor) -> Tensor:
+            return super().forward(w).reshape(len(w), 1, 1, 3)
 
     generator = adapt(Generator()).eval()
     truth = generator(rand(4, 5, seed=6)).detach()
