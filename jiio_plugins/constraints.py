@@ -225,7 +225,7 @@ def _shrink_l2(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
 
 
 def _shrink_l1(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """Soft threshold ``min(max(|d| − λ, 0), room)`` with the least λ ≥ 0 that fits the radius."""
+    """``min(max(|d| − level, 0), room)`` with the least level ≥ 0 that fits the radius."""
     size = d.abs()
     low = torch.zeros_like(radius)
     high = size.amax(1, keepdim=True)

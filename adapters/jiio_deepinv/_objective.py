@@ -360,11 +360,11 @@ def slope(function: Any, image: Tensor) -> Tensor:
 
 
 def curvature(function: Any, image: Tensor, step: Tensor) -> Tensor:
-    """``|dᵀ H d| / dᵀd`` of a function of images along small steps d, ``(rows,)``.
+    """``|dᵀ ∂² d| / dᵀd`` of a function of images along small steps d, ``(rows,)``.
 
     The steps stand for those in which latents move the image: a compressed sensing matrix lengthens
-    its own row space tenfold, and what a generator draws hardly at all. H is the second derivative,
-    taken as a difference of two gradients at ``image ± d``. It costs no evaluation of f.
+    its own row space tenfold, and what a generator draws hardly at all. ∂² is the second
+    derivative, taken as a difference of two gradients at ``image ± d``. No f is evaluated.
 
     Args:
         function: images → ``(rows,)``.

@@ -196,7 +196,7 @@ class Anderson(Solver):
         tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
         abs_tol: the absolute part of that, in the units of z.
         memory: differences kept. Each takes the memory of two states.
-        damping: β in (0, 1].
+        damping: in (0, 1]. 1 takes the whole step.
         ridge: added to the unit diagonal of the normalised Gram matrix. None: ten times the dtype's
             epsilon.
 

@@ -130,8 +130,8 @@ class StepResult(NamedTuple):
 class TrainingStep(nn.Module):
     """The step as a module, so that DistributedDataParallel can wrap it as a whole.
 
-    ``loss = mean ℓ(w*) / pixels + γ · jacobian_penalty [+ mean ‖encoder(y) − w*‖²]``, γ
-    being ``jacobian_weight``. The joint loop ended at w*. By the envelope theorem it is constant.
+    ``loss = mean ℓ(w*) / pixels + weight · jacobian_penalty [+ mean ‖encoder(y) − w*‖²]``. The
+    joint loop ended at w*. By the envelope theorem it is held constant.
 
     Args:
         decoder: the generator.
