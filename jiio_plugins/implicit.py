@@ -316,8 +316,8 @@ def _leads_elsewhere(fq: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
 class _Adjoint:
     """``λ -> (∂F/∂q)ᵀ λ + (0, 0, g)`` through the graph of one evaluation of F.
 
-    With λ_v = s λ'_v and the equation for v read as ``λ'_v + residual`` this is the equation of F
-    for the step s α, whose solution is the same: s is cut where α is too long to converge.
+    With λ_v = share · λ'_v and the equation for v read as ``λ'_v + residual`` this is the equation
+    of F for the step share · α, whose solution is the same: it is cut where α is too long.
     """
 
     def __init__(

@@ -198,7 +198,7 @@ class QuasiNewton(Mixing):
         if self.last is None:
             shape = len(v), self.memory, v.shape[2]
             self.s = self.y = v.new_zeros(shape, dtype=torch.float64)
-            self.gamma = torch.ones_like(v[:, 0, :1])
+            self.scale = torch.ones_like(v[:, 0, :1])
             self.reach = row_norm(step * r_v)
             return zj + r_zj, v + (step * r_v)[:, None]
         # a run may begin where the gradient is 0 and go on where it is not
@@ -221,8 +221,8 @@ class QuasiNewton(Mixing):
         cosine = (s * y).sum(1) / (s_size * y_size).clamp(min=torch.finfo(y.dtype).tiny)
         keep = cosine > _CURVED
         # between the short step of Barzilai and Borwein, ∝ cosine, and their long one, ∝ 1 / cosine
-        gamma = s_size / y_size * cosine.clamp(min=_CURVED).sqrt()
-        self.gamma = torch.where(keep, gamma, self.gamma[:, 0])[:, None]
+        scale = s_size / y_size * cosine.clamp(min=_CURVED).sqrt()
+        self.scale = torch.where(keep, scale, self.scale[:, 0])[:, None]
         pairs = []
         for kept, new in ((self.s, s), (self.y, y)):
             longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
@@ -231,17 +231,17 @@ class QuasiNewton(Mixing):
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:
-        """``H r``. A pair of zeros has no part in H."""
+        """``H r``, H made from ``scale · I``. A pair of zeros has no part in it."""
         s, y, column = self.s, self.y, r.double().unsqueeze(2)
-        gamma = self.gamma.double().unsqueeze(2)
+        scale = self.scale.double().unsqueeze(2)
         upper = torch.bmm(s, y.transpose(1, 2)).triu()
         curvature = upper.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
         upper.diagonal(dim1=1, dim2=2).copy_(torch.where(curvature > 0, curvature, 1.0).squeeze(2))
         along_s = torch.linalg.solve_triangular(upper, torch.bmm(s, column), upper=True)
         along_y = torch.bmm(y.transpose(1, 2), along_s)
-        rhs = curvature * along_s + gamma * torch.bmm(y, along_y - column)
+        rhs = curvature * along_s + scale * torch.bmm(y, along_y - column)
         a = torch.linalg.solve_triangular(upper.transpose(1, 2), rhs, upper=False)
-        direction = torch.bmm(s.transpose(1, 2), a) + gamma * (column - along_y)
+        direction = torch.bmm(s.transpose(1, 2), a) + scale * (column - along_y)
         return direction.squeeze(2).to(r.dtype)
 
 

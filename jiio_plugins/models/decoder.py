@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MDEQDecoder(nn.Module):
-    """Generator ``w → σ(h(z*))`` with ``z* = f(z*, inject(w))``. Its images lie in [0, 1].
+    """Generator ``w → h(z*)`` with ``z* = f(z*, inject(w))``. Its images lie in [0, 1].
 
     The latent becomes a map first. A vector goes through a linear layer, at the coarsest scale. A
     spatial latent goes through a 3×3 convolution and a pixel shuffle, at the finest scale: an

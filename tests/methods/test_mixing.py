@@ -37,11 +37,11 @@ def test_quasi_newton_steps_are_those_of_bfgs() -> None:
 
 
 def bfgs(pairs: list[tuple[Tensor, Tensor]], r: Tensor) -> Tensor:
-    """``H r``, H built from ``γ I`` by the update formula; γ = ‖s‖ / ‖y‖ √cos of the last pair."""
+    """``H r``, H built from ``scale · I`` by the update formula; scale is ‖s‖ / ‖y‖ √cos."""
     s, y = pairs[-1]
-    gamma = (s * y).sum(1).sqrt() * s.norm(dim=1).sqrt() / y.norm(dim=1).pow(1.5)
+    scale = (s * y).sum(1).sqrt() * s.norm(dim=1).sqrt() / y.norm(dim=1).pow(1.5)
     eye = torch.eye(s.shape[1])
-    h = gamma[:, None, None] * eye
+    h = scale[:, None, None] * eye
     for s, y in pairs:
         rho = 1 / (s * y).sum(1)[:, None, None]
         left = eye - rho * s[:, :, None] * y[:, None, :]
