@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.constraints import (
-    Constraint,
-    FeasibleSet,
-)
+from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost, count
 from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.losses import attack_objective, hit

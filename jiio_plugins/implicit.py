@@ -159,19 +159,6 @@ class JointMap:
         return fq, [*z_leaves, mu, v_leaf]
 
 
-class _FlatJointMap:
-    """F on flat vectors."""
-
-    def __init__(self, joint: JointMap, blocks: Blocks) -> None:
-        self.joint, self.blocks = joint, blocks
-
-    def __call__(self, flat: Tensor) -> Tensor:
-        return self.blocks.pack(*self.joint.evaluate(*self.blocks.unpack(flat)))
-
-    def restrict(self, rows: Tensor) -> None:
-        return None
-
-
 @torch.enable_grad()
 def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``ℓ(z) + μᵀ(f(z, v) − z)``, its gradient in v, and how far off it may be.
@@ -236,11 +223,15 @@ def settle(
     """
     blocks = Blocks(problem.groups, result.z.shape[1], result.v.shape[1])
     blocks.measure(result.z, result.mu, result.v)
-    joint = _FlatJointMap(JointMap(problem, step), blocks)
+    joint = JointMap(problem, step)
     if solver is None:
         tol = 1e-11 if result.v.dtype == torch.float64 else 1e-5
         solver = Anderson(max_iter=300, memory=10, tol=tol)
-    found = iterate(joint, blocks.pack(result.z, result.mu, result.v), solver)
+
+    def flat_joint(flat: Tensor) -> Tensor:
+        return blocks.pack(*joint.evaluate(*blocks.unpack(flat)))
+
+    found = iterate(flat_joint, blocks.pack(result.z, result.mu, result.v), solver)
     z, mu, v = blocks.unpack(found.z)
     v = problem.feasible.project(v)  # an accelerated iterate may lie outside of the set
     before, _, error = _estimate(problem, result.z, result.mu, result.v)
@@ -340,9 +331,6 @@ class _Adjoint:
         *z_grads, mu_grad, v_grad = grads
         z_grad = torch.cat([t.reshape(self.rows, t[0].numel()) for t in z_grads], dim=1)
         return self.blocks.pack(z_grad.to(mu_grad.dtype), mu_grad, v + v_grad + self.g - scaled)
-
-    def restrict(self, rows: Tensor) -> None:
-        return None
 
     def solve(self, g: Tensor, solver: Solver) -> tuple[Parts, FlatSolution]:
         """λ for ``g`` ``(problems, d)``."""

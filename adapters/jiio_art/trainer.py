@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from art.data_generators import DataGenerator
 
-    from jiio_plugins.adversarial import Batches, Interval, Metrics
+    from jiio_plugins.adversarial import Batches, Metrics, StepInterval
     from jiio_plugins.methods import Method
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class JIIOAdversarialTrainer(Trainer):
         carried: Method | None = None,
         jacobian_weight: float = 0.0,
         max_grad_norm: float | None = None,
-        scheduler_interval: Interval = "epoch",
+        scheduler_interval: StepInterval = "epoch",
         patience: int | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,

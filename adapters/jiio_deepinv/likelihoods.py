@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepinv.optim import (
-    DataFidelity,
-    PoissonLikelihood,
-    StackedPhysicsDataFidelity,
-)
+from deepinv.optim import DataFidelity, PoissonLikelihood, StackedPhysicsDataFidelity
 from deepinv.physics import (
     FisherTippettNoise,
     GammaNoise,

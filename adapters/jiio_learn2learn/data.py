@@ -10,12 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from learn2learn.data import MetaDataset, Taskset
-from learn2learn.data.transforms import (
-    ConsecutiveLabels,
-    FusedNWaysKShots,
-    LoadData,
-    RemapLabels,
-)
+from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 from torch import Tensor
 from torch.utils.data import Dataset
 

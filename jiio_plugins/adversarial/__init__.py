@@ -1,7 +1,7 @@
 """Adversarial training: one step for any training loop, and a loop."""
 
 from jiio_plugins.adversarial.batches import Batches, TensorBatches
-from jiio_plugins.adversarial.fit import FitSettings, Interval, Metrics, fit_adversarially
+from jiio_plugins.adversarial.fit import FitSettings, Metrics, StepInterval, fit_adversarially
 from jiio_plugins.adversarial.step import (
     CARRIED_METHOD,
     CARRIED_REFINE,
@@ -18,8 +18,8 @@ __all__ = [
     "AdversarialTraining",
     "Batches",
     "FitSettings",
-    "Interval",
     "Metrics",
+    "StepInterval",
     "TensorBatches",
     "fit_adversarially",
 ]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _LOOSE = 0.1  # mean relative residual of z; trainings that ended well stay below 0.03
 
 
-Interval = Literal["epoch", "step"]
+StepInterval = Literal["epoch", "step"]
 Metrics = dict[str, float]
 
 
@@ -73,7 +73,7 @@ class FitSettings:
     validation_batch: int = 128
     restart_every: int = 1
     carried: AdversarialTraining | None = None
-    scheduler_interval: Interval = "epoch"
+    scheduler_interval: StepInterval = "epoch"
     max_grad_norm: float | None = None
     patience: int | None = None
     checkpoint: str | Path | None = None
@@ -341,7 +341,7 @@ class _Run:
             ahead=kept is not None,
         )
 
-    def _advance(self, interval: Interval, metrics: Metrics) -> None:
+    def _advance(self, interval: StepInterval, metrics: Metrics) -> None:
         scheduler = self.state.scheduler
         if scheduler is None or interval != self.settings.scheduler_interval:
             return

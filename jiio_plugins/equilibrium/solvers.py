@@ -32,17 +32,28 @@ _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compac
 
 
 class FlatMap(Protocol):
-    """``f`` on flat states. ``restrict`` gives the same map for some of the rows."""
+    """``f`` on flat states.
+
+    It may have ``restrict(rows)``, the same map for the rows of these indices, or None where that
+    cannot be had. Then rows that have converged are left out.
+    """
 
     def __call__(self, z: Tensor, /) -> Tensor:
         """``f(z)``, flat, ``(rows, n)``."""
         ...
 
-    def restrict(self, rows: Tensor, /) -> FlatMap | None:
-        """The map for the rows of these indices, or None where the map cannot be split."""
+
+class _ByRow:
+    """Holds tensors, all of them batch first."""
+
+    def restrict(self, rows: Tensor) -> None:
+        """Keep the rows of these indices only."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
 
 
-class SolverState(abc.ABC):
+class SolverState(_ByRow, abc.ABC):
     """What a solver remembers. Every tensor in it is batch first."""
 
     @abc.abstractmethod
@@ -59,12 +70,6 @@ class SolverState(abc.ABC):
             z_best: iterate of least residual so far, ``(rows, n)``.
             f_best: ``f(z_best)``, ``(rows, n)``.
         """
-
-    def restrict(self, rows: Tensor) -> None:
-        """Keep the rows of these indices only."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +426,7 @@ class FlatSolution:
             getattr(self, name)[rows] = getattr(other, name)
 
 
-class _Running:
+class _Running(_ByRow):
     """The rows still in the loop: iterate, best iterate, flags. All tensors are batch first."""
 
     def __init__(self, z: Tensor) -> None:
@@ -480,11 +485,6 @@ class _Running:
         z_next = torch.where(reject[:, None], plain, z_next)
         self.z = torch.where(self.active[:, None], z_next, self.z)
 
-    def restrict(self, rows: Tensor) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[rows])
-
     def result(self) -> FlatSolution:
         status = torch.full_like(self.evals, Status.MAX_ITER, dtype=torch.int8)
         status.masked_fill_(self.stalled, Status.STALLED)
@@ -532,7 +532,8 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
         run.advance(state.advance(run.z, fz, reject, run.z_best, run.f_best), reject)
         if z0.device.type == "cpu" and int(run.active.sum()) < compact_below * len(rows):
             keep = run.active.nonzero().squeeze(1)
-            smaller = f.restrict(keep)
+            split = getattr(f, "restrict", None)
+            smaller = None if split is None else split(keep)
             if smaller is not None:
                 if out is None:
                     out = run.result()
@@ -545,21 +546,6 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
         return run.result()
     out.write(rows, run.result())
     return out
-
-
-class _UserMap:
-    """A user's function on tensors or tuples as a flat map."""
-
-    def __init__(self, f: Callable[[Any], Any], layout: Layout) -> None:
-        self._f, self._layout = f, layout
-
-    def __call__(self, z: Tensor) -> Tensor:
-        out = self._f(self._layout.unpack(z))
-        self._layout.check(out, len(z), "the output of f")
-        return self._layout.pack(out)
-
-    def restrict(self, rows: Tensor) -> None:
-        return None
 
 
 def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = None) -> Solution:
@@ -589,7 +575,13 @@ def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = 
     flat0 = layout.pack(z0)
     if not flat0.is_floating_point():
         raise TypeError(f"z0 must be floating point, got {flat0.dtype}")
-    result = iterate(_UserMap(f, layout), flat0, solver or Anderson())
+
+    def flat_f(z: Tensor) -> Tensor:
+        out = f(layout.unpack(z))
+        layout.check(out, len(z), "the output of f")
+        return layout.pack(out)
+
+    result = iterate(flat_f, flat0, solver or Anderson())
     stats = Stats(
         f_evals=result.evals,
         vjps=torch.zeros_like(result.evals),

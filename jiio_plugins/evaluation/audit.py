@@ -152,12 +152,7 @@ def _only_broken_by(
 
 
 def active(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    verify: Solver,
-    threat: ThreatModel,
-    progress: bool,
+    model: nn.Module, x: Tensor, y: Tensor, verify: Solver, threat: ThreatModel, progress: bool
 ) -> Found:
     """The controlled experiment.
 

@@ -262,12 +262,7 @@ def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attac
 
 
 def _check_arguments(
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    batch_size: int,
-    verify: Solver | None,
-    audit: int,
+    x: Tensor, y: Tensor, threat: ThreatModel, batch_size: int, verify: Solver | None, audit: int
 ) -> None:
     check_input(x)
     if not len(x):

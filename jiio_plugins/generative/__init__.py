@@ -17,7 +17,7 @@ from jiio_plugins.generative.latents import (
 from jiio_plugins.generative.metrics import distances, psnr, ssim
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.generative.step import Encoder, StepResult, default_step_size
-from jiio_plugins.generative.train import Trained, train
+from jiio_plugins.generative.training import Trained, train
 
 __all__ = [
     "Architecture",

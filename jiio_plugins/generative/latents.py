@@ -94,12 +94,7 @@ def fit(
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
     for y, w in tqdm(batches, desc="fitting latents", disable=not progress):
-        found = optimize_input(
-            model,
-            w,
-            SquaredError(y, latent_penalty),
-            method=method,
-        )
+        found = optimize_input(model, w, SquaredError(y, latent_penalty), method=method)
         assert isinstance(found.x, Tensor)
         made, _ = found.output
         parts.append(

@@ -192,11 +192,7 @@ def set_figures(
 
 
 def neighbour_figures(
-    samples: Tensor,
-    images: Images,
-    network: nn.Module | None,
-    sheet: Path,
-    columns: int,
+    samples: Tensor, images: Images, network: nn.Module | None, sheet: Path, columns: int
 ) -> dict[str, Any]:
     """How near samples are to the training images; draw two rows of them above their neighbours."""
     both = torch.cat([samples, to_unit(images.held_out[:_COMPARED])])

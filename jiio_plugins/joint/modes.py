@@ -21,34 +21,20 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate, solve_counted
-from jiio_plugins.equilibrium.counting import (
-    Cost,
-    count,
-    count_rows,
-)
+from jiio_plugins.equilibrium.counting import Cost, count, count_rows
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
-from jiio_plugins.equilibrium.state import (
-    Layout,
-    as_tensors,
-    relative,
-    row_norm,
-)
+from jiio_plugins.equilibrium.state import Layout, as_tensors, relative, row_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from jiio_plugins.equilibrium.cell import CellMap
     from jiio_plugins.equilibrium.layer import LayerDefaults
     from jiio_plugins.equilibrium.solvers import FlatMap
 
     Advance = Callable[[FlatMap, Tensor], Tensor]
-
-    from collections.abc import Iterator
-
-    from jiio_plugins.equilibrium.solvers import Solver
-
 
 NO_LAYER = (
     "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "

@@ -342,21 +342,15 @@ def _repeatably(advance: Advance) -> Advance:
     """
 
     def advance_repeatably(f: FlatMap, z: Tensor) -> Tensor:
-        return advance(_Repeated(f), z)
+        replay = Replay()
+
+        def repeated(z: Tensor) -> Tensor:
+            with replay():
+                return f(z)
+
+        return advance(repeated, z)
 
     return advance_repeatably
-
-
-class _Repeated:
-    def __init__(self, f: FlatMap) -> None:
-        self.f, self.replay = f, Replay()
-
-    def __call__(self, z: Tensor) -> Tensor:
-        with self.replay():
-            return self.f(z)
-
-    def restrict(self, rows: Tensor) -> None:
-        return None
 
 
 class Solved(NamedTuple):

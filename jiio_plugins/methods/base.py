@@ -325,11 +325,7 @@ def _column(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def solve(
-    problem: Problem,
-    method: Method,
-    *,
-    stop: Stop | None = None,
-    callback: Callback | None = None,
+    problem: Problem, method: Method, *, stop: Stop | None = None, callback: Callback | None = None
 ) -> MethodResult:
     """Run a method where nothing of the caller's is disturbed.
 
