@@ -93,19 +93,19 @@ class Groups:
             return gathered[:, 0]
         return gathered[0] if self.problems == 1 else gathered[self.place]
 
-    def join(self, z: Tensor, w: Tensor) -> Tensor:
+    def join(self, z: Tensor, jz_mu: Tensor) -> Tensor:
         """Two blocks by row as one block by problem, ``(problems, 2, width · n)``.
 
         Args:
             z: the first, ``(rows, n)``.
-            w: the second, ``(rows, n)``, such as ``J_zᵀμ``.
+            jz_mu: the second, ``(rows, n)``, such as ``J_zᵀμ``.
         """
-        return torch.stack((self.gather(z), self.gather(w)), dim=1).flatten(2)
+        return torch.stack((self.gather(z), self.gather(jz_mu)), dim=1).flatten(2)
 
     def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`join`."""
-        z, w = joined.unflatten(2, (self.width, joined.shape[2] // self.width)).unbind(1)
-        return self.scatter(z), self.scatter(w)
+        z, jz_mu = joined.unflatten(2, (self.width, joined.shape[2] // self.width)).unbind(1)
+        return self.scatter(z), self.scatter(jz_mu)
 
 
 def _own(*inputs: Tensor) -> tuple[Tensor, ...]:
