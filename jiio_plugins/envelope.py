@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Objective
     from jiio_plugins.methods.base import Callback, Method, Stop
 
-
 Reduction = Literal["mean", "sum", "none"]
-
-
 Refine = int | tuple[int, int] | Solver
 
 

@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-
 GROUP = "jiio_plugins.adapters"
-
-
 # An extra cannot carry a build option, and without this one learn2learn 0.2.0 compiles stale C code
 # that needs Python 3.10 or older.
 _INSTALL = {

@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from jiio_plugins.adversarial.batches import Batches
     from jiio_plugins.adversarial.step import AdversarialStep, AdversarialTraining
 
-
 _LOOSE = 0.1  # mean relative residual of z; trainings that ended well stay below 0.03
-
-
 StepInterval = Literal["epoch", "step"]
 Metrics = dict[str, float]
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     LossRows = Callable[[Any, Tensor], Tensor]
 
-
 # Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
 # converged. Of the warm-up two will do: the loss found is the same.
 TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)

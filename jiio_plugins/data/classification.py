@@ -14,7 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
 _FASHION_HELP = (
     "Fashion-MNIST was not found in {folder}. Give a folder that holds "
     "'{name}' or '{name}.gz', directly or in FashionMNIST/raw. Get it with torchvision "

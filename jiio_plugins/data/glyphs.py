@@ -30,22 +30,13 @@ from jiio_plugins.data.tasks import ClassImages, cache_folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
 SPLITS = ("train", "validation", "test")
 
 
 _FORMAT = 1  # part of the cache's name: raise it when the rendering changes
-
-
 _OVERSAMPLING = 2  # drawn and deformed so much larger, then averaged: edges stay smooth
-
-
 _ALIKE = 0.96  # cosine of two characters' images above which they count as one shape
-
-
 _SMALLEST = 5  # characters a script needs
-
-
 _LETTERS = ("Lu", "Ll", "Lo")  # Unicode categories: upper case, lower case, without case
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     Reenter = Callable[[], AbstractContextManager[Any]]
 
-
 _IN_PLACE = (
     "the cell {} changes its state in place, or what was injected, which the solver still needs: "
     "use operations that return a new tensor (z = z + u, not z += u; a first nn.ReLU() without "

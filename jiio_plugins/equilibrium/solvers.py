@@ -21,13 +21,8 @@ from jiio_plugins.utils.checks import check_counts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
 _PATIENCE = 10  # steps taken back in a row before a row is given up
-
-
 _IDLE = 20  # evaluations without a new best, at the dtype's precision, before it is
-
-
 _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compacted
 
 

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-State = Tensor | tuple[Tensor, ...]
-
-
 def as_tensors(state: Any, what: str = "state") -> tuple[Tensor, ...]:
     """The tensors of a state.
 

@@ -13,20 +13,11 @@ from jiio_plugins.equilibrium.state import row_norm, surely_finite, surely_none
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
 # z and J_zᵀμ, ``(problems, 2, N)``, in code ``zj``; and v, ``(problems, 1, d)``
 Blocks = tuple[Tensor, Tensor]
-
-
 _RIDGE = 1e-3  # of the least squares, relative to their diagonal
-
-
 _CURVED = 0.1  # least cosine between a step of v and the change of its gradient
-
-
 REGROW = 1.2  # of the step, each time an iterate is accepted
-
-
 _LEAST = 1e-300  # of a square that something is divided by
 
 

@@ -13,7 +13,6 @@ from jiio_plugins.methods.mixing import REGROW, Blocks, Mixing
 if TYPE_CHECKING:
     from jiio_plugins.joint.variables import Groups
 
-
 Iterate = tuple[Tensor, Tensor, Tensor, Tensor]  # blocks and their residuals
 Flat = tuple[Tensor, Tensor, Tensor]  # z and J_zᵀμ ``(rows, n)``, v ``(problems, d)``
 

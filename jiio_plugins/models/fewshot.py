@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jiio_plugins.equilibrium.adjoints import Adjoint
     from jiio_plugins.equilibrium.solvers import Solver
 
-
 _SKIP = 0.3  # weight of the state in a block, against the injection
 _FEATURES = 4.0  # about the length of a feature vector
 _BOUND = 0.5  # of the modulation

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-
 FORMAT = "jiio-plugins training checkpoint 2"
 
 
