@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost, count
 from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.losses import attack_objective, hit
@@ -99,8 +98,7 @@ def attack(
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
     labels = outside_inference(labels)
-    whole = threat.around(x)
-    feasible = whole.bind(x)  # its errors first, also for an empty batch
+    feasible = threat.around(x).bind(x)  # its errors first, also for an empty batch
 
     def draw() -> Tensor:
         return feasible.sample(generator).reshape(x.shape)
@@ -119,7 +117,7 @@ def attack(
             start if rows is None else start[rows],
             attack_objective(loss, wanted, targeted),
             method=how if rows is None or how is None else how.restrict(rows),
-            constraint=whole if rows is None else _Rows(whole, x, rows),
+            constraint=feasible if rows is None else feasible.restrict(rows),
             verify=verify,
             training_mode=training_mode,
             stop=(lambda output: hit(output, wanted, targeted)) if early_stop else None,
@@ -153,16 +151,6 @@ def _with_verification_paid(found: Solution) -> Solution:
         verification_seconds=0.0,
     )
     return replace(found, stats=paid)
-
-
-class _Rows(Constraint):
-    """A constraint on a batch, for some of its samples."""
-
-    def __init__(self, whole: Constraint, x: Tensor, rows: Tensor) -> None:
-        self.whole, self.x, self.rows = whole, x, rows
-
-    def bind(self, start: Tensor) -> FeasibleSet:
-        return self.whole.bind(self.x).restrict(self.rows)
 
 
 def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -> Tensor:

@@ -21,8 +21,20 @@ if TYPE_CHECKING:
 Number = float | Tensor
 
 
+class Constraint(abc.ABC):
+    """A convex set for ``optimize_input(constraint=...)``."""
+
+    @abc.abstractmethod
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """The set around ``start`` ``(problems, ...)``, flat.
+
+        Raises:
+            ValueError: a number or shape that does not fit ``start``.
+        """
+
+
 @dataclass
-class FeasibleSet:
+class FeasibleSet(Constraint):
     """A box and at most one ball around ``center``: ``{v : lower ≤ v ≤ upper, ‖v − c‖_p ≤ ε}``.
 
     Attributes:
@@ -40,6 +52,10 @@ class FeasibleSet:
     norm: float | None = None
     radius: Tensor | None = None
     mask: Tensor | None = None
+
+    def bind(self, start: Tensor) -> FeasibleSet:
+        """The set itself: it is bound already."""
+        return self
 
     def restrict(self, rows: Tensor) -> FeasibleSet:
         """The set for the problems of these indices."""
@@ -239,20 +255,11 @@ def _shrink_l1(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     return d.sign() * torch.minimum((size - level).clamp(min=0), room)
 
 
-class Constraint(abc.ABC):
-    """A convex set for ``optimize_input(constraint=...)``."""
-
-    @abc.abstractmethod
-    def bind(self, start: Tensor) -> FeasibleSet:
-        """The set around ``start`` ``(problems, ...)``, flat.
-
-        Raises:
-            ValueError: a number or shape that does not fit ``start``.
-        """
-
-
 def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=start.dtype, device=start.device)
+    try:
+        tensor = torch.as_tensor(value, dtype=start.dtype, device=start.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from None
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(start)):
         raise ValueError(
             f"{name} must be a number or one value per sample, shape ({len(start)},), "

@@ -46,6 +46,23 @@ def test_x_of_a_wrong_kind() -> None:
         optimize_input(Net(), rand(5, seed=1), squared)
 
 
+def test_an_objective_or_radius_of_a_wrong_kind() -> None:
+    with pytest.raises(TypeError, match="objective must be a function of the model's output"):
+        optimize_input(Net(), rand(2, 5, seed=1), 3)  # type: ignore[arg-type]
+    for radius in ("big", None):
+        with pytest.raises(TypeError, match=f"radius must be a number or a tensor, got {radius!r}"):
+            optimize_input(Net(), rand(2, 5, seed=1), squared, constraint=L2Ball(radius))
+
+
+def test_a_printed_solution_is_a_few_lines() -> None:
+    solution = optimize_input(Net(), rand(2, 5, seed=1), squared, constraint=L2Ball(0.5))
+    first, *reports, values, costs = str(solution).splitlines()
+    assert first == "2 problems, x (2, 5)"
+    assert "\n".join(reports) == solution.report()
+    assert values.startswith(f"mean value {float(solution.value.mean()):.4g}, by the model's own")
+    assert costs.startswith("mean per row: f_evals ")
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 1, 8, 8)])
 def test_an_empty_batch(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)

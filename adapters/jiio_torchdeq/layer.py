@@ -34,7 +34,7 @@ from jiio_plugins.equilibrium import (
     implicit_gate,
     open_counters,
 )
-from jiio_plugins.joint import current_mode
+from jiio_plugins.joint import current_mode, flags_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,13 +174,10 @@ class _Own(Adjoint):
         """The flat equilibrium of ``f`` from ``z0``, ``(rows, n)``."""
         if solver is not self.solver:
             return Implicit().forward(f, z0, solver)
-        training = self.layer.training
-        # without gradients what makes them in training is of no use, and fails with hook_ift
-        self.layer.training = training and torch.is_grad_enabled()
-        try:
+        with flags_kept(self.layer):
+            # without gradients what makes them in training is of no use, and fails with hook_ift
+            self.layer.training = self.layer.training and torch.is_grad_enabled()
             z_out, _ = self.solve(f.layout.unpack(z0))
-        finally:
-            self.layer.training = training
         return f.layout.pack(z_out[-1])
 
 

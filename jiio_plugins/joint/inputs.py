@@ -54,6 +54,8 @@ def problem_of(
         TypeError, ValueError: bad input. The message says what was given and what is accepted.
     """
     constraint = check_constraint(constraint)
+    if not callable(objective):
+        raise TypeError(f"objective must be a function of the model's output, got {objective!r}")
     model = unwrap(model)
     x = check_input(x)
     if isinstance(variables, str):

@@ -88,7 +88,7 @@ class Problem:
         self,
         variable: Variable,
         objective: Objective,
-        constraint: Constraint | FeasibleSet | None = None,
+        constraint: Constraint | None = None,
         *,
         start: Tensor | None = None,
         state: FlatState | None = None,
@@ -113,8 +113,6 @@ class Problem:
         self.cost = Cost(nothing, nothing)
 
     def _bound(self, around: Tensor) -> FeasibleSet:
-        if isinstance(self.constraint, FeasibleSet):
-            return self.constraint
         if self.constraint is None:
             return FeasibleSet(around.detach().flatten(1))
         return self.constraint.bind(around)
