@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jiio_plugins.constraints import FeasibleSet
-    from jiio_plugins.joint import Problem
-    from jiio_plugins.methods import Iteration
 
 
 class Adam:
@@ -23,7 +21,7 @@ class Adam:
     def __init__(self, like: Tensor) -> None:
         self.first, self.second, self.k = torch.zeros_like(like), torch.zeros_like(like), 0
 
-    def __call__(self, feasible: FeasibleSet, gradient: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, gradient: Tensor, v: Tensor) -> Tensor:
         """``−m̂ / (√ŝ + 1e-8)``."""
         self.k += 1
         self.first = 0.9 * self.first + 0.1 * gradient
@@ -36,8 +34,6 @@ class Adam:
 class NestedAdam(Nested):
     """The nested loop with Adam's steps; ``step_size`` is the rate."""
 
-    def start(self, problem: Problem) -> Iteration:
-        """See :class:`jiio_plugins.Nested`."""
-        iteration = super().start(problem)
-        iteration.direction = Adam(problem.v_start)  # type: ignore[method-assign]
-        return iteration
+    def directions(self, feasible: FeasibleSet) -> Adam:
+        """See :class:`jiio_plugins.methods.Method`."""
+        return Adam(feasible.center)

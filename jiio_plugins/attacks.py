@@ -1,6 +1,6 @@
 """Adversarial attacks on classifiers: labels, norms and restarts on top of ``optimize_input``.
 
-Both host adapters call :func:`attack`. They only translate their toolkit's words.
+The adapters of ART and torchattacks call :func:`attack`. They only translate their toolkit's words.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class ThreatModel:
     def check(self, name: str, found: Any, x: Tensor) -> Tensor:
         """What an attack returned, if it is images of the same shape within ball and box.
 
-        The only slack is rounding: 1e-5 ε, and four units in the last place of every pixel.
+        The only slack is rounding: 1e-5 ε, and four units in the last place of every pixel. The
+        mask is not looked at.
 
         Args:
             name: of the attack, for the messages.
@@ -142,8 +143,8 @@ class ThreatModel:
         clipped = self.box.bind(images).clip(images.flatten(1)).reshape(images.shape)
         if bool(((clipped - images).abs() > rounding.max()).any()):
             raise ValueError(
-                f"the attack {name!r} left the box [{self.lower}, {self.upper}]: its images have "
-                f"values from {float(images.min()):g} to {float(images.max()):g}. Give it the same "
-                "bounds"
+                f"the attack {name!r} left the box [{self.box.lower}, {self.box.upper}]: its "
+                f"images have values from {float(images.min()):g} to {float(images.max()):g}. "
+                "Give it the same bounds"
             )
         return clipped

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.
-_AMPLIFY = 10.0  # or this many times what the verification shows, where that is more
-_SLOWER = 3.0
+_AMPLIFY = 10.0
+_SLOWER = 3.0  # or this many times what the verification shows, where that is more
 _CLEAR = 0.5
 
 
@@ -114,7 +114,7 @@ class Judge:
             base: verdict that has the other rows.
         """
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
-        if not self._splits(base.output) or not self.problem.row_separable:
+        if not self._has_rows(base.output) or not self.problem.row_separable:
             return self.everything(v)
         with counting_into((counter := RowCounter(self.f_evals[rows]),)):
             own = self.problem.solve(v, rows=rows)
@@ -142,19 +142,19 @@ class Judge:
             ours, theirs = getattr(best, name), getattr(other, name)
             if name not in ("output", "model_output"):
                 choice = better if name in ("v", "value", "model_value") else rows
-            elif self._splits(best.output):
+            elif self._has_rows(best.output):
                 choice = rows
             else:
                 chosen[name] = ours
                 continue
             chosen[name] = torch.where(choice.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
         found = Candidate(**chosen)
-        if bool(better.any()) and not self._splits(best.output):
+        if bool(better.any()) and not self._has_rows(best.output):
             mixed = self.everything(found.v)  # only the model can put together what it returns
             found.output, found.model_output = mixed.output, mixed.model_output
         return found
 
-    def _splits(self, output: Any) -> bool:
+    def _has_rows(self, output: Any) -> bool:
         """Whether what the model returned is one tensor with a row per row of the batch."""
         return isinstance(output, Tensor) and output.ndim > 0 and len(output) == self.problem.rows
 
@@ -247,8 +247,8 @@ def _status(problem: Problem, final: Candidate) -> Tensor:
 def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved: Tensor) -> Tensor:
     """About ``1 / (1 − ρ)``: how far a residual leaves z from where it settles, ``(rows,)``.
 
-    The verification went on from the model's own solution to ``solved``, and ``found`` that. Where
-    the model's was as tight (0), an evaluation of f at the end of the run tells.
+    The verification went on from the model's own solution to ``solved``, which showed ``found``.
+    Where the model's was as tight (0), an evaluation of f at the end of the run tells.
     """
     rows = (found == 0).nonzero().squeeze(1)
     if not len(rows) or not result.z.shape[1]:

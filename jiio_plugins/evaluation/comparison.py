@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.joint.guard import guarded
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.verification import judge
 
@@ -74,7 +75,8 @@ class Comparison:
     """Attacks on the same images in the same ball within the pixel box [0, 1].
 
     Args:
-        model: returns logits ``(batch, classes)``; has an equilibrium layer. Put in eval mode.
+        model: returns logits ``(batch, classes)``; has an equilibrium layer. It is attacked in eval
+            mode with constant parameters, and left as it was.
         x: images ``(batch, ...)`` within [0, 1].
         y: true classes ``(batch,)``.
         norm: 1, 2 or inf.
@@ -100,7 +102,7 @@ class Comparison:
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float) -> None:
         if not len(x):
             raise ValueError("x holds no images: there is nothing to compare")
-        self.model, self.x, self.y = model.eval(), x, y
+        self.model, self.x, self.y = model, x, y
         self.threat = ThreatModel(norm=norm, eps=eps, lower=0.0, upper=1.0)
         self.threat.check_clean(x)
         self.norm, self.eps = self.threat.norm, eps
@@ -108,7 +110,8 @@ class Comparison:
         self._judge(self.rows[0], x)
 
     def _judge(self, row: Row, x: Tensor) -> None:
-        verdict = judge(self.model, x, self.y, VERIFY)
+        with guarded(self.model):
+            verdict = judge(self.model, x, self.y, VERIFY)
         row.accuracy = float((~verdict.tight_wrong).double().mean())
         row.loss = float(verdict.loss.mean())
         row.judge_residual = float(verdict.tight_residual.max())
@@ -127,9 +130,10 @@ class Comparison:
             TypeError, ValueError: anything but images within ball and box; the message names the
                 attack.
         """
-        with count_evaluations() as counter:
+        # an attack may change what it is given in place
+        with count_evaluations() as counter, guarded(self.model, randomness=True):
             begin = time.perf_counter()
-            found = run(self.model, self.x, self.y)
+            found = run(self.model, self.x.clone(), self.y.clone())
             if self.x.is_cuda:
                 torch.cuda.synchronize()
             # an attack of the engine judges itself before it returns; others do not

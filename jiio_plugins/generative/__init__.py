@@ -14,7 +14,7 @@ from jiio_plugins.generative.latents import (
     fit_prior,
     sample_latents,
 )
-from jiio_plugins.generative.metrics import distances, psnr, ssim
+from jiio_plugins.generative.metrics import distances, nearest, nearness, psnr, ssim
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.generative.step import Encoder, StepResult, default_step_size
 from jiio_plugins.generative.training import Trained, train
@@ -35,6 +35,8 @@ __all__ = [
     "fit_prior",
     "load_generator",
     "load_latents",
+    "nearest",
+    "nearness",
     "psnr",
     "sample_latents",
     "ssim",

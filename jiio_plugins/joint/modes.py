@@ -43,7 +43,6 @@ NO_LAYER = (
     "'z = self.equilibrium(self.encoder(x))'. A TorchDEQ model: jiio_torchdeq.adapt(model)"
 )
 
-
 CALLED_MORE = (
     "an equilibrium layer was called more often than in the first pass of this optimisation. Its "
     "calls must not depend on the input, and activation checkpointing must not wrap the layer "

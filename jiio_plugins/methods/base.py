@@ -65,8 +65,8 @@ class Evaluation(NamedTuple):
         gradient: of the objective by v, ``(problems, d)``.
         z: state, flat, ``(rows, n)``.
         r: ``f(z) − z``, ``(rows, n)``. Where it is not known ``(rows, 1)`` of Inf.
-        fz: ``f(z)``, ``(rows, n)``. Where it is not known like r.
-        dl_dz: ``∂ℓ/∂z``, ``(rows, n)``. Where it is not known like r.
+        fz: ``f(z)``, ``(rows, n)``. Where that is not known, z.
+        dl_dz: ``∂ℓ/∂z``, ``(rows, n)``. Where that is not known, z.
     """
 
     loss: Tensor
@@ -144,16 +144,6 @@ class Iteration(abc.ABC):
             v: the variable, ``(problems, d)``.
             active: 1 for the rows that still cost something, else 0, ``(rows,)``.
         """
-
-    def direction(self, feasible: FeasibleSet, gradient: Tensor, v: Tensor) -> Tensor:
-        """Where v goes, ``(problems, d)``. Here that is the steepest descent, see :class:`Method`.
-
-        Args:
-            feasible: the constraint set.
-            gradient: of the objective by v, ``(problems, d)``.
-            v: the variable, ``(problems, d)``.
-        """
-        return feasible.descent_direction(gradient, v)
 
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """Take z and μ along with v, and say where v goes. Here that is ``v_next``.
@@ -244,6 +234,14 @@ class Method(abc.ABC):
     def start(self, problem: Problem) -> Iteration:
         """What goes on between the steps of one run on ``problem``."""
 
+    def directions(self, feasible: FeasibleSet) -> Callable[[Tensor, Tensor], Tensor]:
+        """Where v goes in one run: ``(gradient, v) -> direction``, all ``(problems, d)``.
+
+        The steepest descent of the set. A method that remembers gradients, such as Adam, has
+        others.
+        """
+        return feasible.descent_direction
+
     @final
     def run(
         self, problem: Problem, *, stop: Stop | None = None, callback: Callback | None = None
@@ -263,15 +261,14 @@ class Method(abc.ABC):
         feasible, v = problem.feasible, problem.v_start
         best = BestSoFar(problem, stop)
         with problem.in_precision(self.precision):
-            iteration = self.start(problem)
+            iteration, direction = self.start(problem), self.directions(feasible)
             for k, step in enumerate(self.steps(feasible, v)):
                 at = iteration.evaluate(k, v, best.active)
                 best.update(v, at)
                 if callback is not None:
                     loss = at.loss.detach()
                     callback(Progress(k, v, at.gradient, loss, at.z_residual, at.z))
-                direction = iteration.direction(feasible, at.gradient, v)
-                v_next = feasible.project(v + step * direction)
+                v_next = feasible.project(v + step * direction(at.gradient, v))
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():
                     break

@@ -39,7 +39,7 @@ class Joint(Method):
         μ     ← J_zᵀμ + ∂ℓ/∂z at f(z, v)   the head's gradient is free: it needs no VJP of f
         J_zᵀμ ← that of the new μ          one VJP, which yields J_vᵀμ too. In the first
                                            adjoint_warmup iterations these two lines twice
-        v     ← Π(v + α d(J_vᵀμ + ∂ℓ/∂v))
+        v     ← Π(v + α ε d(J_vᵀμ + ∂ℓ/∂v))
 
     Here d(g) is the steepest descent direction for a gradient g, see :class:`Method`. The iteration
     deviates from the paper in these points, each measured at equal cost:

@@ -109,24 +109,26 @@ class Mixing(abc.ABC):
         self.last: tuple[Blocks, Blocks] | None = None
         self.size: Tensor | None = None
 
-    def __call__(self, t: Blocks, r: Blocks, step: Tensor, back: Tensor) -> Blocks:
+    def __call__(self, t: Blocks, r: Blocks, step: Tensor, rejected: Tensor) -> Blocks:
         """The next iterate.
 
         Args:
             t: iterate.
             r: its residuals, that of v being its plain step.
             step: share of the step on v that is taken, ``(problems, 1, 1)``.
-            back: problems that have just been taken back to ``t``: their v stays where it is, for
-                once, ``(problems,)``.
+            rejected: problems that have just been taken back to ``t``, ``(problems,)``. Their v
+                stays where it is, for once.
         """
         squares, scale = _squares(*r, *t).split(3, dim=1)
         self.size = (squares / scale.clamp(min=_LEAST)).sqrt().sum(1)
-        proposed = self._propose(t, r, squares, step, back)
+        proposed = self._propose(t, r, squares, step, rejected)
         self.last = (t, r)
         return proposed
 
     @abc.abstractmethod
-    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+    def _propose(
+        self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, rejected: Tensor
+    ) -> Blocks:
         """See ``__call__``. ``squares`` are ‖r‖², ``self.last`` what the call before was given."""
 
 
@@ -142,12 +144,14 @@ class BlockAnderson(Mixing):
     over its best forgets its history, as one does that is taken back.
     """
 
-    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+    def _propose(
+        self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, rejected: Tensor
+    ) -> Blocks:
         assert self.size is not None
         if self.last is None:
             self.best = self.size
             return t[0] + r[0], t[1] + step * r[1]
-        forget = back | ~(self.size <= 10 * self.best)
+        forget = rejected | ~(self.size <= 10 * self.best)
         self.best = torch.where(forget, self.size, torch.minimum(self.best, self.size))
         before, moved = self.last
         y = r[0] - moved[0], r[1] - moved[1]
@@ -161,8 +165,8 @@ class BlockAnderson(Mixing):
         if not surely_none(turned):
             gamma, along = (torch.where(turned, 0.0, x) for x in (gamma, along))
         v = t[1] + step * r[1] - along
-        if not surely_none(back):
-            v = torch.where(back[:, None, None], t[1], v)
+        if not surely_none(rejected):
+            v = torch.where(rejected[:, None, None], t[1], v)
         return _mixed(t[0] + r[0], gamma, d_zj), v
 
 
@@ -184,7 +188,9 @@ class QuasiNewton(Mixing):
     form of Byrd, Nocedal and Schnabel (1994).
     """
 
-    def _propose(self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, back: Tensor) -> Blocks:
+    def _propose(
+        self, t: Blocks, r: Blocks, squares: Tensor, step: Tensor, rejected: Tensor
+    ) -> Blocks:
         (zj, v), (r_zj, r_v), step = t, (r[0], r[1][:, 0]), step[:, 0]
         if self.last is None:
             shape = len(v), self.memory, v.shape[2]
@@ -196,17 +202,17 @@ class QuasiNewton(Mixing):
         self.reach = torch.where(self.reach > 0, self.reach, row_norm(step * r_v))
         before, moved = self.last
         y, change = (r_zj - moved[0], r[1] - moved[1]), (zj - before[0], v - before[1])
-        self._learn(change[1][:, 0], -y[1][:, 0], back)
+        self._learn(change[1][:, 0], -y[1][:, 0], rejected)
         dv = step * self._direction(r_v)
         length = row_norm(dv)
         share = (self.reach / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
-        dv = torch.where(back[:, None], 0.0, share[:, None] * dv)[:, None]
-        self.reach = torch.where((share < 1) & ~back, REGROW * self.reach, self.reach)
+        dv = torch.where(rejected[:, None], 0.0, share[:, None] * dv)[:, None]
+        self.reach = torch.where((share < 1) & ~rejected, REGROW * self.reach, self.reach)
         squares = torch.cat([squares[:, :2], _squares(dv)], dim=1)
         gamma = self.secants.weights((y[0], -change[1]), (y[0] + change[0],), (r_zj, dv), squares)
         return _mixed(zj + r_zj, gamma, self.secants.d[0]), v + dv
 
-    def _learn(self, s: Tensor, y: Tensor, back: Tensor) -> None:
+    def _learn(self, s: Tensor, y: Tensor, rejected: Tensor) -> None:
         """Take in a step of v and how its gradient changed. Those taken back start anew."""
         s_size, y_size = row_norm(s), row_norm(y).clamp(min=torch.finfo(y.dtype).tiny)
         cosine = (s * y).sum(1) / (s_size * y_size).clamp(min=torch.finfo(y.dtype).tiny)
@@ -218,7 +224,9 @@ class QuasiNewton(Mixing):
         for kept, new in ((self.s, s), (self.y, y)):
             longer = torch.cat([kept[:, 1:], new[:, None].double()], dim=1)
             kept = torch.where(keep[:, None, None], longer, kept)
-            pairs.append(kept if surely_none(back) else kept.masked_fill(back[:, None, None], 0))
+            pairs.append(
+                kept if surely_none(rejected) else kept.masked_fill(rejected[:, None, None], 0)
+            )
         self.s, self.y = pairs
 
     def _direction(self, r: Tensor) -> Tensor:

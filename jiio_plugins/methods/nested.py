@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Nested(Method):
     """The nested loop: solve for z, solve for μ, step on v, and again.
 
-    ``z* = f(z*, v)``, then ``μ* = J_zᵀμ* + ∂ℓ/∂z``, then ``v⁺ = Π(v + α d(J_vᵀμ* + ∂ℓ/∂v))``. Here
-    d(g) is the steepest descent direction for a gradient g, see :class:`Method`.
+    ``z* = f(z*, v)``, then ``μ* = J_zᵀμ* + ∂ℓ/∂z``, then ``v⁺ = Π(v + α ε d(J_vᵀμ* + ∂ℓ/∂v))``.
+    Here d(g) is the steepest descent direction for a gradient g, see :class:`Method`.
 
     Costs are counted as low as they are. The evaluation of f that carries the graph is the solve's
     last one, and the last VJP of the adjoint solve yields ``J_vᵀμ`` too. On a CPU a solve goes on

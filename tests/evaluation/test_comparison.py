@@ -46,6 +46,17 @@ def test_the_judge_is_a_solve_of_its_own() -> None:
     assert 0 < clean.judge_residual <= 1e-5
 
 
+def test_an_attack_in_place_is_held_against_the_images_as_they_were() -> None:
+    comparison = compare(images=2)
+    comparison.model.train()
+    before = comparison.x.clone()
+    with pytest.raises(ValueError, match="the attack 'dark' left the ball"):
+        comparison.measure(Row("dark", "dark"), lambda model, x, y: x.mul_(0.0))
+    assert torch.equal(comparison.x, before)
+    assert comparison.model.training
+    assert all(p.requires_grad for p in comparison.model.parameters())
+
+
 def test_what_is_refused() -> None:
     comparison = compare()
     with pytest.raises(ValueError, match="the attack 'far' left the ball"):
