@@ -8,7 +8,7 @@ State, adjoint and variable of a smooth problem solve ``q = F(q, θ)`` for ``q =
 ``g = ∂L/∂v`` the gradient is ``dL/dθ = (∂F/∂θ)ᵀ λ`` where ``λ = (∂F/∂q)ᵀ λ + (0, 0, g)``. F always
 takes the plain gradient, whatever steps found the solution: normalised steps never settle, and α
 cancels. One evaluation of F is kept with its graph, so memory does not depend on how many
-iterations found the solution or solve for λ; autograd finds θ in that graph, closures included.
+iterations found the solution or solve for λ. Autograd finds θ in that graph, closures included.
 """
 
 from __future__ import annotations

@@ -106,12 +106,14 @@ class Judge:
         return self._verdict(v, _by_row(own, tight))
 
     def some(self, v: Tensor, where: Tensor, base: Candidate) -> Candidate:
-        """The verdict on some problems. The other rows are taken from another verdict.
+        """Judge some of the problems. The other rows are taken from what is known.
+
+        Where what the model returns has no rows, all of them are judged.
 
         Args:
             v: the candidate, ``(problems, d)``.
             where: problems to judge, bool ``(problems,)``.
-            base: verdict that has the other rows.
+            base: what is known, of all rows.
         """
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
         if not self._has_rows(base.output) or not self.problem.row_separable:

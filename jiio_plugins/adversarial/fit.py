@@ -49,12 +49,12 @@ class FitSettings:
             which is hard already, one step on (:meth:`AdversarialStep.ahead`), and is short. As
             many images as there are samples are kept, so samples must be the same in every epoch,
             not augmented.
-        carried: the step of those searches; None: ``training.carried()``. The progress then shows
+        carried: the step of those searches. None: ``training.carried()``. The progress then shows
             no clean accuracy.
         scheduler_interval: when the scheduler steps.
-        max_grad_norm: clip the gradient's norm; None: do not.
+        max_grad_norm: clip the gradient's norm. None: do not.
         patience: stop after so many epochs without a better robust validation accuracy, and put the
-            best weights back; None: train to the end and keep the last.
+            best weights back. None: train to the end and keep the last.
         checkpoint: file to write after each epoch.
         checkpoint_every: and after so many steps.
         resume: go on from ``checkpoint`` where it exists. Without it a file that is there is an
@@ -63,7 +63,7 @@ class FitSettings:
         verbose: show a progress bar: loss, clean and robust accuracy, relative residual of z.
 
     Raises:
-        TypeError, ValueError: bad settings; the message says what is accepted.
+        TypeError, ValueError: bad settings. The message says what is accepted.
     """
 
     epochs: int
@@ -109,7 +109,7 @@ def fit_adversarially(
     scheduler: Any = None,
     wrapped: nn.Module | None = None,
 ) -> list[Metrics]:
-    """Train ``model`` in place; its train/eval flags come back as they were.
+    """Train ``model`` in place. Its train/eval flags come back as they were.
 
     Args:
         model: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
@@ -119,7 +119,7 @@ def fit_adversarially(
         settings: epochs, checkpoints and the rest.
         validation: images and labels judged after each epoch: clean accuracy by ``model(x)``, and
             robust accuracy by ``model(x')`` at the examples the training's own search finds.
-        scheduler: any of torch's, of this optimiser; ``ReduceLROnPlateau`` gets the validation's
+        scheduler: any of torch's, of this optimiser. ``ReduceLROnPlateau`` gets the validation's
             robust accuracy with mode "max", the training loss with mode "min".
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
 
@@ -129,9 +129,10 @@ def fit_adversarially(
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
+        TypeError: batches that cannot be drawn again, or no scheduler of torch's.
         ValueError: bad arguments, or a checkpoint of another training.
-        FloatingPointError: the loss became NaN or Inf; the last checkpoint is whole.
-        OSError: a checkpoint could not be written; the one before is kept.
+        FloatingPointError: the loss became NaN or Inf. The last checkpoint is whole.
+        OSError: a checkpoint could not be written. The one before is kept.
 
     Warns:
         RuntimeWarning: z was left far from its fixed points in an epoch.

@@ -46,7 +46,7 @@ def run_demo(settings: Demo) -> None:
 
 
 def _measure(comparison: Comparison, classifier: Any) -> Tensor:
-    """Fill the comparison; the images that JIIO's longest run found."""
+    """Fill the comparison, and return the images that JIIO's longest run found."""
     jobs = [(family, steps) for family in STEPS for steps in STEPS[family]]
     with tqdm(jobs, desc="attacks") as bar:
         for family, steps in bar:

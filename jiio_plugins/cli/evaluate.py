@@ -78,7 +78,7 @@ def load_task(settings: Evaluate | Bench) -> tuple[nn.Module, str, Tensor, Tenso
     """The model, the name of the data set, and its first test images and labels.
 
     Raises:
-        ValueError: it is not known, and not said, what the model is for; see :func:`load_model`.
+        ValueError: it is not known, and not said, what the model is for. See :func:`load_model`.
     """
     model, trained_on = load_model(settings.weights, settings.model)
     dataset = settings.dataset or trained_on
@@ -89,7 +89,7 @@ def load_task(settings: Evaluate | Bench) -> tuple[nn.Module, str, Tensor, Tenso
 
 
 def load_test_set(dataset: str, data: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels; ``data`` is the folder of Fashion-MNIST."""
+    """Images and labels. ``data`` is the folder of Fashion-MNIST."""
     return load_digits("test") if dataset == "digits" else load_fashion_mnist(data, "test")
 
 

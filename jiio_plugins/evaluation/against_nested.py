@@ -2,9 +2,9 @@
 
 For a ball within the pixel box these run on the same images:
 
-* the nested loop, cold: two step schedules, relative tolerances 1e-3 and 1e-2 in both solves;
+* the nested loop, cold: two step schedules, relative tolerances 1e-3 and 1e-2 in both solves.
 * the nested loop, warm-started: every combination of tolerance, outer steps, inner cap and first
-  step, with JIIO's own schedule and warm-up; its Pareto front is what JIIO is held against;
+  step, with JIIO's own schedule and warm-up. Its Pareto front is what JIIO is held against.
 * JIIO at several numbers of iterations, and a short run with a longer one for the images that
   withstand it (the verification that finds these counts).
 """
@@ -49,7 +49,7 @@ def compare_with_nested(
     """Measure both and say at what share of the nested loop's cost JIIO is as strong.
 
     Args:
-        comparison: model, images and ball; its ``rows`` are filled and printed.
+        comparison: model, images and ball. Its ``rows`` are filled and printed.
         others: further attacks to compare, each with its row.
         sweep: run the settings of the warm-started nested loop.
         repeats: times each attack outside the sweep is run, all of them in turn, for its seconds.
@@ -75,7 +75,7 @@ def compare_with_nested(
 
 
 def warm_settings() -> list[tuple[Row, Nested]]:
-    """Every warm-started nested setting; a cap of 1 leaves the tolerance without effect."""
+    """Every warm-started nested setting. A cap of 1 leaves the tolerance without effect."""
     out = []
     for tol, outer, cap, step in itertools.product(TOLERANCES, OUTER, CAPS, STEPS):
         if cap == 1 and tol != TOLERANCES[0]:

@@ -43,7 +43,7 @@ class Row:
     Attributes:
         method: name of the row.
         family: what the row is a setting of: a line or a kind of point in the plot.
-        accuracy, loss: by the converged solve; the loss is the mean cross-entropy.
+        accuracy, loss: by the converged solve. The loss is the mean cross-entropy.
         f_evals, vjps: per image.
         seconds, all_seconds: for all images, the median and each run.
         judge_residual: the largest relative residual of the converged solve.
@@ -75,8 +75,8 @@ class Comparison:
     """Attacks on the same images in the same ball within the pixel box [0, 1].
 
     Args:
-        model: returns logits ``(batch, classes)``; has an equilibrium layer. It is attacked in eval
-            mode with constant parameters, and left as it was.
+        model: returns logits ``(batch, classes)`` and has an equilibrium layer. It is attacked in
+            eval mode with constant parameters, and left as it was.
         x: images ``(batch, ...)`` within [0, 1].
         y: true classes ``(batch,)``.
         norm: 1, 2 or inf.
@@ -117,17 +117,17 @@ class Comparison:
         row.judge_residual = float(verdict.tight_residual.max())
 
     def measure(self, row: Row, run: Run) -> Tensor:
-        """Run an attack and fill in its row; a row measured again gets one more time.
+        """Run an attack and fill in its row. A row measured again gets one more time.
 
         Args:
-            row: with method and family; it joins :attr:`rows`.
+            row: with method and family. It joins :attr:`rows`.
             run: ``run(model, x, y) -> x_adv``.
 
         Returns:
             The images it found.
 
         Raises:
-            TypeError, ValueError: anything but images within ball and box; the message names the
+            TypeError, ValueError: anything but images within ball and box. The message names the
                 attack.
         """
         # an attack may change what it is given in place
@@ -158,7 +158,7 @@ class Comparison:
         return [r for r in self.rows if r.family == SWEEP]
 
     def against(self, reference: Row) -> dict[str, Any]:
-        """JIIO's cheapest row that is as strong as the reference, printed; empty if there is none.
+        """JIIO's cheapest row that is as strong as the reference, printed. Empty if there is none.
 
         Args:
             reference: a row of another family.
@@ -278,7 +278,7 @@ def front(rows: Iterable[Row]) -> list[Row]:
 
 
 def cost_at(loss: float, rows: Iterable[Row]) -> float | None:
-    """Cost at which the front reaches ``loss``, linear between its points; None beyond its end."""
+    """Cost at which the front reaches ``loss``, linear between its points. None beyond its end."""
     points = front(rows)
     if not points or points[-1].loss < loss:
         return None

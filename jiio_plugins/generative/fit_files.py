@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def fit_files(config: FitConfig) -> Fit:
-    """Fit image files; write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
+    """Fit image files. Write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
 
     Raises:
         FileNotFoundError: a path that is not there, or no generator.
-        ValueError: nothing readable, or images of another size; ``out`` is a run's folder.
+        ValueError: nothing readable, or images of another size. ``out`` is a run's folder.
     """
     out = config.out
     if (out / CONFIG).exists():
@@ -50,7 +50,7 @@ def fit_files(config: FitConfig) -> Fit:
 
 
 def _find(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are; folders are searched recursively."""
+    """Files as they are. Folders are searched recursively."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():

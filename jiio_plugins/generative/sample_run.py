@@ -47,7 +47,7 @@ def open_source(config: SampleConfig) -> Source:
     """The folder of a run, or a shipped generator by name, whose latents are fitted here.
 
     Raises:
-        FileNotFoundError, ValueError: no run, or no data; the message says what to do.
+        FileNotFoundError, ValueError: no run, or no data. The message says what to do.
     """
     path = Path(config.run)
     if config.run in _SHIPPED and not path.exists():
@@ -93,7 +93,7 @@ def _images(run: Path, of_run: TrainConfig, folder: Path | None, shape: tuple[in
 
 
 def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | None]:
-    """A shipped feature network, or ``module:function``; None: that of the data, if there is one.
+    """A shipped feature network, or ``module:function``. None: that of the data, if there is one.
 
     Raises:
         ValueError, ImportError: neither of the two.
@@ -111,13 +111,13 @@ def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | 
 
 
 def sample_run(config: SampleConfig) -> dict[str, Any]:
-    """Draw samples; write their sheet and, with ``metrics``, figures and neighbours.
+    """Draw samples. Write their sheet and, with ``metrics``, figures and neighbours.
 
     Writes ``samples-PRIOR.png``, ``neighbours-PRIOR.png`` (rows of samples above the training
     images nearest to them) and ``metrics-PRIOR.json``.
 
     Returns:
-        What the JSON holds; empty without ``metrics``.
+        What the JSON holds. Empty without ``metrics``.
     """
     for what in ("count", "columns", "measured"):
         if getattr(config, what) < 1:
@@ -144,7 +144,7 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
 
 
 def _measure(config: SampleConfig, source: Source, samples: Tensor, out: Path) -> dict[str, Any]:
-    """Figures of the samples beside the images of the run; draws the neighbours."""
+    """Figures of the samples beside the images of the run. Draws the neighbours."""
     assert source.images is not None
     name, network = find_features(config.features, source.data)
     report: dict[str, Any] = {
@@ -194,7 +194,7 @@ def set_figures(
 def neighbour_figures(
     samples: Tensor, images: Images, network: nn.Module | None, sheet: Path, columns: int
 ) -> dict[str, Any]:
-    """How near samples are to the training images; draw two rows of them above their neighbours."""
+    """How near samples are to the training images. Draw two rows of them above their neighbours."""
     both = torch.cat([samples, to_unit(images.held_out[:_COMPARED])])
     found = metrics.nearest(both, images.train, network, progress=True)
     ours, theirs = found.split(len(samples))

@@ -61,8 +61,8 @@ class Secants:
             squares: ‖t‖² of z, J_zᵀμ and v, ``(problems, 3)`` in float64.
             forget: problems whose whole history is dropped, ``(problems,)``.
 
-        Shape:
-            γ is ``(problems, 1, differences)``, as many as there are by now.
+        Returns:
+            γ, ``(problems, 1, differences)``, as many as there are by now.
         """
         problems = len(squares)
         new = [*(x.flatten(0, 1) for x in y), *(x.flatten(1) for x in d)]
@@ -171,12 +171,12 @@ class BlockAnderson(Mixing):
 
 
 class QuasiNewton(Mixing):
-    """L-BFGS for v; z and J_zᵀμ follow it along the secants of the history.
+    """L-BFGS for v. z and J_zᵀμ follow it along the secants of the history.
 
-    ``v⁺ = v + step H r`` with H the L-BFGS inverse of the change of r along the last steps of v; a
-    step whose gradient does not turn with it, because z lags behind or the objective is not convex
-    there, is left out of H. No step is longer than the plain one that the run began with; the limit
-    grows while steps reach it. Then γ cancels the residuals of z and J_zᵀμ (subscript J) under the
+    ``v⁺ = v + step H r`` with H the L-BFGS inverse of the change of r along the last steps of v. A
+    step whose gradient does not turn with it is left out of H: z lags behind, or the objective is
+    not convex there. No step is longer than the plain one that the run began with. The limit grows
+    while steps reach it. Then γ cancels the residuals of z and J_zᵀμ (subscript J) under the
     step Δv of v::
 
         γ = argmin ‖r_z − Y_z γ‖²/‖r_z‖² + ‖r_J − Y_J γ‖²/‖r_J‖² + ‖Δv + ΔV γ‖²/‖Δv‖²

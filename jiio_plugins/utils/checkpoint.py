@@ -53,7 +53,7 @@ class TrainingState:
             progress: tensors and plain values, which :meth:`load` returns.
 
         Raises:
-            OSError: it could not be written, such as on a full disk; the one before is kept.
+            OSError: it could not be written, such as on a full disk. The one before is kept.
         """
         write(
             path,
@@ -69,7 +69,7 @@ class TrainingState:
         )
 
     def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restore model, optimiser and scheduler; return ``progress`` and the random states.
+        """Restore model, optimiser and scheduler. Return ``progress`` and the random states.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -116,7 +116,7 @@ def check_weights(model: nn.Module, state: Mapping[str, Any], path: str | Path) 
 
     Args:
         model: whose tensors they are to become.
-        state: tensors by name; other values are not looked at.
+        state: tensors by name. Other values are not looked at.
         path: for the message.
     """
     here, there = (
@@ -145,7 +145,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole, also if the process is killed.
 
     Raises:
-        OSError: it could not be written; the message says whether there is one from before.
+        OSError: it could not be written. The message says whether there is one from before.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")

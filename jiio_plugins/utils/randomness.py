@@ -31,7 +31,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_states` returned; CUDA's where as many devices are there."""
+    """Put back what :func:`random_states` returned. CUDA's where as many devices are there."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
