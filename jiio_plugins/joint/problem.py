@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
@@ -156,7 +156,8 @@ class Problem:
         with torch.autocast(v.device.type, dtype=self._precision):
             output = self.variable(v, rows)
         # the objective and the stop test are the caller's, who knows the model without autocast
-        return tree_map(lambda t: t.float() if _is_half(t) else t, output)
+        halves = (torch.float16, torch.bfloat16)
+        return tree_map_only(Tensor, lambda t: t.float() if t.dtype in halves else t, output)
 
     @property
     def row_separable(self) -> bool:
@@ -327,10 +328,6 @@ class Problem:
                 steps = _repeatably(advance)
             mode = RecordMode(self.layout.split(z), answer_fz=answer_fz, advance=steps)
         return Linearization(lambda leaf: self.call(leaf, rows), v, mode)
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _repeatably(advance: Advance) -> Advance:

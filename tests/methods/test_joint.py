@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Joint, L2Ball, joint_solution, optimize_input
+from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, joint_solution, optimize_input
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
 from tests.cases import Ridge, Wells, squared, wells
 from tests.helpers import Net, linear, rand
+
+if TYPE_CHECKING:
+    from jiio_plugins.methods import Method
 
 
 def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
@@ -25,6 +31,41 @@ def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
     assert torch.allclose(z, state + 1.5 * (lin.fz - state))
     assert torch.allclose(found.flat.mu, b + lin.jz_mu(b))
     assert torch.allclose(found.flat.jz_mu, lin.vjp(found.flat.mu)[0])
+
+
+class Outputs(nn.Module):
+    """A tuple with an integer in it, and what the head's weights multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = Net(seed=1).float(), []
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(self.net(x))
+        self.seen.append(y.dtype)
+        return y, y.argmax(1)
+
+
+@pytest.mark.parametrize("method", [Joint(max_iter=6), Nested(max_iter=2)])
+def test_precision_is_that_of_the_loop_alone(method: Method) -> None:
+    model, x, losses = Outputs(), rand(4, 5, seed=2).float(), []
+
+    def objective(output: tuple[Tensor, Tensor]) -> Tensor:
+        assert output[1].dtype == torch.int64
+        losses.append(output[0].dtype)
+        return output[0].square().sum(1)
+
+    halved = replace(method, precision=torch.bfloat16)
+    found = optimize_input(model, x, objective, constraint=L2Ball(0.5), method=halved)
+    assert torch.bfloat16 in model.seen
+    assert model.seen[-1] == torch.float32
+    assert set(losses) == {torch.float32}
+    full = optimize_input(model, x, objective, constraint=L2Ball(0.5), method=method)
+    assert torch.allclose(found.value, full.value, rtol=0.05)
+    assert not torch.equal(found.x, full.x)
+    with pytest.raises(ValueError, match=r"precision must be torch\.bfloat16"):
+        Joint(precision=torch.float64)
 
 
 def test_rows_that_start_at_one_input_share_the_warm_up() -> None:
