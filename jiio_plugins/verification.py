@@ -98,10 +98,7 @@ class Judge:
 
     def everything(self, v: Tensor) -> Candidate:
         """The verdict on v ``(problems, d)``, for all problems."""
-        with counting_into((counter := RowCounter(self.f_evals),)):
-            own = self.problem.solve(v)
-        tight = self.problem.solve(v, self.verifier, own.z if self.warm else None)
-        self.f_evals = counter.f_evals_by_row + tight.evals
+        own, tight, self.f_evals = self._solve(v, self.f_evals)
         self.amplification = tight.amplification
         return self._verdict(v, _by_row(own, tight))
 
@@ -118,12 +115,20 @@ class Judge:
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
         if not self._has_rows(base.output) or not self.problem.row_separable:
             return self.everything(v)
-        with counting_into((counter := RowCounter(self.f_evals[rows]),)):
-            own = self.problem.solve(v, rows=rows)
-        tight = self.problem.solve(v, self.verifier, own.z, rows=rows)
-        self.f_evals = self.f_evals.index_copy(0, rows, counter.f_evals_by_row + tight.evals)
+        own, tight, spent = self._solve(v, self.f_evals[rows], rows)
+        self.f_evals = self.f_evals.index_copy(0, rows, spent)
         parts = _by_row(own, tight).items()
         return self._verdict(v, {k: getattr(base, k).index_copy(0, rows, t) for k, t in parts})
+
+    def _solve(
+        self, v: Tensor, spent: Tensor, rows: Tensor | None = None
+    ) -> tuple[Solved, Solved, Tensor]:
+        """The model's own answer, the independent one, and what has been spent by then."""
+        with counting_into((counter := RowCounter(spent),)):
+            own = self.problem.solve(v, rows=rows)
+        start = own.z if self.warm else None
+        tight = self.problem.solve(v, self.verifier, start, rows)
+        return own, tight, counter.f_evals_by_row + tight.evals
 
     def take_better(self, best: Candidate, v: Tensor, where: Tensor) -> Candidate:
         """The better of two candidates, problem by problem.

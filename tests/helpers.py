@@ -77,6 +77,31 @@ class TanhCell(nn.Module):
         return torch.tanh(z @ self.weight.T + u)
 
 
+class _Count(torch.autograd.Function):
+    """The identity, which notes each pass back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, seen: list[int]) -> Tensor:
+        ctx.seen = seen
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(len(g))
+        return g, None
+
+
+class CountedCell(TanhCell):
+    """``products`` holds the rows of each vector-Jacobian product that happened."""
+
+    def __init__(self, n: int, rate: float, seed: int) -> None:
+        super().__init__(n, rate, seed)
+        self.products: list[int] = []
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return _Count.apply(super().forward(z, u), self.products)
+
+
 class PairCell(nn.Module):
     """A state of two tensors, ``(rows, 3)`` and ``(rows, 2, 2)``, that act on each other."""
 

@@ -379,8 +379,9 @@ def validate(
         batch_size: images judged together.
 
     Returns:
-        "clean" and "robust", and "unverified": the share of adversarial examples where an
-        independent solve does not reach its tolerance. It grows when the fixed point is being lost.
+        "clean" and "robust", and "unverified": the share of samples where an independent solve, at
+        the image or at the example, does not reach its tolerance. It grows when the fixed point is
+        being lost.
     """
     judged: dict[str, list[Verdict]] = {"clean": [], "robust": []}
     with flags_kept(model):
@@ -395,6 +396,10 @@ def validate(
             )
             for name, seen in (("clean", images), ("robust", found.x)):
                 judged[name].append(judge(model, seen, labels, default_verifier(x.dtype)))
-    verdicts = {name: Verdict.join(parts) for name, parts in judged.items()}
-    metrics = {name: float((~v.model_wrong).double().mean()) for name, v in verdicts.items()}
-    return {**metrics, "unverified": float((~verdicts["robust"].converged).double().mean())}
+    clean, robust = (Verdict.join(parts) for parts in judged.values())
+    flags = {
+        "clean": ~clean.model_wrong,
+        "robust": ~robust.model_wrong,
+        "unverified": ~(clean.converged & robust.converged),
+    }
+    return {name: float(flag.double().mean()) for name, flag in flags.items()}

@@ -90,12 +90,12 @@ class _BackpropagatedIteration(Iteration):
             loss = torch.stack(losses).mean(0)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         self.z = torch.cat(view.z, dim=1).detach()
-        self.mu = self.jz_mu = torch.zeros_like(self.z)
         unknown = torch.full_like(self.z[:, :1], torch.inf)  # no residual: the start is judged
         return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`. Autograd treats a batch as a whole, so rows share the cost."""
+        self.mu = self.jz_mu = torch.zeros_like(self.z)
         counter, rows = self.counter, self.problem.rows
         self.problem.pay(counter.f_evals / rows, counter.vjps / rows)
         return super().finish(at, v, best)

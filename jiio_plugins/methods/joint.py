@@ -150,11 +150,16 @@ class _JointIteration(Iteration):
             self.mu = self.jz_mu + dl_dz
             problem.pay_passes(vjps=active)
         self.jz_mu_next, jv_mu = linearized.vjp(self.mu)
-        self.mu_residual = relative(self.jz_mu_next - self.jz_mu, self.mu)
+        self.jz_mu_before = self.jz_mu
         gradient = (dl_dv + jv_mu).reshape(v.shape)
         problem.pay_passes(f_evals=active, vjps=active)
         r = linearized.fz - self.z
         return Evaluation(loss, linearized.output, gradient, self.z, r, linearized.fz, dl_dz)
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """See :class:`Iteration`."""
+        self.mu_residual = relative(self.jz_mu_next - self.jz_mu_before, self.mu)
+        return super().finish(at, v, best)
 
 
 class _Relaxed(_JointIteration):

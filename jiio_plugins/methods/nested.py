@@ -14,6 +14,7 @@ from jiio_plugins.methods.base import Evaluation, Iteration, Method
 if TYPE_CHECKING:
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.methods.base import BestSoFar, MethodResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +89,17 @@ class _NestedIteration(Iteration):
         found = iterate(equation, start, self.method.adjoint_solver or solver)
         problem.pay_passes(active * (1 + equation.f_evals), found.evals * active)
         gradient = (dl_dv + equation.jv_mu).reshape(v.shape)
-        self.z, self.mu, self.jz_mu = linearized.fz, found.fz, found.fz - dl_dz
+        self.z, self.mu = linearized.fz, found.fz
         self.mu_residual = found.residual
         warm = self.method.warm_start
         self.warm, self.mu_start = (self.z, self.mu) if warm else (None, None)
         r = linearized.fz - z
         return Evaluation(loss, linearized.output, gradient, z, r, linearized.fz, dl_dz)
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """See :class:`Iteration`."""
+        self.jz_mu = self.mu - at.dl_dz
+        return super().finish(at, v, best)
 
 
 def _capped(solver: Solver) -> Solver:

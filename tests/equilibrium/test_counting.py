@@ -19,7 +19,7 @@ from jiio_plugins import (
     Unrolled,
     count_evaluations,
 )
-from tests.helpers import TIGHT, Net, Spy, TanhCell, rand
+from tests.helpers import TIGHT, CountedCell, Net, Spy, rand
 
 
 @pytest.mark.parametrize(
@@ -43,27 +43,11 @@ def test_counted_evaluations_are_those_that_happened(adjoint: Any) -> None:
 
 
 def test_counted_vjps_are_those_that_happened() -> None:
-    products = 0
-
-    class Counted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, z: Tensor) -> Tensor:
-            return z.clone()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            nonlocal products
-            products += 1
-            return g
-
-    class Cell(TanhCell):
-        def forward(self, z: Tensor, u: Tensor) -> Tensor:
-            return Counted.apply(super().forward(z, u))
-
+    cell = CountedCell(6, 0.9, seed=1)
     u = rand(1, 6, seed=2).requires_grad_()
     with count_evaluations() as counter:
-        Equilibrium(Cell(6, 0.9, seed=1), solver=TIGHT)(u).sum().backward()
-    assert counter.vjps == products
+        Equilibrium(cell, solver=TIGHT)(u).sum().backward()
+    assert counter.vjps == sum(cell.products)
 
 
 def test_counts_are_sums_over_rows_and_nest() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from jiio_plugins import (
     Anderson,
@@ -18,7 +17,7 @@ from jiio_plugins import (
     optimize_input,
 )
 from tests.cases import squared
-from tests.helpers import Net, Series, Spy, TanhCell, rand
+from tests.helpers import CountedCell, Net, Series, Spy, rand
 
 
 def test_costs_are_those_that_happened() -> None:
@@ -81,25 +80,8 @@ def test_costs_of_several_layers_are_the_sum_of_theirs(method: Any, constraint: 
 
 
 def test_vjps_are_those_that_happened() -> None:
-    products = 0
-
-    class Counted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, z: Tensor) -> Tensor:
-            return z.clone()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            nonlocal products
-            products += 1
-            return g
-
-    class Cell(TanhCell):
-        def forward(self, z: Tensor, u: Tensor) -> Tensor:
-            return Counted.apply(super().forward(z, u))
-
     model, x = Net(), rand(1, 5, seed=1)
-    model.equilibrium.cell = Cell(8, 0.7, seed=2)
+    cell = model.equilibrium.cell = CountedCell(8, 0.7, seed=2)
     for method in (
         Joint(max_iter=9, adjoint_warmup=0),
         Joint(max_iter=9, adjoint_warmup=20),
@@ -107,12 +89,12 @@ def test_vjps_are_those_that_happened() -> None:
         Nested(max_iter=3),
         Nested(max_iter=3, warm_start=True),
     ):
-        products = 0
+        cell.products.clear()
         solution = optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5))
-        assert float(solution.stats.vjps.sum()) == products
+        assert float(solution.stats.vjps.sum()) == len(cell.products)
         if isinstance(method, Joint):
             # one an iteration, the head's gradient needs none, and those of the adjoint's warm-up
-            assert products == 9 + min(9, method.adjoint_warmup)
+            assert len(cell.products) == 9 + min(9, method.adjoint_warmup)
 
 
 def test_iterations_cost_what_they_should() -> None:
