@@ -1,8 +1,13 @@
 """Fixed-point solvers: small frozen dataclasses and one loop that runs them all.
 
 Solves ``z = f(z)`` for every row of a batch by itself. A row stops when
-``‖f(z) − z‖ ≤ tol · ‖f(z)‖`` and costs nothing from then on. On a CPU the batch is compacted. On an
-accelerator the row is frozen, since compacting would make the host wait.
+``‖f(z) − z‖ ≤ tol · ‖f(z)‖`` and costs nothing from then on. The iterate that met this is returned.
+On a CPU the batch is compacted. On an accelerator the row is frozen, since compacting would make
+the host wait.
+
+Where z runs off, ‖f(z)‖ grows until any residual is small beside it, or is rounded away. So a row
+stops only once its residual is below ∛tol of its first too, or within the tolerance that held at
+the first evaluation. What rounding hides counts as residual there.
 """
 
 from __future__ import annotations
@@ -393,7 +398,7 @@ class FlatSolution:
     """Outcome of :func:`iterate`, one entry per row.
 
     Attributes:
-        z: iterate of least residual, ``(rows, n)``.
+        z: iterate that met the tolerance, else the one of least residual, ``(rows, n)``.
         fz: ``f(z)`` there, ``(rows, n)``.
         residual: ``‖f(z) − z‖ / ‖f(z)‖`` there, ``(rows,)``.
         evals: evaluations of f, float ``(rows,)``.
@@ -422,15 +427,21 @@ class FlatSolution:
 
 
 class _Running(_ByRow):
-    """The rows still in the loop: iterate, best iterate, flags. All tensors are batch first."""
+    """The rows still in the loop: iterate, best iterate, flags. All tensors are batch first.
+
+    The best iterate is the one of least residual, until one meets the tolerance.
+    """
 
     def __init__(self, z: Tensor) -> None:
         rows = len(z)
         self.z = z
         self.z_best, self.f_best = z, z
-        self.r_best = z.new_full((rows,), torch.inf)
-        self.r_first = z.new_full((rows,), torch.inf)
-        self.scale = z.new_ones(rows)
+        # the norm of a row in half precision is too coarse to be compared with a tolerance
+        half = z.dtype in (torch.float16, torch.bfloat16)
+        self.norms = torch.float32 if half else z.dtype
+        self.r_best = z.new_full((rows,), torch.inf, dtype=self.norms)
+        self.r_first = self.ceiling = self.r_best
+        self.scale = torch.ones_like(self.r_best)
         # half precision cannot count far
         self.evals, self.fails, self.idle = torch.zeros(3, rows, device=z.device).unbind()
         self.floor = 100 * torch.finfo(z.dtype).eps
@@ -441,14 +452,21 @@ class _Running(_ByRow):
 
     def observe(self, fz: Tensor, solver: Solver) -> Tensor:
         """Take in ``f(z)``, and tell the rows whose step is to be taken back, bool ``(rows,)``."""
-        r = row_norm(fz - self.z)
+        r, norm = row_norm(fz - self.z, self.norms), row_norm(fz, self.norms)
         finite = torch.isfinite(r)
         self.evals = self.evals + self.active
-        self.r_first = torch.where(torch.isinf(self.r_first) & finite, r, self.r_first)
-        better = self.active & finite & (r < self.r_best)
+        limit = solver.tol * norm + solver.abs_tol
+        first = torch.isinf(self.r_first) & finite
+        self.r_first = torch.where(first, r, self.r_first)
+        eps = torch.finfo(self.z.dtype).eps
+        rounding = eps * norm
+        ceiling = torch.maximum(max(solver.tol, eps) ** (1 / 3) * r, limit + 2 * rounding)
+        self.ceiling = torch.where(first, ceiling, self.ceiling)
+        shrunk = torch.maximum(r, rounding) <= self.ceiling
+        done = finite & (r <= limit) & shrunk
+        better = self.active & finite & (done | (r < self.r_best))
         self.z_best = torch.where(better[:, None], self.z, self.z_best)
         self.f_best = torch.where(better[:, None], fz, self.f_best)
-        norm = row_norm(fz)
         self.scale = torch.where(better, norm, self.scale)
         self.r_best = torch.where(better, r, self.r_best)
         reject = ~finite | (r > solver.growth * self.r_best)
@@ -456,7 +474,6 @@ class _Running(_ByRow):
         self.idle = torch.where(better, 0.0, self.idle + 1)
         self.nonfinite = torch.where(self.active, ~finite, self.nonfinite)
         self.grew = self.grew | (self.active & finite & (r > 1e3 * self.r_first))
-        done = finite & (r <= solver.tol * norm + solver.abs_tol)
         self.converged = self.converged | (self.active & done)
         hopeless = torch.isinf(self.r_best)  # not finite at its very first evaluation
         if solver.safeguarded:
@@ -508,7 +525,8 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
         solver: what takes the steps.
 
     Returns:
-        The iterate of least residual per row, as a :class:`FlatSolution`.
+        Per row the iterate that met the tolerance, or where none did the one of least residual, as
+        a :class:`FlatSolution`.
     """
     run = _Running(z0.detach())
     rows = torch.arange(len(z0), device=z0.device)
@@ -552,8 +570,9 @@ def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = 
         solver: :class:`Anderson` (default), :class:`Picard` or :class:`Broyden`.
 
     Returns:
-        A :class:`Solution` with ``z`` (the iterate of least residual per row), ``status`` and
-        ``stats``. The other fields, ``x``, ``costate``, ``value`` and ``output``, are None.
+        A :class:`Solution` with ``z``, ``status`` and ``stats``. ``z`` of a row is the iterate that
+        met the tolerance, or where none did the one of least residual. The other fields, ``x``,
+        ``costate``, ``value`` and ``output``, are None.
 
     Raises:
         ValueError: f returns another shape than it was given.

@@ -120,9 +120,14 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return flats[0] if len(flats) == 1 else torch.cat(flats, dim=1)
 
 
-def row_norm(flat: Tensor) -> Tensor:
-    """Euclidean norm of every row, ``(rows,)``."""
-    norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
+def row_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Euclidean norm of every row, ``(rows,)``.
+
+    Args:
+        flat: ``(rows, n)``.
+        dtype: to compute and return it in. None: that of ``flat``.
+    """
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norm
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from jiio_plugins import Anderson, Broyden, Picard, Solver, Status, solve_fixed_point
 from tests.helpers import SOLVERS, contraction, rand, rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @st.composite
@@ -42,6 +46,78 @@ def test_random_contractions(kind: type[Solver], problem: tuple[Tensor, Tensor, 
     exact = torch.linalg.solve(torch.eye(len(a), dtype=a.dtype) - a, u.T).T
     gap = torch.linalg.vector_norm(solution.z - exact, dim=1)
     assert bool((gap <= r * (1 + 1e-6) / (1 - rate) + 1e-9 * exact.norm(dim=1)).all())
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """``A z + u`` or ``tanh(A z + u)``, contracting or not, and where to start, in some dtype."""
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    n, rows, seed = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(0, 2**16))
+    a = rand(n, n, seed=seed)
+    radius = draw(st.sampled_from([0.5, 0.9, 0.99, 0.999, 1.0, 1.3]))
+    a = (a * (radius / torch.linalg.eigvals(a).abs().max())).to(dtype)
+    u, z0 = rand(2, rows, n, seed=seed + 1).to(dtype)
+    bend = draw(st.sampled_from([torch.tanh, torch.Tensor.clone]))
+    return lambda z: bend(z @ a.T + u), z0 * draw(st.sampled_from([0.0, 1.0, 30.0]))
+
+
+@given(st.sampled_from(SOLVERS), maps(), st.sampled_from([0.1, 1e-2, 1e-4, 1e-6]), st.booleans())
+def test_converged_is_true_of_what_is_returned(
+    kind: type[Solver], problem: tuple[Callable[[Tensor], Tensor], Tensor], tol: float, again: bool
+) -> None:
+    f, z0 = problem
+
+    def sizes(z: Tensor) -> tuple[Tensor, Tensor]:
+        """``‖f(z) − z‖`` and the most that the tolerance allows."""
+        fz = f(z)
+        rounding = 1 + 4 * torch.finfo(z.dtype).eps
+        r, norm = (torch.linalg.vector_norm(t.double(), dim=1) for t in (fz.double() - z, fz))
+        return r, rounding * (solver.tol * norm + solver.abs_tol)
+
+    solver = kind(max_iter=120, tol=tol)
+    if again:  # warm from an answer of half as many digits
+        z0 = solve_fixed_point(f, z0, kind(max_iter=120, tol=tol**0.5)).z
+    solution = solve_fixed_point(f, z0, solver)
+    done, (r, limit), (r_first, limit_first) = solution.converged, sizes(solution.z), sizes(z0)
+    assert bool((r <= limit)[done].all())
+    assert bool(((r < r_first) | (r_first <= limit_first))[done].all())
+    assert bool(done[r_first <= limit_first / 1.1].all())  # a start that is good enough is taken
+
+
+@pytest.mark.parametrize("kind", SOLVERS, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tol", [0.2, 1e-2])
+def test_running_off_is_no_convergence(kind: type[Solver], dtype: torch.dtype, tol: float) -> None:
+    """``z + 1`` has no fixed point, though 1 is small beside a z of 100."""
+    solution = solve_fixed_point(
+        lambda z: z + 1, torch.zeros(1, 1, dtype=dtype), kind(max_iter=200, tol=tol)
+    )
+    assert Status(int(solution.status)) in (Status.MAX_ITER, Status.STALLED)
+    assert solution.z.item() == 0.0
+    assert solution.stats.z_residual.item() == 1.0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_fixed_point_along_an_eigenvector_of_eigenvalue_one(seed: int) -> None:
+    q = torch.linalg.qr(rand(3, 3, seed=seed)).Q
+    a = q @ torch.diag(torch.tensor([1.0, 0.5, -0.3]).double()) @ q.T
+    u = rand(2, 3, seed=seed + 100) + 2 * q[:, 0]  # (I − A) z = u has no solution
+    solver = Anderson(max_iter=200, tol=1e-9)
+    solution = solve_fixed_point(lambda z: z @ a.T + u, torch.zeros_like(u), solver)
+    assert not bool(solution.converged.any()), solution.report()
+
+
+@pytest.mark.parametrize("seed", [264, 268, 282, 288])
+def test_broyden_returns_the_iterate_that_met_the_tolerance(seed: int) -> None:
+    """On the way to a far z* an early iterate has the smaller residual."""
+    q, u = rand(6, seed=seed).split([4, 2])
+    q = torch.linalg.qr(q.reshape(2, 2)).Q
+    a = q @ torch.diag(torch.tensor([0.999, 0.3]).double()) @ q.T
+    exact = torch.linalg.solve(torch.eye(2).double() - a, u)
+    solver = Broyden(max_iter=300, tol=1e-2)
+    solution = solve_fixed_point(lambda z: z @ a.T + u, torch.zeros(1, 2).double(), solver)
+    assert bool(solution.converged.all())
+    torch.testing.assert_close(solution.z, exact[None], rtol=1e-3, atol=0)
 
 
 @given(

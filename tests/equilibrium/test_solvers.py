@@ -99,7 +99,7 @@ def test_reported_residual_is_true(problem: FixedPoint, kind: type[Solver]) -> N
 @pytest.mark.parametrize("max_iter", [1, 3, 8, 60])
 @every_solver
 @every_problem
-def test_the_best_iterate_seen_is_returned(
+def test_the_best_iterate_seen_is_returned_where_none_met_the_tolerance(
     problem: FixedPoint, kind: type[Solver], max_iter: int
 ) -> None:
     f, seen = recorded(problem)
@@ -107,7 +107,7 @@ def test_the_best_iterate_seen_is_returned(
     assert len(seen) <= max_iter
     best = torch.stack(seen).nan_to_num(torch.inf).amin(0)
     returned = residual(problem, solution.z).nan_to_num(torch.inf)
-    assert bool((returned <= best * (1 + 1e-9) + 1e-15).all())
+    assert bool((solution.converged | (returned <= best * (1 + 1e-9) + 1e-15)).all())
     assert bool(torch.isfinite(flat(solution.z)).all())
 
 
