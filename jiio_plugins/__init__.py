@@ -12,7 +12,7 @@ from jiio_plugins.losses import attack_objective
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.methods.nested import Nested
 from jiio_plugins.optimize import optimize_input
-from jiio_plugins.solution import Solution, Stats, Status
+from jiio_plugins.solution import ConvergenceWarning, Solution, Stats, Status
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "Box",
     "Broyden",
     "Constraint",
+    "ConvergenceWarning",
     "Counter",
     "Equilibrium",
     "Implicit",

@@ -122,7 +122,7 @@ def joint_solution(
     if not problem.rows:
         raise ValueError("x holds no samples: a training step needs at least one")
     result = solve(problem, method, stop=stop, callback=callback)
-    count(problem.cost, result.z_residual)
+    count(problem.cost, result.z_residual, result.mu_residual)
     z, mu, jz_mu = result.z.detach(), result.mu.detach(), result.jz_mu.detach()
     return JointSolution(
         x=problem.variable.unflatten(result.v),

@@ -24,7 +24,7 @@ from torch import Tensor
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
 from jiio_plugins.equilibrium.state import row_norm
-from jiio_plugins.solution import Residuals
+from jiio_plugins.solution import ConvergenceWarning, Residuals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -403,6 +403,7 @@ class _Gate(torch.autograd.Function):
                 f"{worst:.1e} only: the gradient is about as inexact. The optimum may not be "
                 "unique (add a proximal term or a penalty on the variables), or give the adjoint "
                 "solver more iterations",
+                ConvergenceWarning,
                 stacklevel=2,
             )
         return z, mu, v, None, None, None, None
@@ -426,5 +427,6 @@ def warn_if_loose(residuals: Residuals, solver: Solver | None = None) -> None:
             f"the joint solution has a relative residual of {worst:.1e}, and its implicit gradient "
             "is about as inexact: allow more iterations, change the step size, or add a penalty on "
             "the variables",
+            ConvergenceWarning,
             stacklevel=3,
         )

@@ -134,7 +134,7 @@ def optimize_input(
     stats = solution.stats
     assert stats.verification_f_evals is not None
     verifying = stats.verification_f_evals, stats.verification_seconds
-    count(Cost(stats.f_evals, stats.vjps, *verifying), stats.z_residual)
+    count(Cost(stats.f_evals, stats.vjps, *verifying), stats.z_residual, stats.costate_residual)
     return solution
 
 

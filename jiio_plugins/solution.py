@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+class ConvergenceWarning(UserWarning):
+    """An equation was not solved to where its answer can be relied on."""
+
+
 class Status(IntEnum):
     """How one sample (or one problem) ended. ``Status(k).message`` says what to change."""
 

@@ -47,6 +47,7 @@ class Counter:
     def __init__(self) -> None:
         self._costs: list[Cost] = []
         self._residuals: list[Tensor] = []
+        self._adjoint_residuals: list[Tensor] = []
 
     @property
     def f_evals(self) -> float:
@@ -73,17 +74,32 @@ class Counter:
         """Largest relative residual of any forward solve so far (0 before the first)."""
         return max((float(t) for t in self._residuals), default=0.0)
 
-    def add(self, cost: Cost, residual: Tensor | None = None) -> None:
+    @property
+    def worst_adjoint_residual(self) -> float:
+        """Largest ``‖J_zᵀμ + g − μ‖ / ‖μ‖`` of any adjoint so far (0 before the first).
+
+        From about 1e-2 on the gradients are wrong. See :class:`Implicit` for what to do.
+        """
+        return max((float(t) for t in self._adjoint_residuals), default=0.0)
+
+    def add(
+        self, cost: Cost, residual: Tensor | None = None, adjoint_residual: Tensor | None = None
+    ) -> None:
         """Take in a cost. Nothing is read by the host until asked for.
 
         Args:
             cost: numbers, or one entry per row.
             residual: relative residuals that a forward solve ended with, ``(rows,)``. None: there
                 was no solve.
+            adjoint_residual: the same of the adjoint equation. None: it was not solved.
         """
         self._costs.append(cost.total())
-        if residual is not None and residual.numel():
-            self._residuals.append(residual.detach().max())
+        for kept, new in (
+            (self._residuals, residual),
+            (self._adjoint_residuals, adjoint_residual),
+        ):
+            if new is not None and new.numel():
+                kept.append(new.detach().max())
 
 
 class RowCounter(Counter):
@@ -97,12 +113,15 @@ class RowCounter(Counter):
         super().__init__()
         self.f_evals_by_row = start
 
-    def add(self, cost: Cost, residual: Tensor | None = None) -> None:
+    def add(
+        self, cost: Cost, residual: Tensor | None = None, adjoint_residual: Tensor | None = None
+    ) -> None:
         """Take in the cost of a solve of all these rows.
 
         Args:
             cost: one entry per row.
             residual: not kept.
+            adjoint_residual: not kept.
         """
         self.f_evals_by_row = self.f_evals_by_row + cost.f_evals
 
@@ -110,16 +129,19 @@ class RowCounter(Counter):
 _counters: ContextVar[tuple[Counter, ...]] = ContextVar("jiio_counters", default=())
 
 
-def count(cost: Cost, residual: Tensor | None = None) -> None:
+def count(
+    cost: Cost, residual: Tensor | None = None, adjoint_residual: Tensor | None = None
+) -> None:
     """Report a cost to every open counter.
 
     Args:
         cost: numbers, or one entry per row.
         residual: relative residuals that a forward solve ended with, ``(rows,)``. None: there was
             no solve.
+        adjoint_residual: the same of the adjoint equation. None: it was not solved.
     """
     for counter in _counters.get():
-        counter.add(cost, residual)
+        counter.add(cost, residual, adjoint_residual)
 
 
 def open_counters() -> tuple[Counter, ...]:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from jiio_plugins import (
     Anderson,
     Broyden,
+    ConvergenceWarning,
     Equilibrium,
     Implicit,
     JacobianFree,
     Phantom,
     Picard,
     Unrolled,
+    count_evaluations,
 )
 from tests.cases import NETWORKS, every_network
 from tests.helpers import (
@@ -78,6 +80,7 @@ def test_any_solver_serves_the_adjoint(kind: Any) -> None:
     assert_same(gradients(Net(solver=solver), x), exact, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
 def test_a_loose_adjoint_solver_gives_a_loose_gradient() -> None:
     """The tolerance of the adjoint solve is the gradient's: it is not solved in some other way."""
     x = rand(4, 5, seed=1)
@@ -271,3 +274,61 @@ def test_autocast(adjoint: Any) -> None:
     (y, grad), (y_full, grad_full) = run(True), run(False)
     torch.testing.assert_close(y, y_full, rtol=0.1, atol=0.1)
     assert float(torch.cosine_similarity(grad.flatten(), grad_full.flatten(), dim=0)) > 0.98
+
+
+# An adjoint that has not settled ----------------------------------------------------------------
+
+
+def turning(rate: float) -> tuple[Affine, Tensor]:
+    """A slow contraction, ``rate`` times an orthogonal matrix, and its injection."""
+    q = torch.linalg.qr(rand(64, 64, seed=1)).Q
+    return Affine(rate * q), rand(6, 64, seed=2).requires_grad_()
+
+
+def error_of_gradient(cell: Affine, u: Tensor, **settings: Any) -> float:
+    """Relative, against the closed form ``(I − Aᵀ)⁻¹ g``."""
+    weights = rand(*u.shape, seed=3)
+    z = Equilibrium(cell, **settings)(u)
+    found = torch.autograd.grad((weights * z).sum(), u)[0]
+    exact = torch.linalg.solve(torch.eye(64).double() - cell.a.T, weights.T).T
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_an_unsettled_adjoint_is_counted_and_warned_of() -> None:
+    cell, u = turning(0.995)
+    text = r"not settled in up to 100% of the rows: .* up to 1e-01, asked for was 1e-04.*max_iter"
+    with count_evaluations() as counter, pytest.warns(ConvergenceWarning, match=text):
+        assert error_of_gradient(cell, u) > 0.5
+    assert 1e-2 < counter.worst_adjoint_residual < 1e-1
+    remedy = Implicit(solver=Anderson(max_iter=500, memory=70, tol=1e-8))
+    with count_evaluations() as counter:
+        assert error_of_gradient(cell, u, adjoint=remedy) < 1e-5
+    assert 0 < counter.worst_adjoint_residual <= 1e-8
+
+
+def test_an_adjoint_that_is_loose_on_purpose_is_not_warned_of() -> None:
+    cell, u = turning(0.9)
+    with count_evaluations() as counter:
+        error_of_gradient(cell, u)  # near its tolerance
+        error_of_gradient(cell, u, adjoint=Implicit(solver=Anderson(max_iter=15, tol=0.05)))
+    assert 1e-2 < counter.worst_adjoint_residual < 0.5
+
+
+def test_nan_in_a_gradient_is_warned_of() -> None:
+    cell, u = turning(0.5)
+    with pytest.warns(ConvergenceWarning, match="relative residual is NaN"):
+        z = Equilibrium(cell)(u)
+        z.backward(torch.full_like(z, torch.nan))
+
+
+def test_the_warning_of_an_adjoint_has_few_texts() -> None:
+    """Python shows a text once, and a training must not show a line for every step."""
+    cell, _ = turning(0.995)
+    texts = set()
+    for seed in range(20):
+        u = rand(5, 64, seed=seed).requires_grad_()
+        loss = Equilibrium(cell)(u).square().sum()
+        with pytest.warns(ConvergenceWarning) as seen:
+            loss.backward()
+        texts |= {str(w.message) for w in seen}
+    assert len(texts) == 1

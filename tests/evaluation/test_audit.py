@@ -51,6 +51,7 @@ def test_a_sound_model_is_not_suspected() -> None:
     assert checks["loss_by_gradient"]["unrolled"] == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
 def test_too_few_solver_iterations_are_caught() -> None:
     model: Any = load_pretrained("digits")
     model.equilibrium.solver = Anderson(max_iter=2)
@@ -60,6 +61,7 @@ def test_too_few_solver_iterations_are_caught() -> None:
     assert report.checks["gradient_cosine_median"] < 0.9
 
 
+@pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
 @pytest.mark.parametrize("adjoint", [Implicit(solver=Picard(max_iter=1)), JacobianFree()])
 def test_an_inexact_backward_pass_is_caught(adjoint: Any) -> None:
     model: Any = load_pretrained("digits")
