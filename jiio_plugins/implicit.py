@@ -247,6 +247,7 @@ def settle(
         mu=torch.where(rows, mu, result.mu),
         v=torch.where(better[:, None], v, result.v),
         loss_last=torch.where(better, after, result.loss_last),
+        mu_error=None if result.mu_error is None else result.mu_error.masked_fill(rows[:, 0], 0.0),
     )
 
 

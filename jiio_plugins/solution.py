@@ -28,6 +28,7 @@ class Status(IntEnum):
     DISAGREEMENT = 5
     NO_IMPROVEMENT = 6
     STALLED = 7
+    GRADIENT_UNSETTLED = 8
 
     @property
     def message(self) -> str:
@@ -66,7 +67,30 @@ _MESSAGES = {
         "no step lowers the residual any more: the tolerance is below what this dtype can reach "
         "(use float64 or loosen tol), or the cell is not smooth here"
     ),
+    Status.GRADIENT_UNSETTLED: (
+        "the value is verified, but the adjoint of the loop had not settled at the last step, so "
+        "the search did not follow the gradient and a better x is likely: raise max_iter, damp the "
+        "cell, or use Nested with a tight solver"
+    ),
 }
+
+
+def report_of(status: Tensor, costate_residual: Tensor | None = None) -> str:
+    """Count of each status with its message, one line each, and how the adjoints ended.
+
+    Args:
+        status: :class:`Status` codes, any number of them.
+        costate_residual: relative residuals of the adjoint equation. None: not known.
+    """
+    codes, counts = torch.unique(status.cpu(), return_counts=True)
+    lines = [
+        f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
+        for c, n in zip(codes, counts, strict=True)
+    ]
+    if costate_residual is not None and costate_residual.numel():
+        median, worst = float(costate_residual.median()), float(costate_residual.max())
+        lines.append(f"adjoint residual: median {median:.1e}, worst {worst:.1e}")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -155,12 +179,8 @@ class Solution:
         return self.status == Status.CONVERGED
 
     def report(self) -> str:
-        """Count of each status with its message, one line each."""
-        codes, counts = torch.unique(self.status.cpu(), return_counts=True)
-        return "\n".join(
-            f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
-            for c, n in zip(codes, counts, strict=True)
-        )
+        """Count of each status with its message, one line each, and how the adjoints ended."""
+        return report_of(self.status, self.stats.costate_residual)
 
     def __str__(self) -> str:
         """A few lines to read: how the problems ended, their values, and what they cost."""

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from jiio_plugins.methods.base import MethodResult
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
+# At an adjoint this far off (relative), the angle between the step and the gradient may be anything
+# up to 30 degrees, and no more is known of it.
+_UNSETTLED = 0.5
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.
 _AMPLIFY = 10.0
@@ -199,7 +202,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     verification = judge.f_evals.clone()
     final = _never_worse(judge, result, final)
     problem.pay(f_evals=judge.f_evals - verification)
-    status = _status(problem, final)
+    status = _status(problem, final, result.mu_error)
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
         f_evals=problem.f_evals,
@@ -239,10 +242,13 @@ def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candid
     return judge.take_better(final, problem.v_start, unsafe)
 
 
-def _status(problem: Problem, final: Candidate) -> Tensor:
-    """How far the values can be trusted, ``(problems,)``."""
+def _status(problem: Problem, final: Candidate, mu_error: Tensor | None) -> Tensor:
+    """How far the values can be trusted, then whether the search was one, ``(problems,)``."""
     worst = problem.groups.worst
     status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
+    if mu_error is not None:
+        unsettled = ~(mu_error <= _UNSETTLED)
+        status[worst(unsettled.float()) > 0] = Status.GRADIENT_UNSETTLED
     gap = (final.value - final.model_value).abs()
     status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
     status[worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED

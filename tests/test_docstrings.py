@@ -48,7 +48,7 @@ def documented() -> dict[str, tuple[Any, list[str]]]:
             path = f"{module.__name__}.{name}"
             if inspect.isfunction(value):
                 add(path, value, inspect.signature(value))
-            elif inspect.isclass(value) and not issubclass(value, Enum):
+            elif inspect.isclass(value) and not issubclass(value, (Enum, Warning)):
                 add(path, value, inspect.signature(value))
                 for method, function, bound in methods(value):
                     add(f"{path}.{method}", function, inspect.signature(function), skip=bound)

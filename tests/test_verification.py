@@ -19,6 +19,7 @@ from jiio_plugins import (
     LinfBall,
     Nested,
     Picard,
+    Solution,
     Status,
     optimize_input,
 )
@@ -33,7 +34,7 @@ from tests.cases import (
     squared,
     statuses,
 )
-from tests.helpers import Elementwise, LinearNet, Net, TanhCell, independent_output, rand
+from tests.helpers import TIGHT, Elementwise, LinearNet, Net, TanhCell, independent_output, rand
 
 # Honest values ----------------------------------------------------------------------------------
 
@@ -271,3 +272,47 @@ def test_a_cell_that_is_nan(method: Any) -> None:
     torch.testing.assert_close(solution.x[others], clean.x, rtol=0, atol=1e-8)
     assert statuses(clean) == {Status.CONVERGED}
     assert bool((solution.status[others] == clean.status).all())
+
+
+# A search along something else than the gradient ------------------------------------------------
+
+
+def unsettled(model: nn.Module, **settings: Any) -> Solution:
+    """One VJP for each adjoint, of a cell that needs many."""
+    method = Nested(max_iter=3, solver=TIGHT, adjoint_solver=Anderson(max_iter=1))
+    x = rand(4, 5, seed=1)
+    return optimize_input(model, x, squared, method=method, constraint=L2Ball(0.3), **settings)
+
+
+def test_an_adjoint_that_has_not_settled_is_a_status() -> None:
+    slow = Net(rate=0.99)
+    with torch.no_grad():  # rotations: what an adjoint takes in does not decay
+        slow.equilibrium.cell.weight.copy_(0.99 * torch.linalg.qr(rand(8, 8, seed=3)).Q)
+        slow.encoder.weight.mul_(0.1)
+    solution = unsettled(slow)
+    assert statuses(solution) == {Status.GRADIENT_UNSETTLED}
+    assert not bool(solution.converged.any())
+    assert float(solution.stats.costate_residual.min()) > 0.5
+    assert "GRADIENT_UNSETTLED: the value is verified, but the adjoint" in solution.report()
+    assert "adjoint residual: median" in solution.report()
+    # what is wrong with the value comes first
+    slow.equilibrium.solver = Anderson(max_iter=3)
+    assert statuses(unsettled(slow)) == {Status.DISAGREEMENT}
+    assert statuses(unsettled(slow, verify=Anderson(max_iter=1))) == {Status.NOT_VERIFIED}
+
+
+@pytest.mark.parametrize("method", [Joint(max_iter=5), Nested(max_iter=3)])
+@pytest.mark.parametrize("constraint", [None, L2Ball(0.3)], ids=["free", "l2"])
+def test_a_callback_sees_the_residual_of_the_adjoint(method: Any, constraint: Any) -> None:
+    seen: list[Tensor] = []
+    solution = optimize_input(
+        Net(),
+        rand(4, 5, seed=1),
+        squared,
+        method=method,
+        constraint=constraint,
+        callback=lambda progress: seen.append(progress.mu_residual),
+    )
+    assert len(seen) == method.max_iter
+    assert torch.equal(seen[-1], solution.stats.costate_residual)
+    assert statuses(solution) == {Status.CONVERGED}

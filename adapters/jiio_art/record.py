@@ -6,8 +6,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from jiio_plugins import Solution, Status, is_adversarial
+from jiio_plugins import Solution, is_adversarial
+from jiio_plugins.solution import report_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +83,5 @@ class AttackRecord:
         )
 
     def report(self) -> str:
-        """Count of each status with its message, one line each."""
-        codes, counts = np.unique(self.status, return_counts=True)
-        return "\n".join(
-            f"{n} × {Status(int(c)).name}: {Status(int(c)).message}"
-            for c, n in zip(codes, counts, strict=True)
-        )
+        """Count of each status with its message, one line each, and how the adjoints ended."""
+        return report_of(torch.from_numpy(self.status), torch.from_numpy(self.costate_residual))

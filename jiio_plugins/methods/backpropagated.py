@@ -91,13 +91,15 @@ class _BackpropagatedIteration(Iteration):
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         self.z = torch.cat(view.z, dim=1).detach()
         unknown = torch.full_like(self.z[:, :1], torch.inf)  # no residual: the start is judged
-        return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown)
+        nan = torch.full_like(loss.detach(), torch.nan)
+        return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown, nan)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`. Autograd treats a batch as a whole, so rows share the cost."""
         self.mu = self.jz_mu = torch.zeros_like(self.z)
         counter, rows = self.counter, self.problem.rows
         self.problem.pay(counter.f_evals / rows, counter.vjps / rows)
+        self.mu_residual = torch.full_like(self.mu_residual, counter.worst_adjoint_residual)
         return super().finish(at, v, best)
 
 

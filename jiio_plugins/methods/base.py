@@ -43,6 +43,8 @@ class Progress(NamedTuple):
         loss: running objective, ``(rows,)``.
         z_residual: ``‖f(z) − z‖ / ‖f(z)‖``, ``(rows,)``.
         z: state, flat, ``(rows, n)``.
+        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖``, ``(rows,)``. Near 1 the gradient is one of an
+            adjoint that has not settled. NaN where it is not known.
     """
 
     iteration: int
@@ -51,6 +53,7 @@ class Progress(NamedTuple):
     loss: Tensor
     z_residual: Tensor
     z: Tensor
+    mu_residual: Tensor
 
 
 Callback = Callable[[Progress], None]
@@ -67,6 +70,7 @@ class Evaluation(NamedTuple):
         r: ``f(z) − z``, ``(rows, n)``. Where it is not known ``(rows, 1)`` of Inf.
         fz: ``f(z)``, ``(rows, n)``. Where that is not known, z.
         dl_dz: ``∂ℓ/∂z``, ``(rows, n)``. Where that is not known, z.
+        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖``, ``(rows,)``. NaN where it is not known.
     """
 
     loss: Tensor
@@ -76,6 +80,7 @@ class Evaluation(NamedTuple):
     r: Tensor
     fz: Tensor
     dl_dz: Tensor
+    mu_residual: Tensor
 
     @property
     def z_residual(self) -> Tensor:
@@ -103,6 +108,8 @@ class MethodResult:
         z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` before the last step on v, ``(rows,)``.
         mu_residual: the same of the adjoint equation, ``(rows,)``.
         bounded: whether ``loss_best`` is a bound.
+        mu_error: estimate of the relative error of the last adjoint, ``(rows,)``. None: there is
+            none.
     """
 
     v: Tensor
@@ -118,6 +125,7 @@ class MethodResult:
     z_residual: Tensor
     mu_residual: Tensor
     bounded: bool = False
+    mu_error: Tensor | None = None
 
 
 class Iteration(abc.ABC):
@@ -267,7 +275,8 @@ class Method(abc.ABC):
                 best.update(v, at)
                 if callback is not None:
                     loss = at.loss.detach()
-                    callback(Progress(k, v, at.gradient, loss, at.z_residual, at.z))
+                    known = at.z_residual, at.z, at.mu_residual
+                    callback(Progress(k, v, at.gradient, loss, *known))
                 v_next = feasible.project(v + step * direction(at.gradient, v))
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():

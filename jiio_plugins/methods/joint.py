@@ -154,7 +154,9 @@ class _JointIteration(Iteration):
         gradient = (dl_dv + jv_mu).reshape(v.shape)
         problem.pay_passes(f_evals=active, vjps=active)
         r = linearized.fz - self.z
-        return Evaluation(loss, linearized.output, gradient, self.z, r, linearized.fz, dl_dz)
+        mu_residual = relative(self.jz_mu_next - self.jz_mu_before, self.mu)
+        at = self.z, r, linearized.fz, dl_dz, mu_residual
+        return Evaluation(loss, linearized.output, gradient, *at)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`."""

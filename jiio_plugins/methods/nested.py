@@ -94,12 +94,13 @@ class _NestedIteration(Iteration):
         warm = self.method.warm_start
         self.warm, self.mu_start = (self.z, self.mu) if warm else (None, None)
         r = linearized.fz - z
-        return Evaluation(loss, linearized.output, gradient, z, r, linearized.fz, dl_dz)
+        at = z, r, linearized.fz, dl_dz, found.residual
+        return Evaluation(loss, linearized.output, gradient, *at)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`."""
         self.jz_mu = self.mu - at.dl_dz
-        return super().finish(at, v, best)
+        return replace(super().finish(at, v, best), mu_error=self.mu_residual)
 
 
 def _capped(solver: Solver) -> Solver:

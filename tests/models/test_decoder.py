@@ -17,6 +17,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder_shapes_and_gradients(name: str) -> None:
     torch.manual_seed(0)
