@@ -43,7 +43,7 @@ def attack(
     early_stop: bool = False,
     method: Method | None = None,
     retry: Method | None = None,
-    verify: Solver | None = None,
+    verify: bool | Solver | None = None,
     training_mode: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
@@ -69,7 +69,8 @@ def attack(
         retry: a longer method, run once more from x on the samples that have not succeeded. Where
             these are few it costs little. A short run for all and a long one for the few reaches
             further than one of their mean length. None: there is no second run.
-        verify: solver of the final check, see :func:`optimize_input`.
+        verify: solver of the final check, or False to leave it out, see :func:`optimize_input`.
+            Several random starts and a retry need it.
         training_mode: leave the model's train/eval flags as they are.
         callback: called with a :class:`jiio_plugins.methods.Progress` after every step.
 
@@ -109,6 +110,11 @@ def attack(
     if retry is not None:
         attempts.append((lambda: x, check_method(retry, "retry")))
     chosen = len(attempts) > 1  # by what verification says of the attempt before
+    if chosen and verify is False:
+        raise ValueError(
+            "verify=False leaves nothing to choose between attempts by: use at most one random "
+            "start and no retry, or let verify be None or a solver"
+        )
 
     def search(start: Tensor, how: Method | None, rows: Tensor | None = None) -> Solution:
         wanted = labels if rows is None else labels[rows]
@@ -160,7 +166,15 @@ def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -
         solution: of :func:`attack`.
         labels: integers ``(rows,)``: the true classes, or with ``targeted`` the wanted ones.
         targeted: whether the attack was.
+
+    Raises:
+        ValueError: the solution was found with ``verify=False``.
     """
+    if solution.output is None:
+        raise ValueError(
+            "the solution was found with verify=False, so nobody has checked it: judge "
+            "model(solution.x), or let verify be None or a solver"
+        )
     tight = hit(solution.output, labels, targeted)
     return tight & hit(solution.stats.model_output, labels, targeted)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import Cost, count, counting_into
-from jiio_plugins.equilibrium.solvers import Solver, check_solver
+from jiio_plugins.equilibrium.solvers import Solver
 from jiio_plugins.implicit import attach, plain_step, settle, warn_if_loose
 from jiio_plugins.joint.inputs import check_gradients_possible, problem_of
 from jiio_plugins.methods.base import solve
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.solution import Solution, Stats
-from jiio_plugins.verification import default_verifier, verified
+from jiio_plugins.verification import check_verify, default_verifier, unverified, verified
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def optimize_input(
     variables: Sequence[str] | None = None,
     groups: Tensor | None = None,
     differentiable: bool | Solver = False,
-    verify: Solver | None = None,
+    verify: bool | Solver | None = None,
     training_mode: bool = False,
     stop: Stop | None = None,
     callback: Callback | None = None,
@@ -69,8 +69,11 @@ def optimize_input(
             not. A solver instead of True refines the result and solves the equation of the
             gradient. One with fewer iterations and a larger ``tol`` makes a cheaper, less exact
             gradient. Warnings then begin at ten times its ``tol``, or at 0.5.
-        verify: solver of the final check, started from the model's own solution. None: Anderson
-            with relative tolerance 1e-5 (1e-9 in float64).
+        verify: solver of the final check, started from the model's own solution. None or True:
+            Anderson with relative tolerance 1e-5 (1e-9 in float64). False: leave the check out, for
+            callers who judge x themselves. The last iterate is then returned, which may be worse
+            than the start. ``value`` and ``output`` are None, and the status is
+            ``Status.UNVERIFIED``.
         training_mode: leave the model's train/eval flags as they are. By default it is in eval mode
             while the loop runs. Dropout keeps one mask for the whole call.
         stop: ``stop(output) -> (rows,)`` booleans. A problem for which it holds four evaluations in
@@ -80,8 +83,8 @@ def optimize_input(
     Returns:
         A :class:`Solution`. ``value`` and ``output`` come from an independent solve at the returned
         x, never from the state the loop ended in. ``stats.model_value`` is what ``model(x)`` itself
-        says. No problem is worse than its start by ``value``: where the running loss there leaves a
-        doubt, the start is judged too. ``x`` is in the constraint set.
+        says. No verified problem is worse than its start by ``value``: where the running loss there
+        leaves a doubt, the start is judged too. ``x`` is in the constraint set.
 
     Raises:
         TypeError, ValueError: bad input. The message says what was given and what is accepted.
@@ -101,7 +104,7 @@ def optimize_input(
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021).
     """
-    check_solver(verify, "verify")
+    check_verify(verify)
     if not isinstance(differentiable, (bool, Solver)):
         raise TypeError(
             f"differentiable must be True, False, or a solver such as Anderson(...), got "
@@ -128,7 +131,11 @@ def optimize_input(
             final_step = method.steps(problem.feasible, problem.v_start)[-1]
             step = plain_step(problem, result, final_step)
             result = settle(problem, result, step, implicit)
-        solution, v = verified(problem, result, verify or default_verifier(x.dtype))
+        if verify is False:
+            solution, v = unverified(problem, result), result.v
+        else:
+            verifier = verify if isinstance(verify, Solver) else default_verifier(x.dtype)
+            solution, v = verified(problem, result, verifier)
     if differentiable:
         solution = _attached(problem, replace(result, v=v), step, solution, implicit)
     stats = solution.stats

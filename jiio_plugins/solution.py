@@ -29,6 +29,7 @@ class Status(IntEnum):
     NO_IMPROVEMENT = 6
     STALLED = 7
     GRADIENT_UNSETTLED = 8
+    UNVERIFIED = 9
 
     @property
     def message(self) -> str:
@@ -71,6 +72,10 @@ _MESSAGES = {
         "the value is verified, but the adjoint of the loop had not settled at the last step, so "
         "the search did not follow the gradient and a better x is likely: raise max_iter, damp the "
         "cell, or use Nested with a tight solver"
+    ),
+    Status.UNVERIFIED: (
+        "nobody has checked where the loop ended, as verify=False asked for: judge x yourself, or "
+        "call with verify=None or a solver"
     ),
 }
 
@@ -159,7 +164,8 @@ class Solution:
         z: the equilibrium state, a tensor or tuple as the cell has it. Of several layers, a tuple
             over them.
         costate: the adjoint μ in the layout of ``z``, or None.
-        value: verified objective ℓ per problem, ``(problems,)``. None for a plain solve.
+        value: verified objective ℓ per problem, ``(problems,)``. None for a plain solve, and with
+            ``verify=False``.
         status: :class:`Status` codes, int8, ``(rows,)`` of a plain solve, else ``(problems,)``.
         stats: costs and residuals.
         output: ``model(x)`` from the verification solve, or None.

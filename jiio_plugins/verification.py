@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
-from jiio_plugins.equilibrium.solvers import Anderson, Solver
+from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
@@ -225,6 +225,44 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
         output=final.output,
     )
     return solution, final.v
+
+
+def unverified(problem: Problem, result: MethodResult) -> Solution:
+    """Where a method ended, as it is. No values, as nobody has checked any.
+
+    Args:
+        problem: what was optimised.
+        result: where the method ended.
+    """
+    finite = torch.isfinite(result.loss_last)
+    finite &= problem.groups.worst((~torch.isfinite(row_norm(result.z))).float()) == 0
+    status = torch.full_like(result.loss_last, Status.UNVERIFIED, dtype=torch.int8)
+    stats = Stats(
+        f_evals=problem.f_evals,
+        vjps=problem.vjps,
+        iterations=result.iterations,
+        z_residual=result.z_residual,
+        costate_residual=result.mu_residual,
+        verification_f_evals=torch.zeros_like(problem.f_evals),
+    )
+    return Solution(
+        x=problem.variable.unflatten(result.v),
+        z=problem.layout.unpack(result.z),
+        costate=problem.layout.unpack(result.mu),
+        value=None,
+        status=status.masked_fill(~finite, Status.NONFINITE),
+        stats=stats,
+    )
+
+
+def check_verify(verify: object) -> None:
+    """Raise unless it is True, False, None or a solver.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(verify, bool):
+        check_solver(verify, "verify")
 
 
 def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candidate:

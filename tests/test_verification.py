@@ -21,6 +21,9 @@ from jiio_plugins import (
     Picard,
     Solution,
     Status,
+    attack,
+    count_evaluations,
+    is_adversarial,
     optimize_input,
 )
 from tests.cases import (
@@ -316,3 +319,65 @@ def test_a_callback_sees_the_residual_of_the_adjoint(method: Any, constraint: An
     assert len(seen) == method.max_iter
     assert torch.equal(seen[-1], solution.stats.costate_residual)
     assert statuses(solution) == {Status.CONVERGED}
+
+
+# Without verification ---------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("constraint", [None, L2Ball(0.3)], ids=["free", "l2"])
+def test_verification_can_be_left_out(method: Any, constraint: Any) -> None:
+    x = rand(4, 5, seed=1)
+    model = Net(solver=Anderson(tol=1e-9))
+    with count_evaluations() as counter:
+        found = optimize_input(
+            model, x, squared, method=method, constraint=constraint, verify=False
+        )
+    assert statuses(found) == {Status.UNVERIFIED}
+    assert "UNVERIFIED: nobody has checked" in str(found)
+    assert found.value is None
+    assert found.output is None
+    assert found.stats.model_value is None
+    assert found.stats.verification_f_evals.tolist() == [0.0] * 4
+    assert counter.f_evals == float(found.stats.f_evals.sum())
+    assert counter.verification_f_evals == 0
+    if constraint is not None:
+        assert bool(((found.x - x).norm(dim=1) <= 0.3 + 1e-9).all())
+    before, after = (squared(independent_output(model, at)) for at in (x, found.x))
+    assert bool((after < before).all())
+    checked = optimize_input(model, x, squared, method=method, constraint=constraint)
+    assert bool((found.stats.f_evals <= checked.stats.f_evals).all())
+    torch.testing.assert_close(found.x, checked.x)
+
+
+def test_a_verification_that_is_left_out_leaves_gradients_and_nan_statuses() -> None:
+    x = rand(3, 5, seed=1)
+    live = x.clone().requires_grad_()
+    ball = L2Ball(0.3)
+    found = [
+        optimize_input(Net(), live, squared, constraint=ball, differentiable=True, verify=verify)
+        for verify in (False, True)
+    ]
+    gradients = [torch.autograd.grad(s.x.sum(), live)[0] for s in found]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+    def broken(y: Tensor) -> Tensor:
+        return torch.where(torch.arange(3) == 1, torch.nan, squared(y))
+
+    nan = optimize_input(Net(), x, broken, constraint=ball, verify=False)
+    assert nan.status.tolist() == [Status.UNVERIFIED, Status.NONFINITE, Status.UNVERIFIED]
+    assert bool(torch.isfinite(nan.x).all())
+
+
+def test_what_needs_a_verification_says_so() -> None:
+    x, y = rand(3, 5, seed=1), torch.arange(3)
+    ball: dict[str, Any] = {"norm": 2, "eps": 0.3, "verify": False}
+    found = attack(Net(), x, y, random_starts=1, **ball)
+    assert statuses(found) == {Status.UNVERIFIED}
+    with pytest.raises(ValueError, match="found with verify=False, so nobody has checked it"):
+        is_adversarial(found, y)
+    for more in ({"random_starts": 2}, {"retry": Joint()}):
+        with pytest.raises(ValueError, match="verify=False leaves nothing to choose"):
+            attack(Net(), x, y, **ball, **more)
+    with pytest.raises(TypeError, match="verify must be Anderson"):
+        optimize_input(Net(), x, squared, verify=0)  # type: ignore[arg-type]

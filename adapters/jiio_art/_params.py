@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.losses import LOSSES
 from jiio_plugins.methods import Method
 
@@ -41,6 +42,8 @@ def check_params(attack: Any) -> None:
         value = getattr(attack, name)
         if value is not None and not isinstance(value, Method):
             raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
+    if not isinstance(attack.verify, bool):
+        check_solver(attack.verify, "verify")
     if attack.autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
             f"autocast must be torch.bfloat16, torch.float16 or None, got {attack.autocast!r}"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
     from art.summary_writer import SummaryWriter
 
+    from jiio_plugins.equilibrium import Solver
     from jiio_plugins.losses import Loss
     from jiio_plugins.methods import Callback, Method, Progress
 
@@ -66,6 +67,8 @@ class JIIOAttack(EvasionAttack):
         retry: a longer method of the same kinds, run once more from x on the samples that have not
             succeeded. Its own step sizes hold. ``max_iter`` and ``eps_step`` are ``method``'s.
             None: there is no second run.
+        verify: solver of the final check. None or True: the engine's own. False: leave it out, as
+            fits where the images are judged anyway. It is needed by several starts and a retry.
         autocast: precision in which the loop runs the model, ``torch.bfloat16`` say. The
             perturbation stays in float32, and the result is verified without it. None: as the model
             is.
@@ -112,6 +115,7 @@ class JIIOAttack(EvasionAttack):
         "early_stop",
         "method",
         "retry",
+        "verify",
         "autocast",
         "seed",
         "verbose",
@@ -134,6 +138,7 @@ class JIIOAttack(EvasionAttack):
         early_stop: bool = False,
         method: Method | None = None,
         retry: Method | None = None,
+        verify: bool | Solver | None = None,
         autocast: torch.dtype | None = None,
         seed: int = 0,
         summary_writer: str | bool | SummaryWriter = False,
@@ -152,6 +157,7 @@ class JIIOAttack(EvasionAttack):
         self.early_stop = early_stop
         self.method = method
         self.retry = retry
+        self.verify = verify
         self.autocast = autocast
         self.seed = seed
         self.verbose = verbose
@@ -207,7 +213,8 @@ class JIIOAttack(EvasionAttack):
                 )
                 records.append(record)
         self.solution = AttackRecord.join(records)
-        logger.info("Success rate of attack: %.2f%%", 100 * self.solution.success.mean())
+        if self.verify is not False:
+            logger.info("Success rate of attack: %.2f%%", 100 * self.solution.success.mean())
         if self.summary_writer is not None:
             self.summary_writer.reset()
         return adversarial
@@ -263,6 +270,7 @@ class JIIOAttack(EvasionAttack):
             early_stop=self.early_stop,
             method=method,
             retry=retry,
+            verify=self.verify,
             callback=self._summary(batch_id, x.shape, y),
         )
         assert isinstance(solution.x, Tensor)

@@ -23,9 +23,10 @@ class AttackRecord:
     """One entry per sample, in the order of the images. All are NumPy arrays ``(rows,)``.
 
     Attributes:
-        success: adversarial by ``model(x)`` itself and by an independent tight solve.
+        success: adversarial by ``model(x)`` itself and by an independent tight solve. With
+            ``verify=False``, when nobody has looked, False.
         value: the minimised objective by the tight solve: minus the loss, or with ``targeted`` the
-            loss of the target.
+            loss of the target. With ``verify=False`` NaN.
         model_value: the same by ``model(x)`` with the solver the model carries.
         status: :class:`jiio_plugins.Status` codes, which :meth:`report` reads out.
         f_evals: evaluations of the cell f, all restarts together. The final verification, which
@@ -60,14 +61,19 @@ class AttackRecord:
 
         def read(name: str) -> npt.NDArray[Any]:
             source = solution if name in ("value", "status") else solution.stats
-            entry: Tensor = getattr(source, name).detach().cpu()
+            entry: Tensor | None = getattr(source, name)
+            if entry is None:
+                return np.full(len(solution.status), np.nan, dtype=np.float32)
+            entry = entry.detach().cpu()
             array: npt.NDArray[Any] = (
                 entry.float() if entry.is_floating_point() else entry
             ).numpy()
             return array
 
-        success = is_adversarial(solution, labels, targeted).cpu().numpy()
-        return cls(success, **{f.name: read(f.name) for f in fields(cls) if f.name != "success"})
+        judged = solution.output is not None
+        success = is_adversarial(solution, labels, targeted) if judged else labels != labels
+        known = success.cpu().numpy()
+        return cls(known, **{f.name: read(f.name) for f in fields(cls) if f.name != "success"})
 
     @classmethod
     def join(cls, records: Sequence[AttackRecord]) -> AttackRecord:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from jiio_plugins.attacks import attack
+from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.joint import guarded
 from jiio_plugins.methods import Joint, Method
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
+    from jiio_plugins.equilibrium import Solver
     from jiio_plugins.losses import Loss
     from jiio_plugins.solution import Solution
 
@@ -55,6 +57,8 @@ class JIIO(Attack):
             :class:`jiio_plugins.Nested`, the loop that JIIO replaces.
         retry: a longer method of the same kinds, run once more from the images on those that have
             not succeeded. ``steps`` is ``method``'s. None: there is no second run.
+        verify: solver of the final check. None or True: the engine's own. False: leave it out, as
+            fits where the images are judged anyway. It is needed by several starts and a retry.
 
     Shape:
         - images ``(rows, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``. They
@@ -90,6 +94,7 @@ class JIIO(Attack):
         seed: int = 0,
         method: Method | None = None,
         retry: Method | None = None,
+        verify: bool | Solver | None = None,
     ) -> None:
         super().__init__("JIIO", model)
         self.supported_mode = ["default", "targeted"]
@@ -102,6 +107,7 @@ class JIIO(Attack):
         self.seed = seed
         self.method = method
         self.retry = retry
+        self.verify = verify
         self._target_generator = torch.Generator().manual_seed(seed)
         self._solution: Solution | None = None
         self._check_settings()
@@ -171,6 +177,7 @@ class JIIO(Attack):
             training_mode=self._model_training,
             method=method if self.steps is None else replace(method, max_iter=self.steps),
             retry=self.retry,
+            verify=self.verify,
         )
         adversarial = self._solution.x
         assert isinstance(adversarial, Tensor)
@@ -261,6 +268,8 @@ class JIIO(Attack):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Method):
                 raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
+        if not isinstance(self.verify, bool):
+            check_solver(self.verify, "verify")
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

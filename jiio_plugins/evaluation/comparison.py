@@ -2,8 +2,9 @@
 
 Accuracy and cross-entropy are judged by a converged solve (relative residual 1e-5, from the layers'
 initial state) that no attack had a part in. f evaluations and VJPs are sums over samples divided by
-samples, with everything an attack used to choose its answer. Seconds leave that common judgement
-out.
+samples, with everything an attack used to choose its answer. An attack of the engine verifies its
+answer once more, and the f evaluations of that stand in a column of their own. Seconds leave all
+judgement out.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Row:
         family: what the row is a setting of: a line or a kind of point in the plot.
         accuracy, loss: by the converged solve. The loss is the mean cross-entropy.
         f_evals, vjps: per image.
+        verification: f evaluations per image with which an attack of the engine judged itself, on
+            top of ``f_evals``. 0 where there was no verification, or where it chose the answer and
+            is in ``f_evals``.
         seconds, all_seconds: for all images, the median and each run.
         judge_residual: the largest relative residual of the converged solve.
         setting: name -> value.
@@ -56,6 +60,7 @@ class Row:
     loss: float = 0.0
     f_evals: float = 0.0
     vjps: float = 0.0
+    verification: float = 0.0
     seconds: float = 0.0
     judge_residual: float = 0.0
     all_seconds: list[float] = field(default_factory=list)
@@ -141,6 +146,7 @@ class Comparison:
         found = self.threat.check(row.method, found, self.x)
         if not row.all_seconds:
             row.f_evals, row.vjps = counter.f_evals / len(found), counter.vjps / len(found)
+            row.verification = counter.verification_f_evals / len(found)
             self._judge(row, found)
             self.rows.append(row)
         row.all_seconds.append(seconds)
@@ -197,11 +203,12 @@ class Comparison:
             f"{len(self.x)} images, {ball} within [0, 1], {torch.get_num_threads()} threads; "
             "accuracy and loss by converged solves",
             f"{'':{width}} {'accuracy':>9} {'loss':>7} {'f':>7} {'VJP':>7} {'f+VJP':>7} "
-            f"{'seconds':>8} {'judged at':>9}",
+            f"{'verification':>12} {'seconds':>8} {'judged at':>9}",
         ]
         lines += [
             f"{r.method:{width}} {100 * r.accuracy:7.2f} % {r.loss:7.3f} {r.f_evals:7.1f} "
-            f"{r.vjps:7.1f} {r.cost:7.1f} {r.seconds:8.2f} {r.judge_residual:9.0e}"
+            f"{r.vjps:7.1f} {r.cost:7.1f} {f'{r.verification:.1f}' if r.verification else '':>12} "
+            f"{r.seconds:8.2f} {r.judge_residual:9.0e}"
             for r in shown
         ]
         return "\n".join(lines)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Joint
+from jiio_plugins import Joint, attack
 from jiio_plugins.data import load_digits
 from jiio_plugins.evaluation import Comparison, Row, engine_attack
 from jiio_plugins.evaluation.comparison import SWEEP, cost_at, front
@@ -35,6 +35,19 @@ def test_a_row_measured_again_gets_a_time() -> None:
     assert row.loss > comparison.rows[0].loss
     assert 0 < row.vjps < row.f_evals < 60
     assert row.judge_residual < 1e-2
+    assert f" {row.verification:.1f} " in str(comparison)
+    assert 10 < row.verification < 100
+
+
+def test_an_attack_without_verification_pays_for_none() -> None:
+    comparison, row = compare(images=2), Row("JIIO", "JIIO")
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return attack(model, x, y, norm=2, eps=0.5, lower=0, upper=1, verify=False).x
+
+    comparison.measure(row, run)
+    assert row.verification == 0
+    assert row.cost > 30
 
 
 def test_the_judge_is_a_solve_of_its_own() -> None:

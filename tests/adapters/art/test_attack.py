@@ -100,6 +100,23 @@ def test_another_method(trained: PyTorchClassifier, digits: Digits) -> None:
     assert (attack.solution.vjps > 3).all()  # an adjoint solve takes more than one
 
 
+def test_verification_can_be_left_out(trained: PyTorchClassifier, digits: Digits) -> None:
+    x, y = digits
+    attack = attack_on(trained, verify=False, batch_size=5)
+    adversarial = attack.generate(x, y)
+    assert (trained.predict(adversarial).argmax(1) != y).mean() >= 0.75
+    record = attack.solution
+    assert (record.status == Status.UNVERIFIED).all()
+    assert not record.success.any()
+    assert np.isnan(record.value).all()
+    assert np.isnan(record.model_value).all()
+    assert (record.verification_f_evals == 0).all()
+    assert "8 × UNVERIFIED" in record.report()
+    assert "adjoint residual: median" in record.report()
+    with pytest.raises(TypeError, match="verify must be Anderson"):
+        attack.set_params(verify="no")
+
+
 def test_retry(trained: PyTorchClassifier, digits: Digits) -> None:
     x, y = digits
     short = attack_on(trained, eps=0.5, max_iter=2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins import Joint, Nested, attack as engine_attack, count_evaluations
+from jiio_plugins import Joint, Nested, Status, attack as engine_attack, count_evaluations
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
 from jiio_torchattacks import JIIO
@@ -144,6 +144,16 @@ def test_retry() -> None:
     both = JIIO(model, eps=0.05, steps=2, retry=Joint(max_iter=10))
     both(images, labels)
     assert bool((both.solution.stats.iterations == 2 + 10 * missed).all())
+
+
+def test_verification_can_be_left_out() -> None:
+    model, (images, labels) = net(), batch(saturated=False)
+    checked, unchecked = JIIO(model, steps=5), JIIO(model, steps=5, verify=False)
+    torch.testing.assert_close(unchecked(images, labels), checked(images, labels))
+    assert bool((unchecked.solution.status == Status.UNVERIFIED).all())
+    assert unchecked.solution.value is None
+    with pytest.raises(TypeError, match="verify must be Anderson"):
+        JIIO(model, verify="no")  # type: ignore[arg-type]
 
 
 def test_batch_of_one_is_a_row_of_the_batch() -> None:
