@@ -4,6 +4,7 @@ from jiio_plugins.attacks import attack, is_adversarial
 from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
 from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from jiio_plugins.equilibrium.cell import Damped
 from jiio_plugins.equilibrium.counting import Counter, count_evaluations
 from jiio_plugins.equilibrium.layer import Equilibrium
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
@@ -24,6 +25,7 @@ __all__ = [
     "Constraint",
     "ConvergenceWarning",
     "Counter",
+    "Damped",
     "Equilibrium",
     "Implicit",
     "Intersection",

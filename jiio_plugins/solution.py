@@ -40,12 +40,12 @@ class Status(IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the fixed point converged; at an optimised input, by an independent solve",
     Status.MAX_ITER: (
-        "the iteration limit came before the tolerance: raise max_iter, loosen tol, "
-        "or use Anderson instead of Picard"
+        "the iteration limit came before the tolerance: raise max_iter, loosen tol, use Anderson "
+        "instead of Picard, with more memory if the cell is slow, or damp the cell (Damped)"
     ),
     Status.DIVERGED: (
-        "the residual grew instead of shrinking: the cell is not contractive here; use Anderson, "
-        "lower damping, or train with a Jacobian penalty"
+        "the residual grew instead of shrinking: the cell is not contractive here; damp it "
+        "(Damped), use Anderson, or train with a Jacobian penalty"
     ),
     Status.NONFINITE: (
         "the model returned NaN or Inf: the best finite iterate is returned; check the input's "
@@ -53,8 +53,8 @@ _MESSAGES = {
     ),
     Status.NOT_VERIFIED: (
         "the independent solve at the returned input did not reach its tolerance: do not trust "
-        "this value; give it more iterations (verify=), or, where the cell does not contract, "
-        "train with a Jacobian penalty"
+        "this value; give it more iterations (verify=), or, where the cell does not contract, damp "
+        "it (Damped) or train with a Jacobian penalty"
     ),
     Status.DISAGREEMENT: (
         "the model's own solver and the tight solve give different values: the model stops too "
@@ -71,7 +71,7 @@ _MESSAGES = {
     Status.GRADIENT_UNSETTLED: (
         "the value is verified, but the adjoint of the loop had not settled at the last step, so "
         "the search did not follow the gradient and a better x is likely: raise max_iter, damp the "
-        "cell, or use Nested with a tight solver"
+        "cell (Damped), or use Nested with a tight solver"
     ),
     Status.UNVERIFIED: (
         "nobody has checked where the loop ended, as verify=False asked for: judge x yourself, or "

@@ -8,7 +8,7 @@ from jiio_plugins.equilibrium.adjoints import (
     Unrolled,
     implicit_gate,
 )
-from jiio_plugins.equilibrium.cell import CellMap
+from jiio_plugins.equilibrium.cell import CellMap, Damped
 from jiio_plugins.equilibrium.counting import (
     Cost,
     Counter,
@@ -37,6 +37,7 @@ __all__ = [
     "CellMap",
     "Cost",
     "Counter",
+    "Damped",
     "Equilibrium",
     "EquilibriumLayer",
     "Implicit",

@@ -13,10 +13,10 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit
-from jiio_plugins.equilibrium.cell import CellMap
+from jiio_plugins.equilibrium.cell import CellMap, initial_state
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.state import Layout, as_tensors
 
@@ -166,15 +166,7 @@ class Equilibrium(EquilibriumLayer):
 
     def initial_state(self, *injection: Any) -> Any:
         """``cell.initial_state(*injection)`` where defined, else zeros like the first injection."""
-        build = getattr(self.cell, "initial_state", None)
-        if build is not None:
-            return build(*injection)
-        if not injection or not isinstance(injection[0], Tensor):
-            raise TypeError(
-                "Equilibrium needs at least one injected tensor, or a cell with "
-                "initial_state(*injection), or z0="
-            )
-        return torch.zeros_like(as_tensors(injection[0])[0])
+        return initial_state(self.cell, *injection)
 
     def extra_repr(self) -> str:
         """Solver and adjoint."""

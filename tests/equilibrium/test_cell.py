@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Implicit, Unrolled, optimize_input
-from tests.helpers import Elementwise, rand
+from jiio_plugins import (
+    Damped,
+    Equilibrium,
+    Implicit,
+    Picard,
+    Unrolled,
+    optimize_input,
+    solve_fixed_point,
+)
+from tests.cases import NETWORKS, every_network
+from tests.helpers import (
+    TIGHT,
+    Affine,
+    Elementwise,
+    TanhCell,
+    assert_same,
+    gradients,
+    rand,
+)
 
 
 class Wrong(nn.Module):
@@ -79,3 +98,47 @@ def test_a_cell_that_changes_its_state_in_place(f: Any, pair: bool) -> None:
         meddles(u)
     with pytest.raises(RuntimeError, match="or what was injected"):
         optimize_input(meddles, u, lambda z: z.square().sum(1))
+
+
+# Damping ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [0.15, 0.6, 1.3])
+@every_network
+def test_a_damped_cell_has_the_fixed_points_and_gradients_of_its_cell(
+    name: str, damping: float
+) -> None:
+    model, damped, x = NETWORKS[name](), NETWORKS[name](), rand(4, 5, seed=1)
+    for layer in [m for m in damped.modules() if isinstance(m, Equilibrium)]:
+        layer.cell = Damped(layer.cell, damping)
+        layer.solver = replace(TIGHT, memory=10)
+    torch.testing.assert_close(damped(x), model(x), rtol=1e-9, atol=1e-10)
+    ours = {k.replace("cell.cell", "cell"): g for k, g in gradients(damped, x).items()}
+    assert_same(ours, gradients(model, x), rtol=1e-7)
+
+
+def test_damping_makes_a_repelling_fixed_point_attract() -> None:
+    """Eigenvalues −3, −1.5 and ±2i: plain iteration runs away, 0.3 times its step does not."""
+    a = torch.block_diag(
+        torch.diag(torch.tensor([-3.0, -1.5])), torch.tensor([[0.0, -2.0], [2.0, 0.0]])
+    ).double()
+    u, plain = rand(3, 4, seed=1), Picard(max_iter=300, tol=1e-10)
+    exact = torch.linalg.solve(torch.eye(4).double() - a, u.T).T
+    cells = Affine(a), Damped(Affine(a), 0.3)
+    found = [solve_fixed_point(lambda z, f=f: f(z, u), torch.zeros_like(u), plain) for f in cells]
+    assert not bool(found[0].converged.any())
+    assert bool(found[1].converged.all())
+    torch.testing.assert_close(found[1].z, exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.1, math.nan, math.inf])
+def test_bad_damping(damping: float) -> None:
+    with pytest.raises(ValueError, match="damping must be above 0 and finite, got"):
+        Damped(TanhCell(3, 0.5, seed=1), damping)
+
+
+def test_damping_refuses_what_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"of the cell Wrong is a tensor of shape \(1, 4\)"):
+        Equilibrium(Damped(Wrong(lambda z, u: z[:1]), 0.5))(rand(2, 4, seed=1))
+    with pytest.raises(TypeError, match=r"cell must be an nn\.Module, got function"):
+        Damped(lambda z: z, 0.5)  # type: ignore[arg-type]
