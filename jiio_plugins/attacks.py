@@ -170,7 +170,7 @@ def is_adversarial(solution: Solution, labels: Tensor, targeted: bool = False) -
     Raises:
         ValueError: the solution was found with ``verify=False``.
     """
-    if solution.output is None:
+    if solution.output is None and len(solution.status):
         raise ValueError(
             "the solution was found with verify=False, so nobody has checked it: judge "
             "model(solution.x), or let verify be None or a solver"

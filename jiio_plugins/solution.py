@@ -94,7 +94,7 @@ def report_of(status: Tensor, costate_residual: Tensor | None = None) -> str:
     ]
     if costate_residual is not None and costate_residual.numel():
         median, worst = float(costate_residual.median()), float(costate_residual.max())
-        lines.append(f"adjoint residual: median {median:.1e}, worst {worst:.1e}")
+        lines.append(f"adjoint residual: median {median:.0e}, worst {worst:.0e}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import TYPE_CHECKING
 
 from tests.helpers import ROOT
@@ -17,7 +18,7 @@ def test_readme_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str
     assert code is not None
     names = {"__name__": "readme"}
     exec(compile(code[1], "README.md", "exec"), names)
-    assert capsys.readouterr().out.strip() == code[2].strip()
+    assert capsys.readouterr().out.strip() == textwrap.dedent(code[2]).strip()
     more = re.findall(r"```python\n(from .*?)```", text, re.S)
     assert len(more) == 2
     for block in more:  # with the network of the first
