@@ -1,0 +1,252 @@
+"""JIIO against PGD on deep equilibrium models as public code builds and trains them, in one run.
+
+    python benchmarks/zoo.py [--kinds tutorial mdeq] [--samples 64] [--out out/benchmark-zoo]
+
+Every kind of ``zoo_models`` is trained, or loaded from ``--cache``. Then it is attacked by
+
+* PGD-20 with implicit gradients, with two schedules of its step. Each of its points is solved for z
+  and for μ from scratch, by Anderson to 1e-3, each row for as long as it needs;
+* :class:`jiio_plugins.Joint` with its defaults, and with each of ``--iterations``.
+
+All points are judged by solves in float64 that share no code with either. The judge also compares
+the last gradient of each loop with the exact one at the same x. The columns:
+
+* loss, accuracy: by the judge. The loss of an image is its squared error;
+* share: of the loss of the stronger PGD;
+* f+VJP: a row, then with the final verification. gain: PGD's f+VJP over the method's, both with it;
+* cosine: of the two gradients, the median; wrong: rows below 0.9 whose status is CONVERGED;
+* short: rows whose loss is more than 3 % below that of the stronger PGD; flagged: those of them
+  whose status is another than CONVERGED;
+* unjudged: rows for which the judge itself did not converge. They are in no other column but the
+  costs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import tyro
+from torch.nn.functional import cosine_similarity
+from zoo_models import KINDS, Case, Judge, load
+
+from jiio_plugins import Anderson, Joint, Nested, Status, count_evaluations, optimize_input
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jiio_plugins import Solution
+    from jiio_plugins.methods import Method, Progress
+
+SHORT = 0.97  # of PGD's loss
+ALIGNED = 0.9  # cosine above which a gradient is worth its name
+SOLVER = Anderson(max_iter=200, tol=1e-3)
+PGD = {
+    "PGD-20, ε/4": Nested(solver=SOLVER, step_size=0.25, final_step_size=0.25),
+    "PGD-20, ε to 0.04 ε": Nested(solver=SOLVER, step_size=1.0, final_step_size=0.04),
+}
+
+
+@dataclass
+class Args:
+    """Benchmark on the zoo of hard DEQs."""
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """which models"""
+    samples: int = 64
+    """rows of each attack, at most 500"""
+    iterations: tuple[int, ...] = (10, 80)
+    """of JIIO, besides its defaults"""
+    cache: Path = Path("out/zoo-weights")
+    """folder of trained weights: what it lacks is trained"""
+    out: Path = Path("out/benchmark-zoo")
+    threads: int = 2
+
+
+@dataclass
+class Run:
+    """What one method did on one case.
+
+    Attributes:
+        method: its name.
+        loss: by the judge, of each row.
+        judged: whether the judge converged, of each row.
+        right: whether the class is right, of each row. Empty where the model is no classifier.
+        status: names, of each row.
+        cosine: of the loop's last gradient with the exact one, of each row. NaN where the judge did
+            not converge.
+        cost: f+VJP a row.
+        cost_verified: the same with the final verification.
+        seconds: of the call.
+    """
+
+    method: str
+    loss: list[float]
+    judged: list[bool]
+    right: list[bool]
+    status: list[str]
+    cosine: list[float]
+    cost: float
+    cost_verified: float
+    seconds: float
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tensor]:
+    """Attack and judge. Also the points that were found."""
+    last: list[Progress] = []
+
+    def keep(progress: Progress) -> None:
+        last[:] = [progress]
+
+    begin = time.perf_counter()
+    solution: Solution = optimize_input(
+        case.model,
+        case.x,
+        case.objective,
+        method=method,
+        constraint=case.constraint,
+        callback=keep,
+    )
+    seconds = time.perf_counter() - begin
+    x, stats = solution.x, solution.stats
+    verdict = judge(x)
+    exact = judge(last[0].v.reshape(case.x.shape), gradient=True)
+    cosine = cosine_similarity(exact.gradient.flatten(1), last[0].gradient.double())
+    cosine = torch.where(exact.gradient_converged, cosine, torch.nan)
+    cost = (stats.f_evals + stats.vjps).mean().item()
+    found = Run(
+        method=name,
+        loss=verdict.loss.tolist(),
+        judged=verdict.converged.tolist(),
+        right=[] if verdict.right is None else verdict.right.tolist(),
+        status=[Status(int(code)).name for code in solution.status],
+        cosine=cosine.tolist(),
+        cost=cost,
+        cost_verified=cost + stats.verification_f_evals.mean().item(),
+        seconds=seconds,
+    )
+    return found, x
+
+
+def summarise(found: Run, peer: Run) -> None:
+    """Fill in the figures of one run, beside those of the stronger PGD."""
+    judged = torch.tensor(found.judged) & torch.tensor(peer.judged)
+    loss, best = (torch.tensor(r.loss)[judged] for r in (found, peer))
+    converged = torch.tensor([name == "CONVERGED" for name in found.status])
+    cosine = torch.tensor(found.cosine)
+    known = torch.isfinite(cosine)
+    short = loss < best - (1 - SHORT) * best.abs()
+    right = torch.tensor(found.right)
+    found.summary = {
+        "loss": loss.mean().item(),
+        "accuracy": right[judged].double().mean().item() if len(right) else None,
+        "share": (loss.mean() / best.mean()).item(),
+        "gain": peer.cost_verified / found.cost_verified,
+        "cosine": cosine[known].median().item() if bool(known.any()) else None,
+        "wrong": ((cosine < ALIGNED) & known & converged).double().mean().item(),
+        "short": int(short.sum()),
+        "flagged": int((short & ~converged[judged]).sum()),
+        "unjudged": len(judged) - int(judged.sum()),
+        "status": dict(Counter(found.status)),
+    }
+
+
+def show(found: Run) -> None:
+    s = found.summary
+    accuracy = "" if s["accuracy"] is None else f"{s['accuracy']:.1%}"
+    cosine = "" if s["cosine"] is None else f"{s['cosine']:.3f}"
+    others = ", ".join(f"{n} {name}" for name, n in s["status"].items() if name != "CONVERGED")
+    print(
+        f"  {found.method:<22}{s['loss']:>8.3f}{accuracy:>9}{s['share']:>8.1%}"
+        f"{found.cost:>9.1f}{found.cost_verified:>9.1f}{s['gain']:>7.2f}{cosine:>8}"
+        f"{s['wrong']:>8.1%}{s['short']:>6}{s['flagged']:>8}{s['unjudged']:>9}"
+        f"{found.seconds:>7.1f}  {others}",
+        flush=True,
+    )
+
+
+def header() -> str:
+    return (
+        f"  {'method':<22}{'loss':>8}{'accuracy':>9}{'share':>8}{'f+VJP':>9}{'verified':>9}"
+        f"{'gain':>7}{'cosine':>8}{'wrong':>8}{'short':>6}{'flagged':>8}{'unjudged':>9}{'s':>7}"
+        "  statuses other than CONVERGED"
+    )
+
+
+def own_evaluations(case: Case) -> float:
+    """Of f a row, by the model's own solver."""
+    with count_evaluations() as counter, torch.no_grad():
+        case.model(case.x)
+    return counter.f_evals / len(case.x)
+
+
+def run_kind(args: Args, kind: str) -> dict[str, Any]:
+    begin = time.perf_counter()
+    case = load(kind, args.samples, args.cache)
+    ready = time.perf_counter() - begin
+    judge = Judge(case)
+    clean = judge(case.x)
+    accuracy = None if clean.right is None else clean.right.double().mean().item()
+    facts = {
+        "clean_loss": clean.loss[clean.converged].mean().item(),
+        "clean_accuracy": accuracy,
+        "own_evaluations": own_evaluations(case),
+        "unjudged_clean": int((~clean.converged).sum()),
+    }
+    print(
+        f"\n{kind} (trained or loaded in {ready:.0f} s): clean loss {facts['clean_loss']:.3f}"
+        + ("" if accuracy is None else f", accuracy {accuracy:.1%}")
+        + f", its own solver takes {facts['own_evaluations']:.1f} evaluations",
+        flush=True,
+    )
+    default = Joint()
+    methods: dict[str, Method] = {
+        **PGD,
+        f"JIIO, {default.max_iter} (defaults)": default,
+        **{f"JIIO, {k}": Joint(max_iter=k) for k in args.iterations},
+    }
+    runs, points = {}, {}
+    for name, method in methods.items():
+        runs[name], points[name] = run(name, method, case, judge)
+        if name == list(PGD)[-1]:
+            best = max(PGD, key=lambda name: _mean(runs[name]))
+            facts["radius"] = sorted(judge(points[best], radius=True).radius.tolist())
+            middle, largest = facts["radius"][len(case.x) // 2], facts["radius"][-1]
+            print(f"  ρ(J_z) where PGD ended: median {middle:.3f}, largest {largest:.3f}")
+            print(header())
+            for peer in PGD:
+                summarise(runs[peer], runs[best])
+                show(runs[peer])
+        elif name not in PGD:
+            summarise(runs[name], runs[best])
+            show(runs[name])
+    return {"kind": kind, **facts, "peer": best, "runs": [asdict(r) for r in runs.values()]}
+
+
+def _mean(found: Run) -> float:
+    """Loss of the rows that were judged."""
+    return torch.tensor(found.loss)[torch.tensor(found.judged)].mean().item()
+
+
+def main(args: Args) -> None:
+    if unknown := set(args.kinds) - set(KINDS):
+        raise SystemExit(f"no such kind: {sorted(unknown)}. There are {', '.join(KINDS)}")
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for kind in args.kinds:
+        results.append(run_kind(args, kind))
+        record = {"samples": args.samples, "results": results}
+        (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten: {args.out}/results.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
