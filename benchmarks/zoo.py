@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 from torch.nn.functional import cosine_similarity
+from tqdm import tqdm
 from zoo_models import KINDS, Case, Judge, load
 
 from jiio_plugins import Anderson, Joint, Nested, Status, count_evaluations, optimize_input
@@ -162,12 +163,11 @@ def show(found: Run) -> None:
     accuracy = "" if s["accuracy"] is None else f"{s['accuracy']:.1%}"
     cosine = "" if s["cosine"] is None else f"{s['cosine']:.3f}"
     others = ", ".join(f"{n} {name}" for name, n in s["status"].items() if name != "CONVERGED")
-    print(
+    tqdm.write(
         f"  {found.method:<22}{s['loss']:>8.3f}{accuracy:>9}{s['share']:>8.1%}"
         f"{found.cost:>9.1f}{found.cost_verified:>9.1f}{s['gain']:>7.2f}{cosine:>8}"
         f"{s['wrong']:>8.1%}{s['short']:>6}{s['flagged']:>8}{s['unjudged']:>9}"
-        f"{found.seconds:>7.1f}  {others}",
-        flush=True,
+        f"{found.seconds:>7.1f}  {others}"
     )
 
 
@@ -212,14 +212,15 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
         **{f"JIIO, {k}": Joint(max_iter=k) for k in args.iterations},
     }
     runs, points = {}, {}
-    for name, method in methods.items():
+    for name, method in (bar := tqdm(methods.items(), leave=False)):
+        bar.set_description(f"{kind}: {name}")
         runs[name], points[name] = run(name, method, case, judge)
         if name == list(PGD)[-1]:
             best = max(PGD, key=lambda name: _mean(runs[name]))
             facts["radius"] = sorted(judge(points[best], radius=True).radius.tolist())
             middle, largest = facts["radius"][len(case.x) // 2], facts["radius"][-1]
-            print(f"  ρ(J_z) where PGD ended: median {middle:.3f}, largest {largest:.3f}")
-            print(header())
+            tqdm.write(f"  ρ(J_z) where PGD ended: median {middle:.3f}, largest {largest:.3f}")
+            tqdm.write(header())
             for peer in PGD:
                 summarise(runs[peer], runs[best])
                 show(runs[peer])

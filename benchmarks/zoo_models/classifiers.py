@@ -163,6 +163,9 @@ class MDEQ(nn.Module):
         self.up = nn.Conv2d(channels, channels, 1, bias=False)
         self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(4))
         self.head = nn.Linear(2 * channels * 16, 10)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
         self.deq = torchdeq.get_deq(f_solver="fixed_point_iter", f_max_iter=6, grad=3)
         if weight_norm:
             torchdeq.apply_norm(self, "weight_norm", filter_out=["encoder", "head"])
@@ -171,6 +174,8 @@ class MDEQ(nn.Module):
         """Another layer of TorchDEQ from now on, with a joint mode."""
         self.deq = torchdeq.get_deq(**settings)
         adapt(self).eval()
+        with torch.no_grad():
+            torchdeq.reset_deq(self)  # normalised weights without a graph, which can be copied
 
     def forward(self, x: Tensor) -> Tensor:
         torchdeq.reset_deq(self)  # makes the normalised weights and the dropout masks anew
@@ -193,9 +198,9 @@ def multiscale(name: str, *, weight_norm: bool, dropout: float) -> Callable[[int
 
     def build(samples: int, training: Training) -> Case:
         model = MDEQ(weight_norm=weight_norm, dropout=dropout)
-        training.fit(name, model, classification, steps=300)
+        training.fit(name, model, classification, steps=200)
         model.evaluate_by(
-            f_solver="broyden", f_max_iter=40, f_tol=1e-3, f_stop_mode="rel", b_tol=1e-4
+            f_solver="broyden", f_max_iter=60, f_tol=1e-3, f_stop_mode="rel", b_tol=1e-4
         )
         return attack_on_digits(name, model, samples, eps=0.6)
 
@@ -326,7 +331,7 @@ class Rows(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed, self.position = nn.Linear(8, 3 * width), nn.Parameter(torch.zeros(8, 3 * width))
+        self.embed, self.position = nn.Linear(8, 3 * width), nn.Parameter(torch.randn(8, 3 * width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(x.squeeze(1)) + self.position

@@ -1,6 +1,6 @@
 """An independent judge in float64: it shares no solver and no gradient with what it judges.
 
-It runs the model's own forward, in which the layer answers with the fixed point found by a plain
+It runs the model's own forward, in which the layer answers with the fixed point found by a small
 Anderson iteration. The gradient is by the implicit function theorem, its adjoint equation solved
 likewise. The spectral radius of J_z there is by power iteration.
 """
@@ -8,6 +8,7 @@ likewise. The spectral radius of J_z there is by power iteration.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 
     from .case import Case
 
-_MIXINGS = (1.0, 0.5, 0.1)  # what has not converged is tried again with shorter steps
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jiio_plugins.equilibrium import CellMap
+    from jiio_plugins.joint import LayerDefaults
+
+    from .case import Case
+
+# memory, mixing and growth: what has not converged tries the next
+_TRIES = ((15, 1.0, math.inf), (15, 1.0, 2.0), (5, 0.3, 2.0))
 
 
 def anderson(
@@ -32,56 +42,66 @@ def anderson(
     z: Tensor,
     *,
     tol: float,
-    max_iter: int = 200,
-    memory: int = 15,
-    mixing: float = 1.0,
+    memory: int,
+    mixing: float,
+    growth: float,
+    max_iter: int,
 ) -> tuple[Tensor, Tensor]:
-    """Plain Anderson acceleration of ``z = f(z)``, the weights of the history adding up to 1.
+    """Anderson acceleration of ``z = f(z)``, the weights of the history adding up to 1.
 
     Args:
         f: works on each row by itself.
         z: where to start, ``(rows, n)``.
         tol: of the residual ``‖f(z) − z‖ / ‖f(z)‖``.
-        max_iter: evaluations of f.
         memory: iterates of the history.
         mixing: share of the residual that a step takes.
+        growth: a row whose residual is this many times its least one goes on from there, with no
+            history.
+        max_iter: evaluations of f.
 
     Returns:
         The iterate of least residual of every row, and that residual ``(rows,)``.
     """
     rows, n = z.shape
-    iterates, images = z.new_zeros(rows, memory, n), z.new_zeros(rows, memory, n)
-    best, least = z, z.new_full((rows,), torch.inf)
+    iterates, residuals = z.new_zeros(rows, memory, n), z.new_zeros(rows, memory, n)
+    known = torch.zeros(rows, memory, dtype=torch.bool)
+    best, best_f, least = z, z, z.new_full((rows,), torch.inf)
     for k in range(max_iter):
         fz = f(z)
-        residual = (fz - z).norm(dim=1) / fz.norm(dim=1).clamp(min=1e-30)
-        better = residual < least
-        best = torch.where(better[:, None], z, best)
-        least = torch.where(better, residual, least)
+        size = (fz - z).norm(dim=1) / fz.norm(dim=1).clamp(min=1e-30)
+        better = size < least
+        best, best_f = (torch.where(better[:, None], *t) for t in ((z, best), (fz, best_f)))
+        least = torch.where(better, size, least)
         if bool((least <= tol).all()):
             break
-        iterates[:, k % memory], images[:, k % memory] = z, fz
-        kept = min(k + 1, memory)
-        r = images[:, :kept] - iterates[:, :kept]
-        gram = r @ r.transpose(1, 2)
-        scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)[:, None, None]
-        gram = gram / scale + 1e-14 * torch.eye(kept, dtype=z.dtype)
-        gram = torch.where(torch.isfinite(gram), gram, torch.eye(kept, dtype=z.dtype))
-        weights, _ = torch.linalg.solve_ex(gram, torch.ones_like(gram[..., :1]))
-        weights = weights / weights.sum(1, keepdim=True)
-        z = (weights * (iterates[:, :kept] + mixing * r)).sum(1)
-        z = torch.where(torch.isfinite(z).all(1, keepdim=True), z, best)
+        lost = ~(size <= growth * least)
+        known[lost] = False
+        z, fz = (torch.where(lost[:, None], *t) for t in ((best, z), (best_f, fz)))
+        slot = k % memory
+        iterates[:, slot], residuals[:, slot], known[:, slot] = z, fz - z, True
+        # residuals of unit length, or the latest would be lost beside the first
+        norms = residuals.norm(dim=2, keepdim=True).clamp(min=1e-300)
+        scale = torch.where(known[..., None], 1 / norms, 0.0)
+        unit = scale * residuals
+        gram = unit @ unit.transpose(1, 2) + 1e-14 * torch.eye(memory, dtype=z.dtype)
+        weights, _ = torch.linalg.solve_ex(gram, scale)
+        weights = scale * weights / (scale * weights).sum(1, keepdim=True)
+        mixed = (weights * (iterates + mixing * residuals)).sum(1)
+        z = torch.where(torch.isfinite(mixed).all(1, keepdim=True), mixed, fz)
     return best, least
 
 
-def solve(f: Callable[[Tensor], Tensor], z: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """:func:`anderson`, again and with shorter steps for as long as rows have not converged."""
+def solve(
+    f: Callable[[Tensor], Tensor], z: Tensor, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`anderson` with one setting after another, for as long as rows have not converged."""
     best, least = z, z.new_full((len(z),), torch.inf)
-    for mixing in _MIXINGS:
-        found, residual = anderson(f, z, tol=tol, mixing=mixing)
-        better = (residual < least) & (least > tol)
+    for memory, mixing, growth in _TRIES:
+        setting = {"memory": memory, "mixing": mixing, "growth": growth}
+        found, size = anderson(f, best, tol=tol, max_iter=max_iter, **setting)
+        better = (size < least) & (least > tol)
         best = torch.where(better[:, None], found, best)
-        least = torch.where(better, residual, least)
+        least = torch.where(better, size, least)
         if bool((least <= tol).all()):
             break
     return best, least
@@ -102,12 +122,12 @@ class _Exact:
     residual: Tensor
     adjoint_residual: Tensor | None = None
 
-    def __init__(self, tol: float) -> None:
-        self.tol = tol
+    def __init__(self, tol: float, max_iter: int) -> None:
+        self.tol, self.max_iter = tol, max_iter
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         with torch.no_grad():
-            z, self.residual = solve(f, f.layout.pack(z0), self.tol)
+            z, self.residual = solve(f, f.layout.pack(z0), self.tol, self.max_iter)
         answer = f(z)
         self.z = z.requires_grad_()
         self.fz = f(self.z)
@@ -117,7 +137,7 @@ class _Exact:
 
     def _adjoint(self, g: Tensor) -> Tensor:
         """μ of ``μ = J_zᵀ μ + g``. A row whose g is 0 has μ = 0."""
-        mu, residual = solve(lambda mu: self.vjp(mu) + g, g, self.tol)
+        mu, residual = solve(lambda mu: self.vjp(mu) + g, g, self.tol, self.max_iter)
         self.adjoint_residual = torch.where((g == 0).all(1), 0.0, residual)
         return mu
 
@@ -171,10 +191,11 @@ class Judge:
     Args:
         case: a model and an attack on it.
         tol: of every solve, relative.
+        max_iter: evaluations of f, or VJPs, with each of its settings.
     """
 
-    def __init__(self, case: Case, tol: float = 1e-6) -> None:
-        self.case, self.tol = case, tol
+    def __init__(self, case: Case, tol: float = 1e-6, max_iter: int = 300) -> None:
+        self.case, self.tol, self.max_iter = case, tol, max_iter
         self.model = copy.deepcopy(case.model).double()
 
     def __call__(self, x: Tensor, *, gradient: bool = False, radius: bool = False) -> Verdict:
@@ -186,7 +207,7 @@ class Judge:
             radius: find the spectral radius as well.
         """
         x = x.detach().double().requires_grad_(gradient)
-        exact = _Exact(self.tol)
+        exact = _Exact(self.tol, self.max_iter)
         with torch.enable_grad(), layer_mode(exact):
             output = self.model(x)
             value = self.case.objective(output)
