@@ -24,6 +24,7 @@ the last gradient of each loop with the exact one at the same x. The columns:
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -79,8 +80,8 @@ class Run:
         judged: whether the judge converged, of each row.
         right: whether the class is right, of each row. Empty where the model is no classifier.
         status: names, of each row.
-        cosine: of the loop's last gradient with the exact one, of each row. NaN where the judge did
-            not converge.
+        cosine: of the loop's last gradient with the exact one, of each row. None where the judge
+            did not converge.
         cost: f+VJP a row.
         cost_verified: the same with the final verification.
         seconds: of the call.
@@ -91,7 +92,7 @@ class Run:
     judged: list[bool]
     right: list[bool]
     status: list[str]
-    cosine: list[float]
+    cosine: list[float | None]
     cost: float
     cost_verified: float
     seconds: float
@@ -119,7 +120,7 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
     verdict = judge(x)
     exact = judge(last[0].v.reshape(case.x.shape), gradient=True)
     cosine = cosine_similarity(exact.gradient.flatten(1), last[0].gradient.double())
-    cosine = torch.where(exact.gradient_converged, cosine, torch.nan)
+    known = exact.gradient_converged.tolist()
     cost = (stats.f_evals + stats.vjps).mean().item()
     found = Run(
         method=name,
@@ -127,7 +128,7 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
         judged=verdict.converged.tolist(),
         right=[] if verdict.right is None else verdict.right.tolist(),
         status=[Status(int(code)).name for code in solution.status],
-        cosine=cosine.tolist(),
+        cosine=[c if ok else None for c, ok in zip(cosine.tolist(), known, strict=True)],
         cost=cost,
         cost_verified=cost + stats.verification_f_evals.mean().item(),
         seconds=seconds,
@@ -140,7 +141,7 @@ def summarise(found: Run, peer: Run) -> None:
     judged = torch.tensor(found.judged) & torch.tensor(peer.judged)
     loss, best = (torch.tensor(r.loss)[judged] for r in (found, peer))
     converged = torch.tensor([name == "CONVERGED" for name in found.status])
-    cosine = torch.tensor(found.cosine)
+    cosine = torch.tensor([math.nan if c is None else c for c in found.cosine])
     known = torch.isfinite(cosine)
     short = loss < best - (1 - SHORT) * best.abs()
     right = torch.tensor(found.right)
