@@ -17,8 +17,8 @@ the last gradient of each loop with the exact one at the same x. The columns:
 * cosine: of the two gradients, the median; wrong: rows below 0.9 whose status is CONVERGED;
 * short: rows whose loss is more than 3 % below that of the stronger PGD; flagged: those of them
   whose status is another than CONVERGED;
-* unjudged: rows for which the judge itself did not converge. They are in no other column but the
-  costs.
+* unjudged: rows for which the judge itself did not converge. Loss, accuracy, share and short are of
+  the rows that were judged for every method.
 """
 
 from __future__ import annotations
@@ -136,10 +136,15 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
     return found, x
 
 
-def summarise(found: Run, peer: Run) -> None:
-    """Fill in the figures of one run, beside those of the stronger PGD."""
-    judged = torch.tensor(found.judged) & torch.tensor(peer.judged)
-    loss, best = (torch.tensor(r.loss)[judged] for r in (found, peer))
+def summarise(found: Run, peer: Run, common: Tensor) -> None:
+    """Fill in the figures of one run.
+
+    Args:
+        found: the run.
+        peer: that of the stronger PGD.
+        common: rows that were judged for every method, bool ``(rows,)``.
+    """
+    loss, best = (torch.tensor(r.loss)[common] for r in (found, peer))
     converged = torch.tensor([name == "CONVERGED" for name in found.status])
     cosine = torch.tensor([math.nan if c is None else c for c in found.cosine])
     known = torch.isfinite(cosine)
@@ -147,14 +152,14 @@ def summarise(found: Run, peer: Run) -> None:
     right = torch.tensor(found.right)
     found.summary = {
         "loss": loss.mean().item(),
-        "accuracy": right[judged].double().mean().item() if len(right) else None,
+        "accuracy": right[common].double().mean().item() if len(right) else None,
         "share": (loss.mean() / best.mean()).item(),
         "gain": peer.cost_verified / found.cost_verified,
         "cosine": cosine[known].median().item() if bool(known.any()) else None,
         "wrong": ((cosine < ALIGNED) & known & converged).double().mean().item(),
         "short": int(short.sum()),
-        "flagged": int((short & ~converged[judged]).sum()),
-        "unjudged": len(judged) - int(judged.sum()),
+        "flagged": int((short & ~converged[common]).sum()),
+        "unjudged": found.judged.count(False),
         "status": dict(Counter(found.status)),
     }
 
@@ -164,11 +169,12 @@ def show(found: Run) -> None:
     accuracy = "" if s["accuracy"] is None else f"{s['accuracy']:.1%}"
     cosine = "" if s["cosine"] is None else f"{s['cosine']:.3f}"
     others = ", ".join(f"{n} {name}" for name, n in s["status"].items() if name != "CONVERGED")
-    tqdm.write(
+    print(
         f"  {found.method:<22}{s['loss']:>8.3f}{accuracy:>9}{s['share']:>8.1%}"
         f"{found.cost:>9.1f}{found.cost_verified:>9.1f}{s['gain']:>7.2f}{cosine:>8}"
         f"{s['wrong']:>8.1%}{s['short']:>6}{s['flagged']:>8}{s['unjudged']:>9}"
-        f"{found.seconds:>7.1f}  {others}"
+        f"{found.seconds:>7.1f}  {others}",
+        flush=True,
     )
 
 
@@ -216,24 +222,17 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
     for name, method in (bar := tqdm(methods.items(), leave=False)):
         bar.set_description(f"{kind}: {name}")
         runs[name], points[name] = run(name, method, case, judge)
-        if name == list(PGD)[-1]:
-            best = max(PGD, key=lambda name: _mean(runs[name]))
-            facts["radius"] = sorted(judge(points[best], radius=True).radius.tolist())
-            middle, largest = facts["radius"][len(case.x) // 2], facts["radius"][-1]
-            tqdm.write(f"  ρ(J_z) where PGD ended: median {middle:.3f}, largest {largest:.3f}")
-            tqdm.write(header())
-            for peer in PGD:
-                summarise(runs[peer], runs[best])
-                show(runs[peer])
-        elif name not in PGD:
-            summarise(runs[name], runs[best])
-            show(runs[name])
+    common = torch.tensor([r.judged for r in runs.values()]).all(0)
+    best = max(PGD, key=lambda name: torch.tensor(runs[name].loss)[common].mean().item())
+    facts["radius"] = sorted(judge(points[best], radius=True).radius.tolist())
+    middle, largest = facts["radius"][len(case.x) // 2], facts["radius"][-1]
+    print(f"  ρ(J_z) where {best} ended: median {middle:.3f}, largest {largest:.3f}")
+    print(f"  {int(common.sum())} of {len(common)} rows were judged for every method")
+    print(header())
+    for found in runs.values():
+        summarise(found, runs[best], common)
+        show(found)
     return {"kind": kind, **facts, "peer": best, "runs": [asdict(r) for r in runs.values()]}
-
-
-def _mean(found: Run) -> float:
-    """Loss of the rows that were judged."""
-    return torch.tensor(found.loss)[torch.tensor(found.judged)].mean().item()
 
 
 def main(args: Args) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from functools import partial
 
 import deepinv as dinv
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn import functional as F
 
 from jiio_plugins import Anderson, Equilibrium, Implicit, L2Ball, Phantom, Picard
 from jiio_plugins.data import load_digits
@@ -107,20 +107,20 @@ def unfolded(samples: int, training: Training) -> Case:
 
 
 class GradientDescent(nn.Module):
-    """``z -> z − η (Aᵀ(A z − y) + R(z))`` with a learned regulariser R and step η.
+    """``z -> z − η (Aᵀ(A z − y) + R(z))``, ``R(z) = z − D(z)``, with a learned D and step η.
 
     Args:
         physics: A, linear.
-        regulariser: R, images to images.
+        denoiser: D, images to images.
         eta: η to start with.
 
     Source: Gilton, Ongie and Willett, "Deep Equilibrium Architectures for Inverse Problems in
     Imaging" (IEEE Transactions on Computational Imaging, 2021).
     """
 
-    def __init__(self, physics: nn.Module, regulariser: nn.Module, eta: float = 0.5) -> None:
+    def __init__(self, physics: nn.Module, denoiser: nn.Module, eta: float = 0.5) -> None:
         super().__init__()
-        self.physics, self.regulariser = physics, regulariser
+        self.physics, self.denoiser = physics, denoiser
         self.eta = nn.Parameter(torch.tensor(eta))
 
     def initial_state(self, y: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class GradientDescent(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         gradient = self.physics.A_adjoint(self.physics.A(z) - y)
-        return z - self.eta * (gradient + self.regulariser(z))
+        return z - self.eta * (gradient + z - self.denoiser(z))
 
 
 class CompressedSensing(nn.Module):
@@ -150,28 +150,44 @@ class CompressedSensing(nn.Module):
         return (y @ self.matrix).reshape(-1, 1, 8, 8)
 
 
+@torch.no_grad()
+def project(layers: nn.Module, iterations: int = 10) -> None:
+    """Scale down every convolution whose spectral norm on 8×8 images is above 1."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            z = torch.randn(1, layer.in_channels, 8, 8)
+            for _ in range(iterations):
+                image = F.conv2d(z / z.norm(), layer.weight, padding=1)
+                z = F.conv_transpose2d(image, layer.weight, padding=1)
+            layer.weight /= image.norm().clamp(min=1.0)
+
+
 def gradient_descent(samples: int, training: Training) -> Case:
     """Compressed sensing by gradient steps with a CNN, half as many measurements as pixels.
 
-    As by the authors, R has layers of spectral norm 1 and learns to predict noise first. Then both
+    As by the authors, D has layers of spectral norm 1 and learns to denoise first. Then both
     directions are Anderson to 1e-2 in training.
     """
 
-    def noise_error(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        noise = 0.2 * torch.randn_like(images)
-        return 64 * (model(images + noise) - noise).square().mean()
+    def denoising_error(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        noisy = images + 0.2 * torch.randn_like(images)
+        return 64 * (model(noisy) - images).square().mean()
 
-    widths = (1, 24, 24, 1)
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.ReLU()]
-    regulariser = nn.Sequential(*layers[:-1])
-    training.fit("gradient-descent-noise", regulariser, noise_error, steps=400)
-    cell = GradientDescent(CompressedSensing(32), regulariser)
+    denoiser = nn.Sequential(
+        nn.Conv2d(1, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 1, 3, padding=1),
+    )
+    bound = partial(project, denoiser)
+    name = "gradient-descent"
+    training.fit(f"{name}-denoiser", denoiser, denoising_error, steps=400, after_step=bound)
+    cell = GradientDescent(CompressedSensing(32), denoiser)
     model = Reconstruction(Equilibrium(cell, solver=Anderson(max_iter=50, tol=1e-2)))
-    training.fit("gradient-descent", model, reconstruction_error, steps=60, lr=1e-3)
+    training.fit(name, model, reconstruction_error, steps=100, lr=1e-3, after_step=bound)
     model.equilibrium.solver = Anderson(max_iter=200, tol=1e-4)
-    return attack_on_measurements("gradient-descent", model, samples, eps=0.5)
+    return attack_on_measurements(name, model, samples, eps=0.5)
 
 
 class SineCell(nn.Module):
