@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import jiio_plugins.equilibrium.solvers
 import jiio_plugins.methods.base
+import jiio_plugins.methods.joint
 from jiio_plugins import (
     Anderson,
     Box,
@@ -77,7 +78,12 @@ class Unread:
 
 @pytest.fixture(autouse=True)
 def unread_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (jiio_plugins.methods.base, jiio_plugins.equilibrium.solvers):
+    modules = (
+        jiio_plugins.methods.base,
+        jiio_plugins.methods.joint,
+        jiio_plugins.equilibrium.solvers,
+    )
+    for module in modules:
         monkeypatch.setattr(module, "HostFlag", Unread)
 
 

@@ -265,8 +265,8 @@ class Problem:
         moved = mode.moved if isinstance(mode, IterateMode) else []
         return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
 
-    def warm_up(self, v: Tensor, max_iter: int) -> Tensor:
-        """A state to start with, ``(rows, n)``: the one given or the initial one, some steps on.
+    def warm_up(self, v: Tensor, max_iter: int) -> WarmUp:
+        """A state to start with: the one given or the initial one, some steps on.
 
         Where all rows start at the same input, one is solved for all.
 
@@ -274,11 +274,12 @@ class Problem:
             v: the variable, ``(problems, d)``.
             max_iter: steps at most. A row that reaches a relative residual of 1e-2 needs fewer.
         """
+        unknown = torch.zeros(self.rows, device=v.device)
         if self.fixed is not None:
-            return v.new_zeros(self.rows, 0)
+            return WarmUp(v.new_zeros(self.rows, 0), unknown)
         known = None if self.state is None else self.state.z
         if known is not None and not max_iter:
-            return known
+            return WarmUp(known, unknown)
         solver = Anderson(max_iter=max(1, max_iter), tol=1e-2)
         shared = known is None and self._one_start()
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
@@ -286,7 +287,8 @@ class Problem:
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
         # one step further for free, unless it is the step that overflows
         z = torch.where(torch.isfinite(found.fz), found.fz, found.z)
-        return z.expand(self.rows, -1).contiguous()
+        rate = (found.residual * found.amplification) ** (1 / found.evals)
+        return WarmUp(z.expand(self.rows, -1).contiguous(), rate.expand(self.rows))
 
     def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """``f(z, v)`` without a graph, ``(rows, n)``.
@@ -346,6 +348,20 @@ def _repeatably(advance: Advance) -> Advance:
         return advance(repeated, z)
 
     return advance_repeatably
+
+
+class WarmUp(NamedTuple):
+    """A state to start with.
+
+    Attributes:
+        z: flat, ``(rows, n)``.
+        rate: by how much each evaluation has brought z nearer to its fixed point, ``(rows,)``. It
+            is the n-th root of ``‖z − z*‖ / ‖z‖`` after n evaluations, as the residual, times how
+            far the state moved for each unit of it, tells. 0 where nothing was solved.
+    """
+
+    z: Tensor
+    rate: Tensor
 
 
 class Solved(NamedTuple):

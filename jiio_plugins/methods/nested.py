@@ -67,7 +67,7 @@ class _NestedIteration(Iteration):
         self.warm: Tensor | None = None  # where z starts next. None: from scratch
         self.mu_start: Tensor | None = None
         if method.warm_start:
-            self.warm = problem.warm_up(problem.v_start, method.warmup)
+            self.warm = problem.warm_up(problem.v_start, method.warmup).z
 
     def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
         """See :class:`Iteration`."""

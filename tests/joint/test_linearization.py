@@ -18,7 +18,7 @@ from tests.helpers import TIGHT, Net, PairNet, Series, rand
 def test_the_adjoint_alone(name: str, answer_fz: bool) -> None:
     model, x = NETWORKS[name](), rand(4, 5, seed=1)
     problem = Problem(Variable(model, x), squared)
-    z = problem.warm_up(x, 2)
+    z = problem.warm_up(x, 2).z
     mu = rand(*z.shape, seed=2)
     lin = problem.linearize(x, z, answer_fz=answer_fz)
     alone = lin.jz_mu(mu)

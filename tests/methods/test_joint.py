@@ -25,7 +25,7 @@ def test_its_warmup_is_a_second_step_at_the_same_state() -> None:
     found = joint_solution(model, x, squared, method=start, constraint=L2Ball(0.5))
     z = found.flat.z  # after a step with ω = 1.5 from where the adjoint was evaluated
     problem = Problem(Variable(model, x), squared)
-    state = problem.warm_up(x, 2)
+    state = problem.warm_up(x, 2).z
     lin = problem.linearize(x, state)
     b, _ = lin.gradient(problem.loss(lin.output))
     assert torch.allclose(z, state + 1.5 * (lin.fz - state))

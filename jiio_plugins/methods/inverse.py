@@ -1,0 +1,73 @@
+"""``(I − J)⁻¹`` as far as the last secant pairs of each row tell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jiio_plugins.equilibrium.state import row_norm
+
+_RIDGE = 1e-3  # of the least squares, relative to their unit diagonal
+_LEAST = 1e-4  # change of a residual that is worth a pair, relative to what moved: less is noise
+
+
+class SecantInverse:
+    """An approximation B of ``(I − J)⁻¹``, from pairs of moves and of what they did to a residual.
+
+    With moves D and changes ``Y = (J − I) D``, it is B Y = −D. What the pairs do not span, B leaves
+    as it is::
+
+        B r = r − (D + Y) γ,   γ = argmin ‖r − Y γ‖²
+
+    With the pairs of one fixed-point iteration ``z + B r`` is Anderson's step. Each row has its own
+    pairs and weights.
+
+    Args:
+        like: a state, ``(rows, n)``, for shape, dtype and device.
+        memory: pairs kept. Each takes the memory of two states.
+
+    Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2.
+    """
+
+    def __init__(self, like: Tensor, memory: int) -> None:
+        rows, n = like.shape
+        self.memory = min(memory, n)
+        self.count = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.y = like.new_zeros(rows, self.memory, n)
+        self.d = like.new_zeros(rows, self.memory, n)
+
+    def learn(self, d: Tensor, y: Tensor, size: Tensor, rows: Tensor) -> None:
+        """Take in a pair, in the place of the row's oldest.
+
+        Args:
+            d: the move, ``(rows, n)``.
+            y: how the residual changed by it, ``(rows, n)``.
+            size: norm of what has moved, ``(rows,)``. A change by less than 1e-4 of it is not
+                taken in.
+            rows: which rows have moved, bool ``(rows,)``. The others keep their pairs.
+        """
+        if not self.memory:
+            return
+        change = row_norm(y)
+        usable = rows & torch.isfinite(row_norm(d)) & torch.isfinite(change)
+        usable = usable & (change > _LEAST * size)
+        slot = (self.count % self.memory)[:, None, None].expand(-1, 1, self.y.shape[2])
+        for kept, new in ((self.y, y), (self.d, d)):
+            oldest = kept.gather(1, slot)
+            kept.scatter_(1, slot, torch.where(usable[:, None, None], new[:, None], oldest))
+        self.count = self.count + usable
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""
+        # the normal equations square Y's condition number, so they are solved in float64
+        gram = torch.bmm(self.y, self.y.mT).double()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, :, None]
+        gram = gram * scale * scale.mT
+        gram.diagonal(dim1=1, dim2=2).fill_(1.0 + _RIDGE)  # empty columns too
+        factor, info = torch.linalg.cholesky_ex(gram)
+        along = torch.bmm(self.y, r[:, :, None]).double() * scale
+        gamma = torch.cholesky_solve(along, factor) * scale
+        usable = (info == 0)[:, None, None] & torch.isfinite(gamma).all(1, keepdim=True)
+        gamma = torch.where(usable, gamma, 0.0).to(r.dtype)
+        return torch.baddbmm(r[:, :, None], (self.d + self.y).mT, gamma, alpha=-1).squeeze(2)

@@ -1,0 +1,104 @@
+"""Cells that contract slowly or not at all: what `Joint` does in their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, optimize_input
+from jiio_plugins.joint import Problem, Variable
+from jiio_plugins.methods.inverse import SecantInverse
+from tests.cases import squared
+from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
+
+
+class Net(nn.Module):
+    """``tanh(W z + u)`` with ‖W‖ = 0.8, damped: the same fixed points whatever the damping."""
+
+    def __init__(self, a: float) -> None:
+        super().__init__()
+        self.encoder = linear(5, 8, 2)
+        self.equilibrium = Equilibrium(Damped(TanhCell(8, 0.8, seed=1), a), solver=TIGHT)
+        self.head = linear(8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.equilibrium(self.encoder(x)))
+
+
+def slow_rate(model: nn.Module, x: Tensor) -> Tensor:
+    problem = Problem(Variable(model, x), squared)
+    return problem.warm_up(problem.v_start, 5).rate
+
+
+def attack(a: float, **settings: Any) -> Any:
+    x = rand(12, 5, seed=4)
+    return optimize_input(
+        Net(a),
+        x,
+        lambda y: -squared(y),
+        method=Joint(**settings),
+        constraint=L2Ball(0.5),
+    )
+
+
+def test_pairs_of_a_linear_map_solve_it() -> None:
+    a = contraction(6, 3.0, symmetric=False, seed=1)  # repels plain iteration
+    b, z = rand(4, 6, seed=2), rand(4, 6, seed=3)
+    inverse, everything = SecantInverse(z, 6), torch.ones(4, dtype=torch.bool)
+    for _ in range(40):
+        r = z @ a.T + b - z
+        if r.norm() < 1e-9:
+            break
+        move = inverse(r)
+        change = move @ a.T - move
+        inverse.learn(move, change, torch.zeros(4), everything)
+        z = z + move
+    solution = torch.linalg.solve(torch.eye(6, dtype=z.dtype) - a, b.T).T
+    torch.testing.assert_close(z, solution, rtol=0, atol=1e-6)
+
+
+def test_a_row_that_stands_still_keeps_its_pairs() -> None:
+    z = rand(2, 6, seed=1)
+    inverse, first = SecantInverse(z, 2), torch.tensor([True, False])
+    inverse.learn(z, -z, torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    before = inverse.y[1].clone()
+    for seed in range(3):
+        inverse.learn(rand(2, 6, seed=seed), rand(2, 6, seed=seed + 9), torch.zeros(2), first)
+    assert torch.equal(inverse.y[1], before)
+
+
+def test_the_warm_up_tells_slow_rows() -> None:
+    x = rand(12, 5, seed=4)
+    rates = [slow_rate(Net(a), x).median() for a in (1.0, 0.3, 0.1)]
+    assert rates[0] < rates[1] < rates[2]
+
+
+@pytest.mark.parametrize("a", [0.1, 2.4])
+def test_damping_a_cell_does_not_weaken_an_attack(a: float) -> None:
+    model, x = Net(1.0), rand(12, 5, seed=4)
+    reference = optimize_input(
+        model,
+        x,
+        lambda y: -squared(y),
+        method=Nested(max_iter=30, solver=TIGHT),
+        constraint=L2Ball(0.5),
+    )
+    found = attack(a)
+    assert float((found.value / reference.value).min()) > 0.97
+    assert found.converged.all()
+
+
+def test_without_control_a_repelling_cell_is_attacked_along_no_gradient() -> None:
+    off = attack(2.4, max_state_steps=2)
+    on = attack(2.4)
+    assert float(on.stats.costate_residual.median()) < 0.1
+    assert float(off.stats.costate_residual.median()) > float(on.stats.costate_residual.median())
+
+
+@pytest.mark.parametrize("name", ["max_state_steps", "max_adjoint_steps"])
+def test_counts_are_checked(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Joint(**{name: 0})
