@@ -224,7 +224,8 @@ class _Relaxed(_JointIteration):
         # with one state step there is no second residual at the same v that could halve it
         longest = 1.0 if method.state_steps == 1 else 2.0
         self.omega = torch.full_like(self.z[:, :1], min(method.relaxation, longest))
-        self.controlled = method.max_state_steps > method.state_steps > 1
+        layers = bool(problem.layout.layouts)
+        self.controlled = layers and method.max_state_steps > method.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
         self.unsure, self.none_slow = self.slow, HostFlag(self.z.device)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
@@ -239,7 +240,7 @@ class _Relaxed(_JointIteration):
     def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
         """See :class:`Iteration`."""
         self.adjoint_begun = k > max(self.method.adjoint_warmup, _BEGIN)
-        self.control = bool(self.problem.layout.layouts) and not self.none_slow(~self.slow.any())
+        self.control = self.controlled and not self.none_slow(~self.slow.any())
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
         return super().evaluate(k, v, active)
