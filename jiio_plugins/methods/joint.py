@@ -318,11 +318,11 @@ class _Relaxed(_JointIteration):
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """See :class:`Iteration`."""
         z, split = self.z, self.problem.layout.split
+        if self.before is not None and self.before.steps:
+            shrank = self.before.shrank(split(at.r))
+            self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
         self.z = relaxed(z, self.omega, at.r, row_norm(at.r))
         if self.before is not None:
-            if self.before.steps:
-                shrank = self.before.shrank(split(at.r))
-                self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
             self.z = self.before.settled(split(z), split(at.r), self.z)
         if self.controlled and self.adjoint_begun:
             lost = (self.omega[:, 0] < _SHORT * self.method.relaxation) | ~(at.mu_residual < _LOST)
