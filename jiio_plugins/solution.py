@@ -69,9 +69,10 @@ _MESSAGES = {
         "(use float64 or loosen tol), or the cell is not smooth here"
     ),
     Status.GRADIENT_UNSETTLED: (
-        "the value is verified, but the adjoint of the loop had not settled at the last step, so "
-        "the search did not follow the gradient and a better x is likely: raise max_iter, damp the "
-        "cell (Damped), or use Nested with a tight solver"
+        "the value is verified, but where the loop ended its adjoint had not settled, or its state "
+        "was at another fixed point, so the search did not follow the model's gradient and a "
+        "better x is likely: raise max_state_steps, max_adjoint_steps or anchors of Joint, damp "
+        "the cell (Damped), or use Nested with a tight solver"
     ),
     Status.UNVERIFIED: (
         "nobody has checked where the loop ended, as verify=False asked for: judge x yourself, or "

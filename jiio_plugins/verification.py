@@ -37,6 +37,9 @@ _AGREE = 1e-2  # model's value and tight value further apart than this (relative
 # At an adjoint this far off (relative), the angle between the step and the gradient may be anything
 # up to 30 degrees, and no more is known of it.
 _UNSETTLED = 0.5
+# A state this far (relative) from the one that an independent solve finds is at another fixed
+# point, or at none: the last step on v moves it by less.
+_ELSEWHERE = 0.3
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.
 _AMPLIFY = 10.0
@@ -203,9 +206,10 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     final = judge.everything(result.v)
     seconds = time.perf_counter() - begin
     verification = judge.f_evals.clone()
+    elsewhere = row_norm(final.z - result.z) > _ELSEWHERE * row_norm(final.z)
     final = _never_worse(judge, result, final)
     problem.pay(f_evals=judge.f_evals - verification)
-    status = _status(problem, final, result.mu_error)
+    status = _status(problem, final, elsewhere | _unsettled(result))
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
         f_evals=problem.f_evals,
@@ -283,13 +287,24 @@ def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candid
     return judge.take_better(final, problem.v_start, unsafe)
 
 
-def _status(problem: Problem, final: Candidate, mu_error: Tensor | None) -> Tensor:
-    """How far the values can be trusted, then whether the search was one, ``(problems,)``."""
+def _unsettled(result: MethodResult) -> Tensor:
+    """Rows whose last adjoint is not to be trusted, bool ``(rows,)``."""
+    if result.mu_error is None:
+        return torch.zeros_like(result.z_residual, dtype=torch.bool)
+    return ~(result.mu_error <= _UNSETTLED)
+
+
+def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
+    """How far the values can be trusted, then whether the search was one, ``(problems,)``.
+
+    Args:
+        problem: whose objective counts.
+        final: the verdict.
+        astray: rows in which the search did not follow the gradient of the model, ``(rows,)``.
+    """
     worst = problem.groups.worst
     status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
-    if mu_error is not None:
-        unsettled = ~(mu_error <= _UNSETTLED)
-        status[worst(unsettled.float()) > 0] = Status.GRADIENT_UNSETTLED
+    status[worst(astray.float()) > 0] = Status.GRADIENT_UNSETTLED
     gap = (final.value - final.model_value).abs()
     status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
     status[worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED

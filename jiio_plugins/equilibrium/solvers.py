@@ -277,18 +277,30 @@ class _AndersonState(SolverState):
         return z_next
 
     def _weights(self, r: Tensor) -> Tensor:
-        """γ of the least squares, ``(rows, 1, memory)``. It is zero where the solve failed."""
-        diagonal = self.gram.diagonal(dim1=1, dim2=2)
-        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-        gram = self.gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        gram.diagonal(dim1=1, dim2=2).fill_(1.0 + self.ridge)  # empty columns too
-        rhs = torch.bmm(self.y, r.unsqueeze(2)).double() * scale.unsqueeze(2)
-        rhs.masked_fill_(~self.valid.unsqueeze(2), 0)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        gamma = torch.cholesky_solve(rhs, factor) * scale.unsqueeze(2)
-        usable = (info == 0) & torch.isfinite(gamma).all(dim=1).squeeze(1)
-        gamma = torch.where(usable[:, None, None], gamma, 0.0)
-        return gamma.to(r.dtype).transpose(1, 2)
+        """γ of the least squares, ``(rows, 1, memory)``."""
+        along = torch.bmm(self.y, r.unsqueeze(2)).double()
+        along.masked_fill_(~self.valid.unsqueeze(2), 0)
+        return mixing_weights(self.gram, along, self.ridge).to(r.dtype).transpose(1, 2)
+
+
+def mixing_weights(gram: Tensor, along: Tensor, ridge: float) -> Tensor:
+    """``γ = argmin ‖r − Y γ‖²`` with a ridge, ``(rows, memory, 1)``. It is 0 where that fails.
+
+    The columns of Y are normalised first. Those of zeros get no weight.
+
+    Args:
+        gram: ``YᵀY``, ``(rows, memory, memory)`` in float64: it squares Y's condition number.
+        along: ``Yᵀr``, ``(rows, memory, 1)`` in float64.
+        ridge: relative to the unit diagonal of the normalised Gram matrix.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+    gram.diagonal(dim1=1, dim2=2).fill_(1.0 + ridge)  # empty columns too
+    factor, info = torch.linalg.cholesky_ex(gram)
+    gamma = torch.cholesky_solve(along * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
+    usable = (info == 0) & torch.isfinite(gamma).all(dim=1).squeeze(1)
+    return torch.where(usable[:, None, None], gamma, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

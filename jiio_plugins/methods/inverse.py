@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.solvers import mixing_weights
 from jiio_plugins.equilibrium.state import row_norm
 
 _RIDGE = 1e-3  # of the least squares, relative to their unit diagonal
@@ -59,15 +60,7 @@ class SecantInverse:
 
     def __call__(self, r: Tensor) -> Tensor:
         """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""
-        # the normal equations square Y's condition number, so they are solved in float64
         gram = torch.bmm(self.y, self.y.mT).double()
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, :, None]
-        gram = gram * scale * scale.mT
-        gram.diagonal(dim1=1, dim2=2).fill_(1.0 + _RIDGE)  # empty columns too
-        factor, info = torch.linalg.cholesky_ex(gram)
-        along = torch.bmm(self.y, r[:, :, None]).double() * scale
-        gamma = torch.cholesky_solve(along, factor) * scale
-        usable = (info == 0)[:, None, None] & torch.isfinite(gamma).all(1, keepdim=True)
-        gamma = torch.where(usable, gamma, 0.0).to(r.dtype)
+        along = torch.bmm(self.y, r[:, :, None]).double()
+        gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype)
         return torch.baddbmm(r[:, :, None], (self.d + self.y).mT, gamma, alpha=-1).squeeze(2)

@@ -247,7 +247,7 @@ class _Relaxed(_JointIteration):
 
     def _anchor(self, v: Tensor, active: Tensor) -> None:
         """Solve slow rows from the initial state, and go on from there where that is elsewhere."""
-        problem, unsure, rows = self.problem, self.unsure, None
+        problem, unsure, rows = self.problem, self.unsure & (active > 0), None
         if v.device.type == "cpu" and problem.row_separable:
             rows = unsure.nonzero().squeeze(1)
         found = problem.solve(v, _ANCHOR, rows=rows)
@@ -255,7 +255,7 @@ class _Relaxed(_JointIteration):
         if rows is not None:
             z = self.z.index_copy(0, rows, z)
             evals = torch.zeros_like(active).index_copy(0, rows, evals)
-        problem.pay(f_evals=evals * unsure * active)
+        problem.pay(f_evals=evals * unsure)
         # NaN is no state to go on from
         elsewhere = unsure & (row_norm(z - self.z) > _ELSEWHERE * row_norm(z))
         self.z = torch.where(elsewhere[:, None], z, self.z)
@@ -307,8 +307,10 @@ class _Relaxed(_JointIteration):
             self.mu_last = self.mu, change
             r = jz_mu - self.jz_mu_before
             move = self.inverse(r)
+            size = row_norm(move)
+            running = running & torch.isfinite(size)
             settled = torch.where(running[:, None], self.jz_mu_before + move, settled)
-            running = running & (row_norm(move) > _SETTLED_ADJOINT * row_norm(self.mu))
+            running = running & (size > _SETTLED_ADJOINT * row_norm(self.mu))
             if surely_none(running):
                 break
         self.mu_residual = relative(r, self.mu)
@@ -322,8 +324,9 @@ class _Relaxed(_JointIteration):
             shrank = self.before.shrank(split(at.r))
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
         self.z = relaxed(z, self.omega, at.r, row_norm(at.r))
-        if self.before is not None:
-            self.z = self.before.settled(split(z), split(at.r), self.z)
+        if self.before is not None and self.before.slow is not None:
+            settled = self.before.settled(split(z), split(at.r))
+            self.z = torch.where(self.before.slow[:, None], settled, self.z)
         if self.controlled and self.adjoint_begun:
             lost = (self.omega[:, 0] < _SHORT * self.method.relaxation) | ~(at.mu_residual < _LOST)
             self.unsure = self.unsure | (lost & ~self.slow)

@@ -44,40 +44,25 @@ class StateSteps:
         self.steps, self.omega, self.slow, self.most = steps, omega, slow, most
         self.evals = torch.zeros(len(omega), device=omega.device)
         self.sizes: list[Tensor] = []
-        self._settled: list[_Settled | None] = []
+        self._settled: list[_Settled] = []
 
     @torch.no_grad()
     def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, taken on."""
-        if self.slow is None:
-            size = torch.full_like(z[:, 0], torch.inf)
-            if self.steps:
-                z, size = self._relaxed(f, z, self.omega)
-            self.evals = self.evals + self.steps
-            self.sizes.append(size)
-            self._settled.append(None)
-            return z
-        fast, size = ~self.slow, torch.full_like(z[:, 0], torch.inf)
-        if self.steps and not surely_none(fast):
-            part, rows = _only(f, fast)
-            if rows is None:
-                moved, now = self._relaxed(part, z, self.omega)
-                z, size = torch.where(fast[:, None], moved, z), torch.where(fast, now, size)
-            else:
-                moved, now = self._relaxed(part, z[rows], self.omega[rows])
-                z, size = z.index_copy(0, rows, moved), size.index_copy(0, rows, now)
-            self.evals = self.evals + self.steps * fast
+        fast = _Rows(f, None if self.slow is None else ~self.slow)
+        size = torch.full_like(z[:, 0], torch.inf)
+        if self.steps and not fast.none:
+            moved, now = self._relaxed(fast.f, fast.take(z), fast.take(self.omega))
+            z, size = fast.put(z, moved), fast.put(size, now)
+            self.evals = fast.put(self.evals, fast.take(self.evals) + self.steps)
         self.sizes.append(size)
-        part, rows = _only(f, self.slow)
-        slow = self.slow if rows is None else self.slow[rows]
-        settled = _Settled(part, z if rows is None else z[rows], slow, self.most)
-        self._settled.append(settled)
-        settled.rows = rows
-        if rows is None:
-            self.evals = self.evals + settled.evals
-            return torch.where(self.slow[:, None], settled.z, z)
-        self.evals = self.evals.index_add(0, rows, settled.evals)
-        return z.index_copy(0, rows, settled.z)
+        if self.slow is not None:
+            settled = _Settled(_Rows(f, self.slow), z, self.most)
+            self._settled.append(settled)
+            z = settled.rows.put(z, settled.z)
+            evals = settled.rows.take(self.evals) + settled.evals
+            self.evals = settled.rows.put(self.evals, evals)
+        return z
 
     def _relaxed(self, f: FlatMap, z: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(self.steps):
@@ -95,25 +80,53 @@ class StateSteps:
         smaller = [row_norm(now) < size for now, size in zip(r, self.sizes, strict=True)]
         return torch.stack(smaller, dim=1).all(1, keepdim=True)
 
-    def settled(self, z: Sequence[Tensor], r: Sequence[Tensor], plain: Tensor) -> Tensor:
-        """``plain``, but one more mixed step from z in the slow rows, ``(rows, n)``.
+    def settled(self, z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
+        """One more mixed step in the slow rows, ``(rows, n)``.
 
         Args:
             z: state of each layer, where it was evaluated.
             r: residual of each layer there.
-            plain: the next state of the other rows, ``(rows, n)``.
         """
-        if self.slow is None:
-            return plain
-        moved = []
-        for layer, now, left in zip(self._settled, z, r, strict=True):
-            assert layer is not None
-            if layer.rows is None:
-                moved.append(layer.step(now, left))
-            else:
-                rows = layer.rows
-                moved.append(now.index_copy(0, rows, layer.step(now[rows], left[rows])))
-        return torch.where(self.slow[:, None], torch.cat(moved, dim=1), plain)
+        parts = zip(self._settled, z, r, strict=True)
+        return torch.cat([layer.onward(now, left) for layer, now, left in parts], dim=1)
+
+
+class _Rows:
+    """Some rows of a batch, and the map for them.
+
+    On a CPU only these are evaluated. On an accelerator, where to ask which they are would make the
+    host wait, and where rows cannot be told apart, all are, and the others are not looked at.
+
+    Args:
+        f: the map for all rows.
+        mask: which rows, bool ``(rows,)``. None: all.
+
+    Attributes:
+        f: the map for those that are evaluated.
+        none: whether there surely are none.
+    """
+
+    def __init__(self, f: FlatMap, mask: Tensor | None) -> None:
+        self.f, self.mask, self.index = f, mask, None
+        self.none = mask is not None and surely_none(mask)
+        if self.none or mask is None or mask.device.type != "cpu" or bool(mask.all()):
+            return
+        index = mask.nonzero().squeeze(1)
+        part = f.restrict(index) if hasattr(f, "restrict") else None
+        if part is not None:
+            self.f, self.index = part, index
+
+    def take(self, t: Tensor) -> Tensor:
+        """What belongs to the rows that are evaluated."""
+        return t if self.index is None else t[self.index]
+
+    def put(self, t: Tensor, new: Tensor) -> Tensor:
+        """t, with what is new in these rows."""
+        if self.mask is None:
+            return new
+        if self.index is not None:
+            return t.index_copy(0, self.index, new)
+        return torch.where(self.mask.reshape(-1, *[1] * (t.ndim - 1)), new, t)
 
 
 class _Settled:
@@ -122,35 +135,41 @@ class _Settled:
     The step of a mixing estimates the error of z, where the residual of a cell that contracts
     slowly is small whatever the error.
 
+    Args:
+        rows: the rows.
+        z: where the batch starts, ``(rows, n)``.
+        most: steps at most.
+
     Attributes:
-        rows: indices of the rows. None: all of the batch.
-        z: where they end, ``(rows, n)``.
-        evals: evaluations of f, ``(rows,)``.
+        z: where they end.
+        evals: evaluations of f.
     """
 
-    rows: Tensor | None = None
-
-    def __init__(self, f: FlatMap, z: Tensor, running: Tensor, most: int) -> None:
-        self.inverse = SecantInverse(z, MEMORY)
+    def __init__(self, rows: _Rows, z: Tensor, most: int) -> None:
+        self.rows, self.z = rows, rows.take(z)
+        self.inverse = SecantInverse(self.z, MEMORY)
         self.last: tuple[Tensor, Tensor] | None = None
-        self.evals = torch.zeros(len(z), device=z.device)
-        for k in range(most):
-            r = f(z) - z
+        assert rows.mask is not None
+        running = rows.take(rows.mask)
+        self.evals = torch.zeros(len(self.z), device=z.device)
+        share = _AT_REST * _SETTLED  # the step of no pairs is the residual, small in a slow row
+        for _ in range(0 if rows.none else most):
+            r = rows.f(self.z) - self.z
             self.evals = self.evals + running
-            before, scale = z, row_norm(z)
-            z = self.step(z, r, running)
-            moved = row_norm(z - before)
-            more = moved > _SETTLED * scale
-            if not k:  # the step of no pairs is the residual, which tells nothing of a slow row
-                more = moved > _AT_REST * _SETTLED * scale
-            running = running & more
+            before, self.z = self.z, self._step(self.z, r, running)
+            running = running & (row_norm(self.z - before) > share * row_norm(before))
+            share = _SETTLED
             if surely_none(running):
                 break
-        self.z = z
 
-    def step(self, z: Tensor, r: Tensor, rows: Tensor | None = None) -> Tensor:
-        """z, and in ``rows`` (bool, None: all) a mixed step on. Not where that is NaN or Inf."""
-        rows = torch.ones(len(z), dtype=torch.bool, device=z.device) if rows is None else rows
+    def onward(self, z: Tensor, r: Tensor) -> Tensor:
+        """One layer's whole state, a mixed step on in these rows. ``r`` is its residual at z."""
+        z_rows = self.rows.take(z)
+        every = torch.ones(len(z_rows), dtype=torch.bool, device=z.device)
+        return self.rows.put(z, self._step(z_rows, self.rows.take(r), every))
+
+    def _step(self, z: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+        """z, and in ``rows`` (bool) a mixed step on. Not where that is NaN or Inf."""
         if self.last is None:
             self.last = z, r
         else:
@@ -160,20 +179,6 @@ class _Settled:
             self.last = torch.where(rows[:, None], z, before), torch.where(rows[:, None], r, left)
         move = self.inverse(r)
         return torch.where((rows & torch.isfinite(row_norm(move)))[:, None], z + move, z)
-
-
-def _only(f: FlatMap, mask: Tensor) -> tuple[FlatMap, Tensor | None]:
-    """The map for the rows of a mask alone, and their indices.
-
-    On an accelerator, where asking would make the host wait, and where rows cannot be told apart it
-    is the map for all of them, and None.
-    """
-    if mask.device.type == "cpu" and not bool(mask.all()) and hasattr(f, "restrict"):
-        rows = mask.nonzero().squeeze(1)
-        part = f.restrict(rows)
-        if part is not None:
-            return part, rows
-    return f, None
 
 
 def relaxed(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, optimize_input
+from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, Status, optimize_input
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods.inverse import SecantInverse
 from tests.cases import squared
@@ -102,3 +102,47 @@ def test_without_control_a_repelling_cell_is_attacked_along_no_gradient() -> Non
 def test_counts_are_checked(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Joint(**{name: 0})
+
+
+class TwoFixedPoints(nn.Module):
+    """``tanh(3 z + u)``, which has one near 1 and one near -1: a solve from 0 follows u's sign."""
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(3 * z + u)
+
+
+def test_a_state_at_another_fixed_point_than_the_model_finds_is_a_status() -> None:
+    """Pushed down from above, z stays up where the model's own solve is down already."""
+    model = nn.Sequential(Equilibrium(TwoFixedPoints(), solver=TIGHT))
+    x = torch.full((3, 1), 1.0, dtype=torch.float64)
+    states: list[Tensor] = []
+    solution = optimize_input(
+        model,
+        x,
+        lambda y: y.sum(1),
+        method=Joint(max_iter=20, step_size=0.2, anchors=0),
+        constraint=L2Ball(1.6),
+        callback=lambda progress: states.append(progress.z),
+    )
+    assert (states[-1] > 0.9).all()
+    assert (solution.z < -0.9).all()
+    assert (solution.status == Status.GRADIENT_UNSETTLED).all()
+
+
+def test_an_anchor_leads_back_to_the_fixed_point_that_the_model_finds() -> None:
+    problem = Problem(
+        Variable(
+            nn.Sequential(Equilibrium(TwoFixedPoints(), solver=TIGHT)),
+            torch.full((3, 1), -0.6, dtype=torch.float64),
+        ),
+        lambda y: y.sum(1),
+        L2Ball(0.1),
+    )
+    iteration: Any = Joint().start(problem)
+    iteration.z = torch.full_like(iteration.z, 0.97)  # where a state that came from above is
+    iteration.unsure = torch.tensor([True, True, False])
+    before = problem.f_evals
+    iteration._anchor(problem.v_start, torch.tensor([1.0, 0.0, 1.0]))
+    assert float(iteration.z[0]) < -0.9
+    assert (iteration.z[1:] == 0.97).all()  # one costs nothing any more, one is sure
+    assert ((problem.f_evals > before) == torch.tensor([True, False, False])).all()
