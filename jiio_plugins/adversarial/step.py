@@ -35,7 +35,13 @@ TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
 # From images that an earlier search left, which are hard already. Steps of ε from the first to the
 # last: there is nothing to explore. With fewer than three the model learns to beat the search.
 CARRIED_METHOD = Joint(
-    max_iter=3, warmup=3, adjoint_warmup=2, relaxation=1.2, step_size=1.0, final_step_size=1.0
+    max_iter=3,
+    warmup=3,
+    max_state_steps=3,
+    adjoint_warmup=2,
+    relaxation=1.2,
+    step_size=1.0,
+    final_step_size=1.0,
 )
 
 
@@ -267,8 +273,9 @@ class AdversarialTraining:
     def carried(self) -> AdversarialTraining:
         """The step for searches that take up earlier ones, by ``start=``.
 
-        The same with ``method=Joint(max_iter=3, warmup=3, adjoint_warmup=2, relaxation=1.2,
-        step_size=1.0, final_step_size=1.0)`` and, if there is no ``refine``, ``refine=(3, 0)``.
+        The same with ``method=Joint(max_iter=3, warmup=3, max_state_steps=3, adjoint_warmup=2,
+        relaxation=1.2, step_size=1.0, final_step_size=1.0)`` and, if there is no ``refine``,
+        ``refine=(3, 0)``.
         Measured under L2 balls.
 
         Source: Zheng, Zhang, Gu, Chellappa and Luo, "Efficient adversarial training with

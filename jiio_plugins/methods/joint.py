@@ -36,6 +36,7 @@ _LOST = 0.5
 _BEGIN = 3  # iterations in which the residual of μ says only that it has just begun
 _SETTLED_ADJOINT = 0.05  # a slow row's μ has settled where a mixed step moves it by less (relative)
 _ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
+_ANCHORED = 10  # iterations that an anchor serves at least: it costs as much as half of them
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 
 
@@ -104,8 +105,8 @@ class Joint(Method):
         max_state_steps: the same of a slow row, at most. No more than ``state_steps`` switches the
             control off: all rows then count as fast.
         max_adjoint_steps: VJPs an iteration of a slow row, at most.
-        anchors: times that slow rows are solved from the initial state, evenly spread over the run.
-            There are none where a state to start with is given.
+        anchors: times that slow rows are solved from the initial state, evenly spread over the run,
+            and at most once in ten iterations. There are none where a state to start with is given.
         adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
             none do.
         relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1
@@ -232,10 +233,10 @@ class _Relaxed(_JointIteration):
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
         # mode another solve would draw other random numbers
         fresh = problem.state is None and problem.row_separable
-        parts = method.anchors + 1 if fresh else 1
+        parts = min(method.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
         self.inverse: SecantInverse | None = None
-        self.mu_last: tuple[Tensor, Tensor] | None = None  # μ, and (J_zᵀ − I) μ
+        self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
 
     def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
         """See :class:`Iteration`."""
@@ -301,10 +302,10 @@ class _Relaxed(_JointIteration):
             change = jz_mu - self.mu
             if self.mu_last is not None:
                 # J_z does not depend on ∂ℓ/∂z, so that pairs hold from one v to the next
-                mu_last, change_last = self.mu_last
+                mu_last, change_last, known = self.mu_last
                 pair = self.mu - mu_last, change - change_last
-                self.inverse.learn(*pair, row_norm(self.mu), running)
-            self.mu_last = self.mu, change
+                self.inverse.learn(*pair, row_norm(self.mu), running & known)
+            self.mu_last = self.mu, change, self.slow
             r = jz_mu - self.jz_mu_before
             move = self.inverse(r)
             size = row_norm(move)

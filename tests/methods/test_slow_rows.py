@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, Status, optimize_input
+from jiio_plugins.attacks import attack as jiio_attack
+from jiio_plugins.data import load_digits
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods.inverse import SecantInverse
+from jiio_plugins.models import load_pretrained
 from tests.cases import squared
 from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
 
@@ -68,6 +71,23 @@ def test_a_row_that_stands_still_keeps_its_pairs() -> None:
     for seed in range(3):
         inverse.learn(rand(2, 6, seed=seed), rand(2, 6, seed=seed + 9), torch.zeros(2), first)
     assert torch.equal(inverse.y[1], before)
+
+
+def test_rows_that_turn_slow_on_the_way_do_not_depend_on_their_batch() -> None:
+    x, y = load_digits("test")
+    model, x, y = load_pretrained("digits").double(), x[:8].double(), y[:8]
+
+    def run(rows: slice) -> Any:
+        return jiio_attack(model, x[rows], y[rows], norm=2, eps=2.0, lower=0.0, upper=1.0)
+
+    whole, parts = run(slice(None)), [run(slice(k, k + 3)) for k in range(0, 8, 3)]
+    problem = Problem(Variable(model, x), squared)
+    slow = problem.warm_up(problem.v_start, 5).rate > 0.6
+    assert bool((whole.stats.vjps > 50)[~slow].any())  # some took more VJPs, slow or not at first
+    torch.testing.assert_close(torch.cat([p.x for p in parts]), whole.x, rtol=0, atol=1e-9)
+    for name in ("f_evals", "vjps"):
+        alone = torch.cat([getattr(p.stats, name) for p in parts])
+        assert torch.equal(alone, getattr(whole.stats, name))
 
 
 def test_the_warm_up_tells_slow_rows() -> None:

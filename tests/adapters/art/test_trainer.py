@@ -304,6 +304,8 @@ def test_early_stopping() -> None:
 # ART's own trainer and metrics with our attack --------------------------------------------------
 
 
+# ART's own trainer knows no Jacobian penalty: some rows of the cell are lost on the way
+@pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")
 def test_arts_trainer_takes_our_attack() -> None:
     (x, y), (x_test, y_test) = arrays("train", TRAIN, one_hot=True), arrays("test", TEST)
     target = classifier()

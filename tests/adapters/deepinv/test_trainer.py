@@ -99,6 +99,8 @@ def test_dataloader_formats(
     )
 
 
+# at that learning rate the cell is lost, and its gradient says so
+@pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")
 @pytest.mark.parametrize("stop", [True, 3, None])
 def test_early_stop(images: Any, tmp_path: Path, stop: Any) -> None:
     trainer_tests.test_early_stop(None, images, SHAPE, "cpu", Counting(), stop, 100_000, tmp_path)
