@@ -80,7 +80,7 @@ class Unread:
 def unread_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = (
         jiio_plugins.methods.base,
-        jiio_plugins.methods.joint,
+        jiio_plugins.methods.relaxed,
         jiio_plugins.equilibrium.solvers,
     )
     for module in modules:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Stop = Callable[[object], Tensor]
 
+_UNSETTLED = 0.1  # relative residual of z or μ above which a gradient does not tell where v rests
+
 
 class Progress(NamedTuple):
     """What a callback sees after every evaluation.
@@ -200,6 +202,11 @@ class Method(abc.ABC):
     cosine. Without a ball it is the plain gradient step ``v⁺ = Π(v − α g)``, whose α is constant
     unless a ``final_step_size`` is given.
 
+    In a ball v comes to rest where the projection takes a step back. A problem leaves at the second
+    iteration in a row in which little is left of the step's first-order gain, for a gradient g::
+
+        (1 + α) gᵀ(v⁺ − v) / gᵀ(α ε d) < gap_tol
+
     Args:
         max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
             evaluated: the last of them is not taken.
@@ -214,6 +221,9 @@ class Method(abc.ABC):
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
             verification. None: as the model is.
+        gap_tol: share of a step's first-order gain below which v is at rest. For angles between v
+            and d on a sphere it is their square. Only with a ball, and where the residuals of z and
+            μ say that the gradient has settled. 0: all problems take all steps.
 
     Raises:
         TypeError: a count that is no integer.
@@ -225,9 +235,12 @@ class Method(abc.ABC):
     final_step_size: float | Tensor | None = None
     warmup: int = 5
     precision: torch.dtype | None = None
+    gap_tol: float = 0.0
 
     def __post_init__(self) -> None:
         check_counts(self, max_iter=1, warmup=0)
+        if not self.gap_tol >= 0:
+            raise ValueError(f"gap_tol must not be negative, got {self.gap_tol}")
         for name in ("step_size", "final_step_size"):
             value = getattr(self, name)
             steps = torch.as_tensor(0.0 if value is None else value)
@@ -277,7 +290,11 @@ class Method(abc.ABC):
                     loss = at.loss.detach()
                     known = at.z_residual, at.z, at.mu_residual
                     callback(Progress(k, v, at.gradient, loss, *known))
-                v_next = feasible.project(v + step * direction(at.gradient, v))
+                move = step * direction(at.gradient, v)
+                v_next = feasible.project(v + move)
+                if feasible.radius is not None and self.gap_tol:
+                    gap = _gap(at.gradient, move, v_next - v) * (1 + step / feasible.radius)[:, 0]
+                    best.rest(gap < self.gap_tol, at)
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():
                     break
@@ -321,6 +338,11 @@ class Method(abc.ABC):
         share = torch.arange(self.max_iter, dtype=like.dtype, device=like.device)
         mix = 0.5 * (1 + torch.cos(math.pi * share / max(1, self.max_iter - 1)))
         return list(scale * (last + (first - last) * mix[:, None, None]))
+
+
+def _gap(gradient: Tensor, move: Tensor, moved: Tensor) -> Tensor:
+    """The share of a step's first-order gain that the projection leaves, ``(problems,)``."""
+    return (gradient * moved).sum(1) / (gradient * move).sum(1)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -370,6 +392,7 @@ class BestSoFar:
             ``(problems,)``.
         finished: problems that have met it for four evaluations in a row while z moved on, bool
             ``(problems,)``.
+        resting: problems that were at rest at the last evaluation, bool ``(problems,)``.
         none_paused: whether no problem is paused. On an accelerator, where asking would make the
             host wait, it is always False.
     """
@@ -380,6 +403,7 @@ class BestSoFar:
         self.loss = v.new_full((len(v),), torch.inf)
         self.loss_first = self.loss_last = self.error_first = self.loss
         self._pause(torch.zeros(len(v), device=v.device))
+        self.resting = self.paused
         self.iterations = torch.zeros(problem.rows, device=v.device)
         self.flag = HostFlag(v.device)
         self.first = True
@@ -427,6 +451,18 @@ class BestSoFar:
         """Let these problems, bool ``(problems,)``, stand still and cost nothing more."""
         if not surely_none(problems):
             self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
+
+    def rest(self, problems: Tensor, at: Evaluation) -> None:
+        """Finish those that are at rest for the second time in a row, by a gradient worth its name.
+
+        Args:
+            problems: whose v would not go on, bool ``(problems,)``.
+            at: the evaluation that says so.
+        """
+        loose = (at.z_residual > _UNSETTLED) | (at.mu_residual > _UNSETTLED)
+        now = problems & (self.groups.worst(loose.float()) == 0)
+        self.finish(now & self.resting)
+        self.resting = now
 
     def _pause(self, met: Tensor) -> None:
         self.met = met

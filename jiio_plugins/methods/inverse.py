@@ -58,6 +58,10 @@ class SecantInverse:
             kept.scatter_(1, slot, torch.where(usable[:, None, None], new[:, None], oldest))
         self.count = self.count + usable
 
+    def restrict(self, rows: Tensor) -> None:
+        """Go on with the rows of these indices."""
+        self.count, self.y, self.d = self.count[rows], self.y[rows], self.d[rows]
+
     def __call__(self, r: Tensor) -> Tensor:
         """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""
         gram = torch.bmm(self.y, self.y.mT).double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,7 @@ def test_stop_saves_what_is_left(method: Any) -> None:
 def test_callback_sees_every_step(method: Any) -> None:
     model, x = Net(), rand(3, 5, seed=1)
     seen: list[Any] = []
+    method = replace(method, gap_tol=0.0)  # none leaves
     solution = optimize_input(
         model, x, squared, method=method, constraint=L2Ball(0.5), callback=seen.append
     )

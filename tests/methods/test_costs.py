@@ -104,7 +104,7 @@ def test_iterations_cost_what_they_should() -> None:
         model,
         x,
         squared,
-        method=Joint(max_iter=20, state_steps=2, warmup=3),
+        method=Joint(max_iter=20, state_steps=2, warmup=3, gap_tol=0.0),
         constraint=L2Ball(0.5),
     )
     assert solution.stats.iterations.tolist() == [20] * 4

@@ -1,0 +1,177 @@
+"""z and μ along with a v that moves by normalised steps inside a ball.
+
+:class:`Relaxed` is the iteration that :class:`jiio_plugins.methods.Joint` describes: over-relaxed
+steps on z where the cell contracts well, and in slow rows as many mixed ones as it takes to settle
+z and μ at each v. The steps on z are in :mod:`jiio_plugins.methods.steps`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
+from jiio_plugins.equilibrium.state import relative, row_norm, surely_none
+from jiio_plugins.methods.inverse import SecantInverse
+from jiio_plugins.methods.iteration import JointIteration, finite_or
+from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
+
+if TYPE_CHECKING:
+    from jiio_plugins.joint.linearization import Linearization
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.methods.base import BestSoFar, Evaluation
+    from jiio_plugins.methods.joint import Joint
+
+# A row is slow where a mixed evaluation brings z nearer to its fixed point by no less than this, or
+# where plain steps lose it: ω has been halved three times, or μ has this relative residual.
+_SLOW = 0.6
+_SHORT = 0.2
+_LOST = 0.5
+_BEGIN = 3  # iterations in which the residual of μ says only that it has just begun
+_SETTLED_ADJOINT = 0.05  # a slow row's μ has settled where a mixed step moves it by less (relative)
+_ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
+_ANCHORED = 10  # iterations that an anchor serves at least: it costs as much as half of them
+_ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
+
+
+class Relaxed(JointIteration):
+    """z by over-relaxed steps where the cell contracts well, by mixed ones where it does not.
+
+    Attributes:
+        omega: length of the relaxed steps, ``(rows, 1)``. It is halved where it proves too long.
+        slow: rows whose z and μ are settled at each v, bool ``(rows,)``.
+        unsure: slow rows whose z may have followed another fixed point, bool ``(rows,)``.
+    """
+
+    leaves = True
+    per_row = ("omega", "slow", "unsure")
+
+    def __init__(self, method: Joint, problem: Problem) -> None:
+        super().__init__(method, problem)
+        self.vjp_twice = method.adjoint_warmup
+        # with one state step there is no second residual at the same v that could halve it
+        longest = 1.0 if method.state_steps == 1 else 2.0
+        self.omega = torch.full_like(self.z[:, :1], min(method.relaxation, longest))
+        layers = bool(problem.layout.layouts)
+        self.controlled = layers and method.max_state_steps > method.state_steps > 1
+        self.slow = (self.rate > _SLOW) & self.controlled
+        self.unsure, self.none_slow = self.slow, HostFlag(self.z.device)
+        # z follows v from where it is, and so it may stay with a fixed point that a solve from the
+        # initial state no longer finds. Given a state, that is what z is meant to follow. In train
+        # mode another solve would draw other random numbers
+        fresh = problem.state is None and problem.row_separable
+        parts = min(method.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
+        self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
+        self.inverse: SecantInverse | None = None
+        self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
+
+    def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
+        """See :class:`JointIteration`. Here it tells whether there are slow rows at all."""
+        self.adjoint_begun = k > max(self.method.adjoint_warmup, _BEGIN)
+        self.control = self.controlled and not self.none_slow(~self.slow.any())
+        if k in self.anchors and self.control and not surely_none(self.unsure):
+            self._anchor(v, active)
+
+    def _anchor(self, v: Tensor, active: Tensor) -> None:
+        """Solve slow rows from the initial state, and go on from there where that is elsewhere."""
+        problem, unsure, rows, among = self.problem, self.unsure & (active > 0), self.rows, None
+        if v.device.type == "cpu" and problem.row_separable:
+            among = unsure.nonzero().squeeze(1)
+            rows = among if rows is None else rows[among]
+        found = problem.solve(v, _ANCHOR, rows=rows)
+        z, evals = found.fz, found.evals
+        if among is not None:
+            z = self.z.index_copy(0, among, z)
+            evals = torch.zeros_like(active).index_copy(0, among, evals)
+        problem.pay(f_evals=self.spread(evals * unsure))
+        # NaN is no state to go on from
+        elsewhere = unsure & (row_norm(z - self.z) > _ELSEWHERE * row_norm(z))
+        self.z = torch.where(elsewhere[:, None], z, self.z)
+        self.jz_mu = torch.where(elsewhere[:, None], 0.0, self.jz_mu)
+        self.unsure = elsewhere
+
+    def state_steps(self, k: int, active: Tensor) -> StateSteps | None:
+        """No relaxed ones in the first iteration, after the warm-up."""
+        method = self.method
+        if method.state_steps == 1 or not self.problem.layout.layouts:
+            return None
+        if self.control:
+            most = method.max_state_steps - 1 + (0 if k else method.max_state_steps)
+            slow = self.slow & (active > 0)
+            return StateSteps(method.state_steps - 1 if k else 0, self.omega, slow, most)
+        return StateSteps(method.state_steps - 1, self.omega) if k else None
+
+    def second_product(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> None:
+        """None for slow rows, which take as many as they need."""
+        if not self.control:
+            super().second_product(linearized, dl_dz, active)
+        elif not surely_none(fast := ~self.slow):
+            before = self.jz_mu
+            super().second_product(linearized, dl_dz, active * fast)
+            self.jz_mu = torch.where(fast[:, None], self.jz_mu, before)
+            self.mu = self.jz_mu + dl_dz
+
+    def products(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> Tensor:
+        """More than one for slow rows whose adjoint has not settled."""
+        if not self.control:
+            return super().products(linearized, dl_dz, active)
+        method, running = self.method, self.slow & (active > 0)
+        if self.inverse is None:
+            self.inverse = SecantInverse(self.z, MEMORY)
+        self.jz_mu_before = settled = self.jz_mu
+        for k in range(method.max_adjoint_steps):
+            if k:
+                self.mu = torch.where(running[:, None], settled + dl_dz, self.mu)
+                self.jz_mu_before = torch.where(running[:, None], settled, self.jz_mu_before)
+            last = k + 1 == method.max_adjoint_steps
+            jz_mu, jv_mu = linearized.vjp(self.mu, last=last)
+            self.pay(vjps=running if k else active)
+            change = jz_mu - self.mu
+            if self.mu_last is not None:
+                # J_z does not depend on ∂ℓ/∂z, so that pairs hold from one v to the next
+                mu_last, change_last, known = self.mu_last
+                pair = self.mu - mu_last, change - change_last
+                self.inverse.learn(*pair, row_norm(self.mu), running & known)
+            self.mu_last = self.mu, change, self.slow
+            r = jz_mu - self.jz_mu_before
+            move = self.inverse(r)
+            size = row_norm(move)
+            running = running & torch.isfinite(size)
+            settled = torch.where(running[:, None], self.jz_mu_before + move, settled)
+            running = running & (size > _SETTLED_ADJOINT * row_norm(self.mu))
+            if surely_none(running):
+                break
+        self.mu_residual = relative(r, self.mu)
+        self.jz_mu_next = torch.where(self.slow[:, None], settled, jz_mu)
+        return jv_mu
+
+    def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
+        """See :class:`Iteration`."""
+        z, split = self.z, self.problem.layout.split
+        if self.before is not None and self.before.steps:
+            shrank = self.before.shrank(split(self.r))
+            self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
+        self.z = relaxed(z, self.omega, self.r, row_norm(self.r))
+        if self.before is not None and self.before.slow is not None:
+            settled = self.before.settled(split(z), split(self.r))
+            self.z = torch.where(self.before.slow[:, None], settled, self.z)
+        if self.controlled and self.adjoint_begun:
+            lost = (self.omega[:, 0] < _SHORT * self.method.relaxation) | ~(
+                self.mu_residual < _LOST
+            )
+            self.unsure = self.unsure | (lost & ~self.slow)
+            self.slow = self.slow | lost
+        self.jz_mu = finite_or(self.jz_mu_next, self.jz_mu)
+        self.hold()
+        return v_next
+
+    def restrict(self, rows: Tensor) -> None:
+        """See :class:`JointIteration`."""
+        super().restrict(rows)
+        if self.inverse is not None:
+            self.inverse.restrict(rows)
+        if self.mu_last is not None:
+            mu, change, slow = self.mu_last
+            self.mu_last = mu[rows], change[rows], slow[rows]
