@@ -91,6 +91,18 @@ class _Count(torch.autograd.Function):
         return g, None
 
 
+class Cut(torch.autograd.Function):
+    """The identity, whose backward pass sends no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
 class CountedCell(TanhCell):
     """``products`` holds the rows of each vector-Jacobian product that happened."""
 

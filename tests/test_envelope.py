@@ -25,7 +25,7 @@ from jiio_plugins import (
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.models import load_pretrained
-from tests.helpers import TIGHT, Net, PairNet, Series, rand
+from tests.helpers import TIGHT, Cut, Net, PairNet, Series, rand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,6 +125,13 @@ def test_what_is_done_to_the_values_afterwards_reaches_the_adjoint() -> None:
         together = flat_gradient(model, -3 * (weights * values).sum())
         expected = -3 * sum(w * g for w, g in zip(weights, rows, strict=True))
         torch.testing.assert_close(together, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_what_follows_may_send_no_gradient_back() -> None:
+    model = Net(seed=3)
+    found = solve(model, rand(4, 5, seed=1))
+    values = envelope_loss(model, found, objective, reduction="none")
+    assert not bool(flat_gradient(model, Cut.apply(values).sum()).any())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

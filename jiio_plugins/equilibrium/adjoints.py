@@ -68,7 +68,9 @@ def _counting_backward(z: Tensor, steps: int) -> Tensor:
     """``z``, whose backward pass counts its ``steps`` vector-Jacobian products a row."""
     counters = open_counters()  # backward may run in another thread
 
-    def report(g: Tensor) -> None:
+    def report(g: Tensor | None) -> None:
+        if g is None:  # a backward pass may send nothing here, and then f is not differentiated
+            return
         with counting_into(counters):
             count(Cost(vjps=steps * count_rows(len(g), g.device)))
 

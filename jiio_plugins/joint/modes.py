@@ -265,8 +265,8 @@ class EnvelopeMode:
                 f"of {len(self.z)}: give the model that the solution comes from"
             )
 
-        def note(grad: Tensor) -> None:
-            self.weight = grad.detach()
+        def note(grad: Tensor | None) -> None:
+            self.weight = torch.zeros_like(value) if grad is None else grad.detach()
 
         if value.requires_grad:
             value.register_hook(note)

@@ -27,6 +27,7 @@ from tests.helpers import (
     TIGHT,
     Affine,
     Context,
+    Cut,
     Net,
     TanhCell,
     assert_same,
@@ -242,6 +243,27 @@ def test_a_state_the_cell_ignores() -> None:
     torch.testing.assert_close(z, u.square())
     (grad,) = torch.autograd.grad(z.sum(), u)
     torch.testing.assert_close(grad, 2 * u)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), JacobianFree(), Unrolled()])
+def test_what_follows_may_send_no_gradient_back(adjoint: Any) -> None:
+    net = Net(adjoint=adjoint)
+    u = net.encoder(rand(3, 5, seed=1))
+    with count_evaluations() as cut:
+        Cut.apply(net.equilibrium(u)).sum().backward(retain_graph=True)
+    assert not any(bool(p.grad.any()) for p in net.parameters() if p.grad is not None)
+    if not isinstance(adjoint, Implicit):  # which learns of it too late
+        assert cut.vjps == 0
+    z = net.equilibrium(u)
+    (one,) = torch.autograd.grad(z.sum(), net.equilibrium.cell.weight, retain_graph=True)
+    (both,) = torch.autograd.grad((z + Cut.apply(z)).sum(), net.equilibrium.cell.weight)
+    assert torch.equal(one, both)
+
+
+def test_gradcheck_of_an_unrolled_layer() -> None:
+    """It sends undefined gradients back, too."""
+    layer = Equilibrium(TanhCell(3, 0.5, seed=1), adjoint=Unrolled(steps=4))
+    assert torch.autograd.gradcheck(layer, rand(2, 3, seed=2).requires_grad_())
 
 
 class MixedCell(nn.Module):
