@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from jiio_learn2learn.recording import Recorded
 
 
+_GENERATED = (torch.jit.ScriptModule, torch.fx.GraphModule)
+
+
 def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
     """The parameters to adapt. By default those called ``context``.
 
@@ -27,11 +30,19 @@ def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...
         names: of ``model.named_parameters()``. None: the default.
 
     Raises:
-        TypeError: no module, or a string in place of a list.
+        TypeError: no module, one that learn2learn cannot clone, or a string in place of a list.
         ValueError: names that the model does not have, or none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, part in model.named_modules():
+        # the class of compiled modules has no public name
+        if isinstance(part, _GENERATED) or type(part).__name__ == "OptimizedModule":
+            raise TypeError(
+                "model must be made of modules that learn2learn can clone, got one that was "
+                f"scripted, traced or compiled ({name or 'itself'}): give the module that it was "
+                "made of"
+            )
     if isinstance(names, str):
         raise TypeError(f"adapt must be a list of names, got the string {names!r}: [{names!r}]")
     there = [name for name, _ in model.named_parameters()]

@@ -24,7 +24,12 @@ _IN_PLACE = (
 )
 
 
-_COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+# of a scripted module nobody can tell what is in it
+_COUPLED = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.dropout._DropoutNd,
+    torch.jit.ScriptModule,
+)
 
 
 class CellMap:

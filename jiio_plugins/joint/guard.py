@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 @contextmanager
@@ -95,22 +95,31 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     A graph made in the block may have saved the copies, so buffers are exchanged, not written over.
     """
     owners = list(model.modules())
-    places = [(owner, key, b) for owner in owners for key, b in owner._buffers.items()]
+    before = [(owner, dict(_buffers_of(owner))) for owner in owners]
     copies: dict[int, Tensor] = {}
-    for owner, key, buffer in places:
-        if buffer is not None and not buffer.requires_grad:  # one that does is a constant
-            copies.setdefault(id(buffer), buffer.detach().clone())
-            owner._buffers[key] = copies[id(buffer)]
+    for owner, own in before:
+        for key, buffer in own.items():
+            if buffer is not None and not buffer.requires_grad:  # one that does is a constant
+                copies.setdefault(id(buffer), buffer.detach().clone())
+                owner._buffers[key] = copies[id(buffer)]
     try:
         yield
     finally:
-        for owner, key, buffer in places:
-            if owner._buffers.get(key) is not buffer:  # None may have been filled
-                owner._buffers[key] = buffer
-        known = {(id(owner), key) for owner, key, _ in places}
-        for owner in owners:
-            for key in [key for key in owner._buffers if (id(owner), key) not in known]:
+        for owner, own in before:
+            now = dict(_buffers_of(owner))
+            for key, buffer in own.items():
+                if now.get(key) is not buffer:  # None may have been filled
+                    owner._buffers[key] = buffer
+            for key in now.keys() - own.keys():
                 del owner._buffers[key]
+
+
+def _buffers_of(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+    """Name and buffer, as ``named_buffers`` reads them, with those that are None.
+
+    The buffers of a TorchScript module are no dict: they can be read by ``items`` and assigned.
+    """
+    return module._buffers.items()
 
 
 def _cuda_devices() -> list[int]:

@@ -1,4 +1,4 @@
-"""Around the layer: compile, activation checkpointing, data parallelism."""
+"""Around the layer: compile, TorchScript, FX, activation checkpointing, data parallelism."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jiio_plugins import L2Ball, optimize_input
-from tests.helpers import Net, TanhCell, assert_same, gradients, input_gradient, rand
+from jiio_plugins import Joint, L2Ball, optimize_input
+from tests.helpers import Net, TanhCell, assert_same, gradients, input_gradient, linear, rand
+from tests.joint.test_guard import snapshot
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
@@ -34,6 +35,36 @@ def test_compile_with_fullgraph_raises() -> None:
     compiled = torch.compile(Net(), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"data-dependent loop|torch\.compiler\.disable"):
         compiled(rand(2, 5, seed=1))
+
+
+def counting_head() -> nn.Module:
+    """A head with buffers that a forward in train mode moves."""
+    return nn.Sequential(linear(8, 3, seed=3), nn.BatchNorm1d(3, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:training_mode=True with BatchNorm")
+@pytest.mark.parametrize("make", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_generated_parts_are_modules_like_others(make: Any, training_mode: bool) -> None:
+    plain, net, x = Net(), Net(), rand(4, 5, seed=1)
+    plain.head, net.head = counting_head(), counting_head()
+    for owner, part in ((net, "encoder"), (net.equilibrium, "cell"), (net, "head")):
+        setattr(owner, part, make(getattr(owner, part)))
+    before = snapshot(net, x)
+    one, two = (
+        optimize_input(
+            model,
+            x,
+            lambda y: y.square().sum(1),
+            method=Joint(max_iter=5),
+            constraint=L2Ball(0.5),
+            training_mode=training_mode,
+        )
+        for model in (plain, net)
+    )
+    torch.testing.assert_close(two.x, one.x, rtol=1e-8, atol=1e-10)
+    assert snapshot(net, x) == before
 
 
 class Checkpointed(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,15 @@ def test_bad_settings() -> None:
     for iters in (0, 2.5, True):
         with pytest.raises(ValueError, match="iters must be an integer and at least 1, got"):
             JIIOLearner(Toy(), 1.0, iters=iters)
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
+@pytest.mark.parametrize("make", [torch.jit.script, torch.fx.symbolic_trace, torch.compile])
+def test_generated_modules_cannot_be_cloned(make: Any) -> None:
+    model = Toy()
+    model.head = make(model.head)
+    with pytest.raises(TypeError, match=r"compiled \(head\): give the module"):
+        JIIOLearner(model, 1.0)
 
 
 def test_no_adaptation_has_no_implicit_gradient() -> None:
