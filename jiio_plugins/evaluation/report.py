@@ -205,7 +205,9 @@ class RobustnessReport:
         tolerance: relative residual of the independent solves.
         skip_broken: whether an attack was spared the samples that earlier ones had broken.
         clean: accuracy without attack.
-        accuracy: robust accuracy, the whole suite together.
+        accuracy: robust accuracy, the whole suite together: the smallest of the next three. It is
+            an upper bound where samples are ``unverified``.
+        agreed_accuracy: share of samples that nothing broke.
         model_accuracy: share of samples on which the model's own answer was never wrong.
         converged_accuracy: share on which that of the independent solve was never wrong.
         attacks: one line each.
@@ -228,6 +230,7 @@ class RobustnessReport:
     skip_broken: bool
     clean: Interval
     accuracy: Interval
+    agreed_accuracy: Interval
     model_accuracy: Interval
     converged_accuracy: Interval
     attacks: tuple[AttackResult, ...]
@@ -265,10 +268,12 @@ class RobustnessReport:
             f"{a.f_evals:8.1f} {a.vjps:8.1f} {a.seconds:8.3f}"
             for a in self.attacks
         ]
+        bound = "at most " if self.unverified else ""
         tail = [
-            f"robust accuracy {self.accuracy}; by the model's own answers alone "
+            f"robust accuracy {bound}{self.accuracy}; by the model's own answers alone "
             f"{100 * self.model_accuracy.value:.1f} %, by converged solves alone "
-            f"{100 * self.converged_accuracy.value:.1f} %; "
+            f"{100 * self.converged_accuracy.value:.1f} %, where both must be wrong "
+            f"{100 * self.agreed_accuracy.value:.1f} %; "
             f"{self.unverified} samples with an unconverged verification; {self.seconds:.0f} s"
         ]
         tail += [f"warning ({w.kind}): {w.message}" for w in self.warnings]

@@ -45,6 +45,7 @@ def robust_accuracy(
     ``‖x_a,i − x_i‖_p ≤ ε`` and ``lower ≤ x_a,i ≤ upper``. An example breaks its sample if the
     model's own answer is wrong and so is that of an independent solve, started from the layers'
     initial state, which converged. A misclassified sample counts as broken and is never attacked.
+    The report has the accuracy by either answer alone too, and its headline is the smallest.
     Nothing of the model, nor the global random generators, is changed.
 
     Args:
@@ -107,6 +108,7 @@ def robust_accuracy(
             more, found = auditing.active(model, x[chosen], y[chosen], verify, threat, progress)
             checks, warnings = {**checks, **more}, warnings + found
     n = len(x)
+    shares = [_share(~wrong) for wrong in (state.broken, state.model_wrong, state.tight_wrong)]
     return RobustnessReport(
         eps=float(eps),
         norm=threat.norm,
@@ -114,9 +116,10 @@ def robust_accuracy(
         tolerance=verify.tol,
         skip_broken=skip_broken,
         clean=_share(state.correct),
-        accuracy=_share(~state.broken),
-        model_accuracy=_share(~state.model_wrong),
-        converged_accuracy=_share(~state.tight_wrong),
+        accuracy=min(shares),
+        agreed_accuracy=shares[0],
+        model_accuracy=shares[1],
+        converged_accuracy=shares[2],
         attacks=tuple(results),
         unverified=int(state.unverified.sum()),
         warnings=tuple(warnings),

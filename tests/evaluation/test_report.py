@@ -95,6 +95,7 @@ def report(robust: list[bool], **kwargs: Any) -> RobustnessReport:
         "skip_broken": True,
         "clean": wilson(n, n),
         "accuracy": share,
+        "agreed_accuracy": share,
         "model_accuracy": share,
         "converged_accuracy": share,
         "attacks": (),
@@ -152,4 +153,6 @@ def test_json_and_print(tmp_path: Path) -> None:
     assert "worst" not in read
     assert "warning (steps): they do not help" in str(warned)
     assert "no warning" in str(report([True]))
+    assert "robust accuracy 50.0 % [" in str(warned)
+    assert "robust accuracy at most 50.0 % [" in str(replace(warned, unverified=1))
     assert str(Interval(0.5, 0.25, 0.75)) == "50.0 % [25.0, 75.0]"

@@ -160,7 +160,9 @@ def test_broken_takes_both_answers_and_the_report_has_each() -> None:
     # its clean answers are the opposite of what the converged solve says
     assert split.model_accuracy.value == pytest.approx(1 / 6)
     assert split.converged_accuracy.value == pytest.approx(2 / 6)
-    assert split.accuracy.value == 1.0  # never are both wrong
+    assert split.agreed_accuracy.value == 1.0  # never are both wrong
+    assert split.accuracy == split.model_accuracy
+    assert "\nrobust accuracy 16.7 % [3.0, 56.4]; by the model" in str(split)
     kinds = [w.kind for w in split.warnings]
     assert kinds[:2] == ["disagreement", "inexact-solve"]
     assert "disagreement" in [w.kind for w in agreed.warnings]  # the losses are far apart
@@ -168,8 +170,11 @@ def test_broken_takes_both_answers_and_the_report_has_each() -> None:
 
 def test_what_is_not_verified_breaks_nothing() -> None:
     report = evaluate({"strong": down_by(0.3)}, verify=Picard(max_iter=2, tol=1e-6))
-    assert report.accuracy.value == 1.0
+    assert report.agreed_accuracy.value == 1.0
+    assert report.accuracy == report.model_accuracy
+    assert report.accuracy.value == pytest.approx(2 / 6)
     assert report.unverified == 6
+    assert "robust accuracy at most 33.3 % [" in str(report)
     assert [w.kind for w in report.warnings] == ["disagreement", "unverified"]
     assert "upper bound" in report.warnings[-1].message
     assert report.tolerance == 1e-6
