@@ -17,6 +17,31 @@ Loss = Literal["cross-entropy", "dlr", "margin"]
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
 
 
+def too_few_classes(loss: Loss, classes: int, targeted: bool = False) -> str | None:
+    """What is wrong with a loss on so few classes that it has no slope. None: nothing is.
+
+    Of one logit no loss says which class it is for. dlr is ±1 where the span that it divides by is
+    the margin itself: of two classes, and of three if the wanted one is the least likely.
+
+    Args:
+        loss: "cross-entropy", "dlr" or "margin".
+        classes: of the model.
+        targeted: as of the attack.
+    """
+    if classes < 2:
+        return (
+            f"the model must return logits of 2 classes or more, got {classes}: of one logit a, "
+            "which is for the second of two classes, make torch.cat((torch.zeros_like(a), a), 1)"
+        )
+    if loss == "dlr" and classes < (least := 4 if targeted else 3):
+        return (
+            f"the dlr loss{' of a targeted attack' if targeted else ''} needs {least} classes or "
+            f'more, the model has {classes}, where it has no slope: take "margin" or '
+            '"cross-entropy"'
+        )
+    return None
+
+
 def attack_objective(
     loss: Loss, labels: Tensor, targeted: bool = False
 ) -> Callable[[Tensor], Tensor]:
@@ -29,7 +54,7 @@ def attack_objective(
     - dlr: the margin divided by ``a_π1 − a_π3``.
 
     With ``targeted`` the sign of the first two turns. dlr becomes
-    ``−(a_y − a_π1) / (a_π1 − (a_π3 + a_π4) / 2)``, as far as there are classes.
+    ``−(a_y − a_π1) / (a_π1 − (a_π3 + a_π4) / 2)``.
 
     Args:
         loss: "cross-entropy", "dlr" or "margin".
@@ -37,8 +62,8 @@ def attack_objective(
         targeted: whether y is wanted, or to be left.
 
     Raises:
-        ValueError: an unknown loss. The function raises it for labels out of range, or logits of
-            another shape.
+        ValueError: an unknown loss. The function raises it for labels out of range, logits of
+            another shape, or too few classes for the loss to have a slope.
         TypeError: labels that are not integers.
     """
     if loss not in LOSSES:
@@ -53,8 +78,10 @@ def attack_objective(
     labels = outside_inference(labels.long())
 
     def objective(logits: Tensor) -> Tensor:
-        _check_logits(logits, len(labels))
-        classes = logits.shape[1]
+        classes = check_logits(logits, len(labels)).shape[1]
+        problem = too_few_classes(loss, classes, targeted)
+        if problem:
+            raise ValueError(problem)
         if low < 0 or high >= classes:
             raise ValueError(
                 f"labels must be in 0 … {classes - 1} (the model has {classes} classes), "
@@ -71,10 +98,8 @@ def attack_objective(
         if loss == "margin":
             return margin
         ordered = logits.sort(1, descending=True).values
-        if targeted and classes >= 4:
-            span = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
-        else:
-            span = ordered[:, 0] - ordered[:, min(2, classes - 1)]
+        low_end = (ordered[:, 2] + ordered[:, 3]) / 2 if targeted else ordered[:, 2]
+        span = ordered[:, 0] - low_end
         # equal logits have no span, and the loss stays finite
         return margin / (span + 1e-12)
 
@@ -96,7 +121,20 @@ def hit(output: Any, labels: Tensor, targeted: bool) -> Tensor:
     return right if targeted else ~right
 
 
-def _check_logits(logits: Any, rows: int) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != rows:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model must return logits of shape ({rows}, classes), got {got}")
+def check_logits(output: Any, rows: int) -> Tensor:
+    """What a model returned, if it is logits ``(rows, classes)``.
+
+    Args:
+        output: what the model returned.
+        rows: of the batch.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == rows:
+        return output
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(
+        f"the model must return logits of shape ({rows}, classes), got {got}: wrap it in a module "
+        "whose forward returns them alone"
+    )

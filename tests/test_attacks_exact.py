@@ -100,19 +100,28 @@ def by_hand(logits: list[float], label: int, loss: str, targeted: bool) -> float
     margin = sign * (logits[label] - max(others))
     if loss == "margin":
         return margin
-    if targeted and len(logits) >= 4:
+    if targeted:
         return margin / (order[0] - (order[2] + order[3]) / 2)
-    return margin / (order[0] - order[min(2, len(logits) - 1)])
+    return margin / (order[0] - order[2])
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 10])
 @pytest.mark.parametrize("targeted", [False, True])
 @every_loss
 def test_objectives_by_hand(loss: Any, targeted: bool, classes: int) -> None:
-    logits = 3 * rand(12, classes, seed=1)
+    """With a slope at every sample that has not succeeded, or an error that says so."""
+    logits = (3 * rand(12, classes, seed=1)).requires_grad_()
     labels = torch.arange(12) % classes
-    got = attack_objective(loss, labels, targeted)(logits)
+    objective = attack_objective(loss, labels, targeted)
+    if classes < 2 or (loss == "dlr" and classes < 3 + targeted):
+        with pytest.raises(ValueError, match=rf"\b[234] classes or more.* {classes}\b"):
+            objective(logits)
+        return
+    got = objective(logits)
+    (slope,) = torch.autograd.grad(got.sum(), logits)
+    succeeded = (logits.argmax(1) == labels) == targeted
+    assert bool(((slope.norm(dim=1) > 1e-4) | succeeded).all())
     want = [
         by_hand(row.tolist(), int(k), loss, targeted) for row, k in zip(logits, labels, strict=True)
     ]
-    torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.detach(), torch.tensor(want).double(), rtol=1e-6, atol=1e-9)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jiio_plugins.equilibrium import check_solver
-from jiio_plugins.losses import LOSSES
+from jiio_plugins.losses import LOSSES, too_few_classes
 from jiio_plugins.methods import Method
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def check_params(attack: Any) -> None:
             raise ValueError(f"{name} must be True or False, got {getattr(attack, name)!r}")
     if attack.loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {attack.loss!r}")
+    problem = too_few_classes(attack.loss, attack.estimator.nb_classes, attack.targeted)
+    if problem:
+        raise ValueError(problem)
     for name in ("method", "retry"):
         value = getattr(attack, name)
         if value is not None and not isinstance(value, Method):
@@ -98,8 +101,6 @@ def _check_classifier(classifier: Any) -> None:
             "through it: use the ...PyTorch version of the defence, or attack the classifier "
             "without it"
         )
-    if classifier.nb_classes < 2:
-        raise ValueError(f"the classifier must have 2 classes or more, got {classifier.nb_classes}")
 
 
 def _check_sizes(eps: Any, eps_step: Any) -> None:

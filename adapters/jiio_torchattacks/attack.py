@@ -14,6 +14,7 @@ from torchattacks.attack import Attack
 from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.joint import guarded
+from jiio_plugins.losses import check_logits, too_few_classes
 from jiio_plugins.methods import Joint, Method
 from jiio_plugins.utils import is_count
 
@@ -99,7 +100,7 @@ class JIIO(Attack):
         super().__init__("JIIO", model)
         self.supported_mode = ["default", "targeted"]
         self.norm = norm
-        self.eps = DEFAULT_EPS.get(norm, 0.0) if eps is None else eps
+        self.eps = DEFAULT_EPS.get(str(norm), 0.0) if eps is None else eps
         self.steps = steps
         self.loss = loss
         self.random_starts = random_starts
@@ -120,6 +121,21 @@ class JIIO(Attack):
         the images are normalised. In a MultiAttack it holds the images left for this attack.
         """
         return self._solution
+
+    def set_model(self, model: nn.Module) -> None:
+        """Attack another model from now on.
+
+        Args:
+            model: as the class takes it.
+
+        Raises:
+            TypeError: it is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be an nn.Module with a jiio_plugins.Equilibrium layer, got {model!r}"
+            )
+        super().set_model(model)
 
     def __call__(
         self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
@@ -188,13 +204,25 @@ class JIIO(Attack):
         if labels is None:
             if self.attack_mode == "targeted(label)":
                 raise ValueError("set_mode_targeted_by_label needs the target labels, got None")
-            labels = self.get_output_with_eval_nograd(images).argmax(1)
+            labels = self._logits(images).argmax(1)
         _check_labels("labels", labels, images)
         labels = labels.detach().to(self.device)
         if self.targeted and len(images):
             labels = self.get_target_label(images, labels)
             _check_labels("target labels", labels, images)
         return labels.to(self.device)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The model's, ``(rows, classes)``.
+
+        Raises:
+            ValueError: it returns something else, or fewer than two.
+        """
+        logits = check_logits(self.get_output_with_eval_nograd(images), len(images))
+        problem = too_few_classes("cross-entropy", logits.shape[1])
+        if problem:
+            raise ValueError(problem)
+        return logits
 
     # The base class draws random targets from the global generator, and looks for both kinds of
     # target image by image, which makes the host wait for an accelerator each time.
@@ -209,7 +237,7 @@ class JIIO(Attack):
         Raises:
             ValueError: labels out of range.
         """
-        logits = self.get_output_with_eval_nograd(inputs)
+        logits = self._logits(inputs)
         scores = torch.rand(logits.shape, generator=self._target_generator).to(logits.device)
         return _smallest_but(logits.argmax(1) if labels is None else labels, scores, 1)
 
@@ -223,7 +251,7 @@ class JIIO(Attack):
         Raises:
             ValueError: labels out of range, or ``kth_min``.
         """
-        logits = self.get_output_with_eval_nograd(inputs)
+        logits = self._logits(inputs)
         return _smallest_but(logits.argmax(1) if labels is None else labels, logits, self._kth_min)
 
     def normalize(self, inputs: Tensor) -> Tensor:
@@ -249,9 +277,9 @@ class JIIO(Attack):
 
     def _check_settings(self) -> None:
         """At the construction and at every call: attributes may have been set in between."""
-        if self.norm not in NORMS:
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        if self.loss not in LOSSES:
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         eps: object = self.eps
         if not isinstance(eps, Real):

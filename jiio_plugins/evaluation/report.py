@@ -211,6 +211,7 @@ class RobustnessReport:
         model_accuracy: share of samples on which the model's own answer was never wrong.
         converged_accuracy: share on which that of the independent solve was never wrong.
         attacks: one line each.
+        left_out: attacks that could not run on such images or so many classes, name -> why.
         unverified: samples with an example whose independent solve did not converge.
         warnings: see :class:`Finding`. There is none for a sound model.
         checks: what the warnings rest on, name -> figure.
@@ -234,6 +235,7 @@ class RobustnessReport:
     model_accuracy: Interval
     converged_accuracy: Interval
     attacks: tuple[AttackResult, ...]
+    left_out: dict[str, str]
     unverified: int
     warnings: tuple[Finding, ...]
     checks: dict[str, Any]
@@ -276,6 +278,7 @@ class RobustnessReport:
             f"{100 * self.agreed_accuracy.value:.1f} %; "
             f"{self.unverified} samples with an unconverged verification; {self.seconds:.0f} s"
         ]
+        tail += [f"left out ({name}): {why}" for name, why in self.left_out.items()]
         tail += [f"warning ({w.kind}): {w.message}" for w in self.warnings]
         if not self.warnings:
             tail.append("no warning")

@@ -75,8 +75,8 @@ def robust_accuracy(
         A :class:`RobustnessReport`, to ``print``, or to ``save`` as JSON.
 
     Raises:
-        TypeError, ValueError: bad input, no equilibrium layer, or an attack that returns anything
-            but images within ball and box. The message names the attack.
+        TypeError, ValueError: bad input, no equilibrium layer, no attack that can run, or one that
+            returns anything but images within ball and box. The message names the attack.
 
     Source: Croce and Hein (ICML 2020) for the worst case over a suite. Carlini et al., "On
     Evaluating Adversarial Robustness" (2019) for the checks.
@@ -95,6 +95,8 @@ def robust_accuracy(
     # another library's code may seed global generators, and leave flags behind
     with guarded(model, randomness=True):
         state = _State(model, x, y, verify, batch_size)
+        left_out = _left_out(suite, model, x)
+        suite = [attack for attack in suite if attack.name not in left_out]
         given = [] if known is None else [Attack("known", lambda model, x, y: x)]
         results = []
         for attack in given + suite:
@@ -121,6 +123,7 @@ def robust_accuracy(
         model_accuracy=shares[1],
         converged_accuracy=shares[2],
         attacks=tuple(results),
+        left_out=left_out,
         unverified=int(state.unverified.sum()),
         warnings=tuple(warnings),
         checks=checks,
@@ -238,6 +241,18 @@ def _run(
 
 def _share(flags: Tensor) -> Interval:
     return wilson(int(flags.sum()), len(flags))
+
+
+@torch.no_grad()
+def _left_out(suite: Sequence[Attack], model: nn.Module, x: Tensor) -> dict[str, str]:
+    """The attacks that cannot run on such images and so many classes, name -> why."""
+    classes = model(x[:1]).shape[1]
+    reasons = {attack.name: attack.unfit(x, classes) for attack in suite}
+    left_out = {name: why for name, why in reasons.items() if why is not None}
+    if len(left_out) == len(suite):
+        listed = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"none of the attacks can run on these images and this model: {listed}")
+    return left_out
 
 
 def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attack]:

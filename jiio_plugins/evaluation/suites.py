@@ -15,6 +15,7 @@ from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.evaluation.attack import Attack
 from jiio_plugins.hosts import load_adapter
+from jiio_plugins.losses import too_few_classes
 from jiio_plugins.methods.backpropagated import (
     Backpropagated,
     through_intermediate,
@@ -69,7 +70,7 @@ def engine_attack(
         assert isinstance(found, Tensor)
         return found
 
-    return Attack(name, run, gradient)
+    return Attack(name, run, gradient, lambda x, classes: too_few_classes(loss, classes))
 
 
 def quick_suite(
@@ -77,7 +78,8 @@ def quick_suite(
 ) -> tuple[Attack, ...]:
     """A first look, without a host library: JIIO, PGD through the model's own backward pass, DLR.
 
-    About 600 evaluations of f and VJPs for each sample that withstands.
+    About 600 evaluations of f and VJPs for each sample that withstands. DLR is left out where there
+    are two classes.
 
     Args:
         eps: ε of the ball, in the units of the images.
@@ -107,7 +109,8 @@ def default_suite(
     """JIIO, nested PGD, APGD-CE, APGD-DLR, PGD through unrolled and intermediate states, Square.
 
     Cheap attacks come first: with ``skip_broken`` the others see only what withstands. An image
-    that withstands all costs about 4,000 evaluations of f and VJPs.
+    that withstands all costs about 4,000 evaluations of f and VJPs. DLR is left out where there are
+    two classes, and those of torchattacks where the images are not ``(rows, C, H, W)``.
 
     Args:
         eps: ε of the ball, in the units of the images.
@@ -183,15 +186,21 @@ def host_attack(
     if not 0 < scale < float("inf"):
         raise ValueError(f"torchattacks needs a bounded pixel range, got [{lower}, {upper}]")
 
+    dlr = settings.get("loss") == "dlr"
+
+    def unfit(x: Tensor, classes: int) -> str | None:
+        if x.ndim != 4:
+            return (
+                f"torchattacks needs images (batch, channels, height, width), got {tuple(x.shape)}"
+            )
+        return too_few_classes("dlr" if dlr else "cross-entropy", classes)
+
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         import torchattacks
 
-        if settings.get("loss") == "dlr" and model(x[:1]).shape[1] < 3:
-            raise ValueError("the DLR loss needs 3 classes or more: leave this attack out")
-        if x.ndim != 4:
-            raise ValueError(
-                f"torchattacks needs images (batch, channels, height, width), got {tuple(x.shape)}"
-            )
+        problem = unfit(x, model(x[:1]).shape[1] if dlr else 2)
+        if problem:
+            raise ValueError(problem)
         if eps == 0:  # some of its attacks divide by ε
             return x
         unit = x if (lower, upper) == (0, 1) else ((x - lower) / scale).clamp(0, 1)
@@ -203,7 +212,7 @@ def host_attack(
         found: Tensor = host(unit, y)
         return found if wrapped is model else (lower + scale * found).clamp(lower, upper)
 
-    return Attack(name, run, gradient)
+    return Attack(name, run, gradient, unfit)
 
 
 class _Rescaled(nn.Module):

@@ -99,6 +99,7 @@ def report(robust: list[bool], **kwargs: Any) -> RobustnessReport:
         "model_accuracy": share,
         "converged_accuracy": share,
         "attacks": (),
+        "left_out": {},
         "unverified": 0,
         "warnings": (),
         "checks": {"residual": float("nan")},

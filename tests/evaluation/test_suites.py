@@ -12,7 +12,7 @@ from jiio_plugins import Anderson
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.evaluation import default_suite, host_attack, quick_suite, robust_accuracy
 from jiio_plugins.models import load_pretrained
-from tests.helpers import Net
+from tests.helpers import Net, rand
 
 EPS = {2.0: 0.3, float("inf"): 0.06, 1.0: 2.0}
 SMALL: dict[str, Any] = {"steps": 4, "queries": 6}
@@ -69,6 +69,41 @@ def test_quick_suite(norm: float) -> None:
     report = evaluate(quick_suite(eps=EPS[norm], norm=norm), norm)
     assert [a.gradient for a in report.attacks] == ["implicit", "own", "implicit"]
     assert report.accuracy.value < report.clean.value
+
+
+class TwoClasses(nn.Module):
+    """Images ``(rows, ...)`` of six pixels to two logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(inputs=6, outputs=2, seed=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (6,)])
+@pytest.mark.parametrize("name", ["quick", "default"])
+def test_a_suite_leaves_out_what_cannot_run_and_says_so(name: str, shape: tuple[int, ...]) -> None:
+    model, x = TwoClasses(), rand(4, *shape, seed=1).sigmoid()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    ball: dict[str, Any] = {"eps": 0.2, "norm": 2.0}
+    suite = quick_suite(**ball) if name == "quick" else default_suite(**ball, **SMALL)
+    report = robust_accuracy(model, x, y, suite, **ball, audit=0, progress=False)
+    host = {"APGD-CE", "APGD-DLR", "Square"}
+    gone = {"JIIO, DLR"} if name == "quick" else {"JIIO, DLR", "APGD-DLR"}
+    if name == "default" and len(shape) == 1:
+        gone |= host
+    assert set(report.left_out) == gone
+    assert [a.name for a in report.attacks] == [a.name for a in suite if a.name not in gone]
+    assert "left out (JIIO, DLR): the dlr loss needs 3 classes or more, the model has 2" in str(
+        report
+    )
+    assert report.to_dict()["left_out"] == report.left_out
+    alone = [attack for attack in suite if attack.name in gone]
+    with pytest.raises(ValueError, match=r"none of the attacks can run .* JIIO, DLR: the dlr loss"):
+        robust_accuracy(model, x, y, alone, **ball, audit=0, progress=False)
 
 
 def test_another_pixel_range_is_rescaled() -> None:
@@ -130,6 +165,6 @@ def test_what_torchattacks_cannot_do_says_so() -> None:
     flat = torch.zeros(2, 5, dtype=torch.float64)
     labels = torch.tensor([0, 1])
     with pytest.raises(ValueError, match="3 classes"):
-        dlr.run(Net(outputs=2), flat, labels)
+        dlr.run(Net(outputs=2), flat[:, :, None, None], labels)
     with pytest.raises(ValueError, match=r"\(batch, channels, height, width\), got \(2, 5\)"):
         dlr.run(Net(outputs=3), flat, labels)

@@ -110,6 +110,20 @@ def test_bad_parameters(
         attack_on(shared_small, **options)
 
 
+@pytest.mark.parametrize(
+    ("classes", "options", "match"),
+    [
+        (2, {"loss": "dlr"}, "needs 3 classes or more, the model has 2"),
+        (3, {"loss": "dlr", "targeted": True}, "needs 4 classes or more, the model has 3"),
+    ],
+)
+def test_too_few_classes_for_a_loss(classes: int, options: dict[str, Any], match: str) -> None:
+    model, loss = nn.Sequential(nn.Flatten(), nn.Linear(64, classes)), nn.CrossEntropyLoss()
+    classifier = PyTorchClassifier(model, loss, (1, 8, 8), classes, clip_values=(0.0, 1.0))
+    with pytest.raises(ValueError, match=match):
+        attack_on(classifier, **options)
+
+
 def _changed(x: np.ndarray, value: float) -> np.ndarray:
     x = x.copy()
     x[3, 0, 2, 2] = value

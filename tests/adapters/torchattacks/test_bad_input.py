@@ -50,6 +50,46 @@ def test_bad_calls(case: str, random_starts: int) -> None:
         atk(*spoil(images, labels))
 
 
+class Returning(nn.Module):
+    """The logits in another form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.net, self.form = net(), form
+
+    def forward(self, images: Tensor) -> Any:
+        return self.form(self.net(images))
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda y: y[:, :1], r"logits of 2 classes or more, got 1: of one logit a, .*torch\.cat"),
+        (lambda y: y[:, 0], r"shape \(3, classes\), got \(3,\): wrap it"),
+        (lambda y: {"logits": y}, "got dict: wrap it in a module whose forward returns them alone"),
+        (lambda y: (y, y), "got tuple: wrap it"),
+    ],
+)
+def test_what_a_model_returns_must_be_logits(form: Any, message: str) -> None:
+    images, labels = batch(3)
+    atk = JIIO(Returning(form), steps=1)
+    for given in (None, labels.clamp(max=0)):
+        with pytest.raises(ValueError, match=message):
+            atk(images, given)
+    for mode in ("random", "least_likely"):
+        getattr(atk, f"set_mode_targeted_{mode}")(quiet=True)
+        with pytest.raises(ValueError, match=message):
+            atk(images)
+
+
+def test_a_function_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module .*, got <function"):
+        JIIO(lambda x: x)
+    assert not capsys.readouterr().out
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module .*, got <built-in"):
+        JIIO(net()).set_model(len)
+
+
 @pytest.mark.parametrize("labels", [[0, 4, 1], [0, -1, 1]])
 @pytest.mark.parametrize("mode", ["random", "least_likely"])
 def test_bad_labels_in_a_targeted_mode(labels: list[int], mode: str) -> None:
@@ -85,6 +125,8 @@ BAD_SETTINGS = [
     ({"norm": "L7"}, ValueError, "norm must be one of L2, Linf, got 'L7'"),
     ({"norm": 2}, ValueError, "norm must be one of"),
     ({"loss": "hinge"}, ValueError, "loss must be one of ce, .*got 'hinge'"),
+    ({"norm": ["L2"]}, ValueError, r"norm must be one of L2, Linf, got \['L2'\]"),
+    ({"loss": ["ce"]}, ValueError, r"loss must be one of .*, got \['ce'\]"),
     ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     ({"random_starts": -1}, ValueError, "random_starts must be an integer, not negative, got -1"),
     ({"random_starts": 1.5}, ValueError, "random_starts must be an integer"),
