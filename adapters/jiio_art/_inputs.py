@@ -57,12 +57,19 @@ def class_indices(y: Any, rows: int, classes: int) -> npt.NDArray[np.int64]:
         classes: number of classes.
 
     Raises:
-        ValueError: another shape, not whole numbers, or classes that do not exist.
+        ValueError: another shape, soft labels, not whole numbers, or classes that do not exist.
     """
     labels = np.asarray(y)
     if labels.shape == (rows, classes):
-        if np.isnan(labels).any():
-            raise ValueError("y holds NaN: give one-hot labels or indices")
+        hot = np.isin(labels, (0, 1)).all(axis=1) & (labels.astype(np.float64).sum(axis=1) == 1)
+        if not hot.all():
+            first = int(np.argmin(hot))
+            raise ValueError(
+                "y must be one-hot, a single 1 and zeros, or indices of classes, got "
+                f"{labels[first].tolist()} for sample {first}: soft labels would be reduced to "
+                "their largest. Say so with y.argmax(axis=1), or for smoothed ones take "
+                "nn.CrossEntropyLoss(label_smoothing=...)"
+            )
         chosen: npt.NDArray[np.int64] = labels.argmax(axis=1)
         return chosen
     if labels.shape not in ((rows,), (rows, 1)):

@@ -72,6 +72,11 @@ def check_trainable(classifier: PyTorchClassifier, attack: Any) -> None:
     check_params(attack)
     if attack.targeted:
         raise NotImplementedError("adversarial training with a targeted attack: untargeted only")
+    if attack.num_random_init > 1:
+        raise ValueError(
+            "the attack must have num_random_init 0 or 1 for training, which makes one search for "
+            f"every image, got {attack.num_random_init}"
+        )
     for name in ("eps", "eps_step"):
         if isinstance(getattr(attack, name), np.ndarray):
             raise ValueError(f"{name} of the attack must be a number for training, got an array")

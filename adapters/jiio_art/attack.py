@@ -175,17 +175,21 @@ class JIIOAttack(EvasionAttack):
             y: true classes, or with ``targeted`` the wanted ones: one-hot ``(rows, classes)`` or
                 indices ``(rows,)``. None: the classifier's own predictions.
             **kwargs: ``mask``: bool or non-negative floats that broadcast to x. Pixels where it is
-                zero keep their value. Anything else is ignored.
+                zero keep their value.
 
         Returns:
             A new float32 array of the shape of x. A sample for which nothing better was found comes
             back as it started.
 
         Raises:
+            TypeError: another keyword.
             ValueError: bad input, or a model without an equilibrium layer. The message says how to
                 add one.
         """
         self.solution = None
+        unknown = kwargs.keys() - {"mask"}
+        if unknown:
+            raise TypeError(f"generate takes x, y and mask, got {', '.join(sorted(unknown))} too")
         self._check_params()  # attributes may have been set since
         images = _inputs.as_images(x, self.estimator)
         if not len(images):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     Init = Tensor | Callable[[Any, Physics], Tensor]
 
-STEP = 1.0
+ITERS, STEP, TOL = 60, 1.0, 1e-4
 
 
 class JIIOReconstructor(Reconstructor):
@@ -125,9 +125,9 @@ class JIIOReconstructor(Reconstructor):
         latent_shape: int | Sequence[int] | None = None,
         encoder: nn.Module | None = None,
         init: Init | None = None,
-        iters: int = 60,
+        iters: int = ITERS,
         step_size: float = STEP,
-        tol: float = 1e-4,
+        tol: float = TOL,
         method: Method | None = None,
         implicit: Solver | None = None,
     ) -> None:
@@ -139,6 +139,13 @@ class JIIOReconstructor(Reconstructor):
             latent_penalty=latent_penalty,
             range_penalty=range_penalty or 0.0,
         )
+        if prior is None and prior_weight != 1:
+            raise ValueError(f"prior_weight is of a prior: give prior= too, got {prior_weight}")
+        if method is not None and (iters, step_size, tol) != (ITERS, STEP, TOL):
+            raise ValueError(
+                "method= is in place of iters, step_size and tol: give them to it, as in "
+                "Joint(max_iter=…, step_size=…, tol=…)"
+            )
         self.generator = generator
         self.data_fidelity = None if data_fidelity is None else per_sample(data_fidelity)
         self.prior, self.prior_weight = prior, prior_weight

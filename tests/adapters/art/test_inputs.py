@@ -49,7 +49,9 @@ def test_images_of_any_type(trained: PyTorchClassifier, digits: Digits) -> None:
     )
     read_only = x.copy()
     read_only.flags.writeable = False
-    np.testing.assert_array_equal(result, attack.generate(read_only, y, x_init=x, anything=1))
+    np.testing.assert_array_equal(result, attack.generate(read_only, y))
+    with pytest.raises(TypeError, match="x, y and mask, got anything, x_init too"):
+        attack.generate(x, y, x_init=x, anything=1)
 
 
 @pytest.mark.parametrize("y", [None, np.zeros((0,)), np.zeros((0, 10))])

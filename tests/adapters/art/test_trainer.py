@@ -365,6 +365,7 @@ def test_bad_parameters() -> None:
         ({"random_eps": True}, "random_eps=False"),
         ({"early_stop": True}, "early_stop=False"),
         ({"retry": Joint(max_iter=40)}, "retry=None"),
+        ({"num_random_init": 2}, "num_random_init 0 or 1 for training, .* got 2"),
     ):
         with pytest.raises(ValueError, match=words):
             build(target, JIIOAttack(target, **options))
@@ -373,6 +374,26 @@ def test_bad_parameters() -> None:
     other = classifier(loss=nn.MultiMarginLoss())
     with pytest.raises(TypeError, match="CrossEntropyLoss"):
         build(other, JIIOAttack(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: 0.9 * y + 0.01, "or for smoothed ones take nn.CrossEntropyLoss"),
+        (lambda y: y + np.roll(y, 1, axis=1), "single 1 and zeros"),
+        (lambda y: 0 * y, r"got \[0\.0, .* for sample 0"),
+        (lambda y: y * np.nan, "nan"),
+        (lambda y: y > 2, "False"),
+    ],
+)
+def test_soft_labels_are_refused(change: Any, words: str) -> None:
+    x, y = arrays("train", 4, one_hot=True)
+    target = classifier()
+    attack = JIIOAttack(target, norm=2, eps=0.3, verbose=False)
+    with pytest.raises(ValueError, match=words):
+        JIIOAdversarialTrainer(target, attack, verbose=False).fit(x, change(y), nb_epochs=1)
+    with pytest.raises(ValueError, match=words):
+        attack.generate(x, change(y))
 
 
 def test_bad_input() -> None:

@@ -10,6 +10,7 @@ import torch
 from deepinv.physics import Denoising, GaussianNoise, Inpainting, Physics
 from torch import nn
 
+from jiio_plugins import Joint
 from tests.adapters.deepinv.toys import SHAPE, Encoder, measured, reconstructor
 
 
@@ -121,6 +122,8 @@ def test_latents_that_do_not_fit() -> None:
         ({"latent_penalty": -1.0}, ValueError, "latent_penalty must be"),
         ({"latent_penalty": None}, ValueError, "latent_penalty must be .* got None"),
         ({"prior_weight": float("nan")}, ValueError, "prior_weight must be"),
+        ({"prior_weight": 2.0}, ValueError, "prior_weight is of a prior: give prior= too, got 2"),
+        ({"method": Joint(), "iters": 5}, ValueError, "method= is in place of iters, step_size"),
         ({"range_penalty": -1.0}, ValueError, "range_penalty must be"),
         ({"latent_shape": (3, 0)}, ValueError, "positive integers"),
         ({"iters": 0}, ValueError, "max_iter"),
