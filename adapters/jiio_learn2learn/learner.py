@@ -24,7 +24,7 @@ from jiio_learn2learn._checks import (
     same_inputs,
 )
 from jiio_learn2learn._task import Slots, TaskVariable, kept
-from jiio_learn2learn.recording import Recorded, Tape
+from jiio_learn2learn.recording import Recorded, Tape, tensors_in
 from jiio_plugins.equilibrium import Anderson, Implicit, StateLayout, count, count_evaluations
 from jiio_plugins.implicit import adjoint_solver, attach, warn_if_loose
 from jiio_plugins.joint import (
@@ -211,6 +211,11 @@ class JIIOLearner(BaseLearner):
             output = self.module(*args, **kwargs)
         if not mode.z:
             raise ValueError(NO_LAYER)
+        if next(tensors_in(output), None) is None:
+            raise TypeError(
+                f"the model returned {type(output).__name__}, in which no tensor was found: return "
+                "tensors, or tuples, lists, dicts or dataclasses of them"
+            )
         tape = Tape(output, _Forward(task, task.version, (args, kwargs), mode))
         return tape.wrap(output)
 

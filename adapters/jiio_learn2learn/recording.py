@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jiio_plugins.utils import leaves, map_leaves
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -44,7 +46,7 @@ class Tape:
     ``if loss > 1``) is not followed: at a replay it is what it was.
 
     Args:
-        output: a tensor, or tensors in tuples, lists and dicts.
+        output: a tensor, or tensors in nested containers.
         source: what made the output, kept as it is.
     """
 
@@ -165,63 +167,33 @@ class Recorded(Tensor):
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A value with a function applied to each tensor in nested tuples, lists and dicts.
+    """A value with a function applied to each tensor in nested containers.
 
     Args:
         value: anything.
         function: what a tensor becomes.
     """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, (Slot, _Copied, torch.Size)):
-        items = [map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return map_leaves(value, Tensor, function)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+    """The tensors in nested containers."""
+    return leaves(value, Tensor)
 
 
 def _zip_tensors(value: Any, slots: Any, function: Callable[[Tensor, Slot], Any]) -> Any:
     """As :func:`map_tensors`, with the slot that stands in the same place."""
-    numbers = iter(_slots_in(slots))
+    numbers = leaves(slots, Slot)
     return map_tensors(value, lambda t: function(t, next(numbers)))
-
-
-def _slots_in(value: Any) -> Iterator[Slot]:
-    if isinstance(value, Slot):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _slots_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _slots_in(item)
 
 
 def _fill(value: Any, values: dict[int, Tensor]) -> Any:
     """``value`` with its slots replaced by what they hold."""
-    if isinstance(value, Slot):
-        return values[value.number]
-    if isinstance(value, _Copied):
-        return value.tensor.clone()
-    if isinstance(value, dict):
-        return {key: _fill(item, values) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        items = [_fill(item, values) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+
+    def filled(place: Slot | _Copied) -> Tensor:
+        return values[place.number] if isinstance(place, Slot) else place.tensor.clone()
+
+    return map_leaves(value, (Slot, _Copied), filled)
 
 
 def _works_in_place(func: Callable[..., Any]) -> bool:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from jiio_plugins.equilibrium.state import Layout, as_tensors
+from jiio_plugins.utils.trees import leaves, map_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ class CellMap:
         rows = len(state[0] if self.layout.is_tuple else state)
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
         if torch.is_inference_mode_enabled():  # where torch does not count changes
-            state = tree_map(Tensor.clone, state)
+            state = map_leaves(state, Tensor, Tensor.clone)
         versions = _versions((state, self.injection))
         try:
             out = self.cell(state, *self.injection)
@@ -89,7 +89,7 @@ class CellMap:
             return None
         if any(m.training and isinstance(m, _COUPLED) for m in self.cell.modules()):
             return None
-        injection = tree_map(lambda u: u[rows] if _has_rows(u) else u, self.injection)
+        injection = map_leaves(self.injection, Tensor, lambda u: u[rows] if _has_rows(u) else u)
         return CellMap(self.cell, injection, self.layout)
 
     def check_rows(self, rows: int) -> None:
@@ -98,7 +98,7 @@ class CellMap:
         Raises:
             ValueError: one has neither.
         """
-        for u in tree_leaves(self.injection):
+        for u in leaves(self.injection, Tensor):
             if _has_rows(u) and len(u) != rows:
                 raise ValueError(
                     f"the layer's inputs must be batch first: the state has {rows} rows, an input "
@@ -178,9 +178,8 @@ class Damped(nn.Module):
         f, layout = self.cell(z, *injection), Layout.of(z)
         name = type(self.cell).__name__
         layout.check(f, len(z[0] if layout.is_tuple else z), f"the output of the cell {name}")
-        if layout.is_tuple:
-            return tuple(a + self.damping * (b - a) for a, b in zip(z, f, strict=True))
-        return z + self.damping * (f - z)
+        pairs = zip(as_tensors(z), as_tensors(f), strict=True)
+        return layout.assemble([a + self.damping * (b - a) for a, b in pairs])
 
     def initial_state(self, *injection: Any) -> Any:
         """That of the cell."""
@@ -193,10 +192,9 @@ class Damped(nn.Module):
 
 def _versions(tree: Any) -> list[int]:
     """How often each tensor has been changed in place, as far as torch counts that."""
-    tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
-    return [t._version for t in tensors if not t.is_inference()]
+    return [t._version for t in leaves(tree, Tensor) if not t.is_inference()]
 
 
-def _has_rows(u: Any) -> bool:
+def _has_rows(u: Tensor) -> bool:
     """Whether rows of ``u`` are rows of the batch. A number or a single row is for all of them."""
-    return isinstance(u, Tensor) and u.ndim > 0 and len(u) != 1
+    return u.ndim > 0 and len(u) != 1

@@ -81,7 +81,7 @@ def full_precision_state(state: Any) -> Any:
         return state
     half = (torch.float16, torch.bfloat16)
     tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
-    return tensors if isinstance(state, (tuple, list)) else tensors[0]
+    return Layout.of(state).assemble(tensors)
 
 
 class EquilibriumLayer(nn.Module):

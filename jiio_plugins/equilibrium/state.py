@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -42,16 +42,19 @@ class Layout:
     Attributes:
         shapes: of each tensor, without its rows.
         is_tuple: whether the state is a tuple, which may hold one tensor only.
+        kind: what makes such a tuple of its tensors, for a named one.
     """
 
     shapes: tuple[torch.Size, ...]
     is_tuple: bool
+    kind: Callable[[Iterable[Tensor]], Any] = tuple
 
     @classmethod
     def of(cls, state: Any) -> Layout:
         """The layout of ``state``, its rows left out."""
-        tensors = as_tensors(state)
-        return cls(tuple(t.shape[1:] for t in tensors), isinstance(state, (tuple, list)))
+        shapes = tuple(t.shape[1:] for t in as_tensors(state))
+        kind = getattr(type(state), "_make", tuple)
+        return cls(shapes, isinstance(state, (tuple, list)), kind)
 
     @property
     def sizes(self) -> list[int]:
@@ -68,7 +71,11 @@ class Layout:
         tensors = tuple(
             part.reshape(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True)
         )
-        return tensors if self.is_tuple else tensors[0]
+        return self.assemble(tensors)
+
+    def assemble(self, tensors: Sequence[Tensor]) -> Any:
+        """The tensors of a state -> tensor or tuple."""
+        return self.kind(tensors) if self.is_tuple else tensors[0]
 
     def check(self, state: Any, rows: int, what: str) -> None:
         """Raise unless a state has this layout.

@@ -195,11 +195,11 @@ class RecordMode:
             self.z[k] = self.advance(f, self.z[k])
         state = f.layout.unpack(self.z[k])
         leaves = _as_leaves(as_tensors(state))
-        self.f.append(as_tensors(f.evaluate(leaves if f.layout.is_tuple else leaves[0])))
+        self.f.append(as_tensors(f.evaluate(f.layout.assemble(leaves))))
         self.leaves.append(leaves)
         self.answers.append(_as_leaves(self.f[-1]) if self.answer_fz else leaves)
-        answer = tuple(t.clone() for t in self.answers[-1])  # the network may change it in place
-        return answer if f.layout.is_tuple else answer[0]
+        # copies: the network may change them in place
+        return f.layout.assemble([t.clone() for t in self.answers[-1]])
 
     def close(self) -> None:
         """End the pass. A layer called from now on, as in a recomputation, is an error.
@@ -347,8 +347,7 @@ class PenaltyMode:
         # the gradient of a probe's VJP costs about one more
         count(Cost(f_evals=rows, vjps=2 * self.probes * rows))
         # DistributedDataParallel looks for unused parameters from the output: it must find f's
-        tensors = tuple(t + 0 * penalty for t in as_tensors(state))
-        return tensors if f.layout.is_tuple else tensors[0]
+        return f.layout.assemble([t + 0 * penalty for t in as_tensors(state)])
 
 
 @contextmanager

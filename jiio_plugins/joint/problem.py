@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
@@ -32,6 +31,7 @@ from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.linearization import Linearization
 from jiio_plugins.joint.modes import NO_LAYER, IterateMode, RecordMode, SolveMode
 from jiio_plugins.solution import Status
+from jiio_plugins.utils.trees import map_leaves
 
 if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import FlatMap, FlatSolution, Solver
@@ -157,7 +157,7 @@ class Problem:
             output = self.variable(v, rows)
         # the objective and the stop test are the caller's, who knows the model without autocast
         halves = (torch.float16, torch.bfloat16)
-        return tree_map_only(Tensor, lambda t: t.float() if t.dtype in halves else t, output)
+        return map_leaves(output, Tensor, lambda t: t.float() if t.dtype in halves else t)
 
     @property
     def row_separable(self) -> bool:

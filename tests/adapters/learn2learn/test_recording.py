@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from jiio_learn2learn.recording import Recorded, Tape
+from tests.adapters.learn2learn.toys import Toy, learner, task
 from tests.helpers import rand
+from tests.utils.test_trees import MAKE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +84,32 @@ def test_outputs_in_tuples_and_dicts() -> None:
     other = {"logits": rand(3, 2, seed=3), "parts": (rand(3, 1, seed=4), 5)}
     expected = other["logits"].sum() * other["parts"][0].mean()
     torch.testing.assert_close(tape.replay(loss, other), expected)
+
+
+class Returning(Toy):
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(super().forward(x))
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_a_model_may_return_containers_of_its_own(make: Any) -> None:
+    x, y, query, _ = task(30)
+    clone, plain = learner(model=Returning(make)).clone(), learner().clone()
+    output = clone(x)
+    assert type(output) is make
+    clone.adapt(cross_entropy(output.logits, y))
+    plain.adapt(cross_entropy(plain(x), y))
+    torch.testing.assert_close(clone(query).logits, plain(query), rtol=1e-6, atol=1e-8)
+
+
+def test_an_output_without_tensors_is_refused() -> None:
+    opaque = learner(model=Returning(lambda y: SimpleNamespace(logits=y))).clone()
+    with pytest.raises(TypeError, match="returned SimpleNamespace, in which no tensor was found"):
+        opaque(task(30)[0])
 
 
 def test_it_is_a_tensor_like_any_other() -> None:
