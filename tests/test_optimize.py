@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Box, Equilibrium, Joint, L2Ball, optimize_input
+from jiio_plugins.envelope import joint_solution
 from tests.cases import squared
 from tests.helpers import Elementwise, Net, linear, rand
 
@@ -37,6 +38,47 @@ def test_x_that_is_not_finite(bad: float) -> None:
 def test_x_that_is_not_floating_point(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"floating point, got {dtype}.*x\.float\(\)"):
         optimize_input(Net(), torch.ones(2, 5, dtype=dtype), squared)
+
+
+def test_a_complex_x_loses_nothing() -> None:
+    x = torch.complex(rand(2, 5, seed=1), rand(2, 5, seed=2))
+    with pytest.raises(TypeError, match=r"got torch.complex128: give .*view_as_real\(x\)"):
+        optimize_input(Net(), x, squared)
+
+
+class Convolved(nn.Module):
+    """The error of a convolution has other words than that of a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.net = nn.Conv1d(1, 1, 1), Net().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.conv(x[:, None]).squeeze(1))
+
+
+@pytest.mark.parametrize("make", [lambda: Net().float(), Convolved])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_x_of_another_precision_than_the_model(make: Any, dtype: torch.dtype) -> None:
+    x = rand(2, 5, seed=1).to(dtype)
+    for call in (optimize_input, joint_solution):
+        with pytest.raises(
+            TypeError, match=rf"input is {dtype} .* are torch.float32: .*model.to\({dtype}\)"
+        ):
+            call(make(), x, squared)
+
+
+def test_a_model_may_convert_its_input() -> None:
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.float()).double()
+
+    found = optimize_input(Converting(), rand(2, 5, seed=1), squared, constraint=L2Ball(0.1))
+    assert found.x.dtype == torch.float64
 
 
 def test_x_of_a_wrong_kind() -> None:

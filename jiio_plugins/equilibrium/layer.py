@@ -19,6 +19,7 @@ from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit
 from jiio_plugins.equilibrium.cell import CellMap, initial_state
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.state import Layout, as_tensors
+from jiio_plugins.utils.checks import check_floating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,19 +151,19 @@ class Equilibrium(EquilibriumLayer):
         Raises:
             ValueError: the cell's output has another shape than its state, or an injected tensor
                 has neither the state's rows nor one row for all of them.
-            TypeError: no injection is given, or none that an initial state can be built from.
+            TypeError: no injection is given, or none that an initial state of floating-point
+                numbers can be built from.
         """
         start = self.initial_state(*injection) if z0 is None else z0
         start = full_precision_state(start)
         f = CellMap(self.cell, injection, Layout.of(start))
         f.check_rows(len(start[0] if f.layout.is_tuple else start))
+        for part in as_tensors(start):
+            check_floating(part, "the initial state z0")
         mode = current_mode()
         if mode is not None:
             return mode.on_layer(self, f, start)
-        flat0 = f.layout.pack(start)
-        if not flat0.is_floating_point():
-            raise TypeError(f"the initial state must be floating point, got {flat0.dtype}")
-        return f.layout.unpack(self.adjoint.forward(f, flat0, self.solver))
+        return f.layout.unpack(self.adjoint.forward(f, f.layout.pack(start), self.solver))
 
     def initial_state(self, *injection: Any) -> Any:
         """``cell.initial_state(*injection)`` where defined, else zeros like the first injection."""

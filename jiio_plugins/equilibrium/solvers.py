@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.state import Layout, row_norm
+from jiio_plugins.equilibrium.state import Layout, safe_norm
 from jiio_plugins.solution import Solution, Stats, Status
-from jiio_plugins.utils.checks import check_counts
+from jiio_plugins.utils.checks import check_counts, check_floating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PATIENCE = 10  # steps taken back in a row before a row is given up
 _IDLE = 20  # evaluations without a new best, at the dtype's precision, before it is
+_ABSOLUTE = 1e-12
 _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compacted
 
 
@@ -79,7 +80,8 @@ class Solver(abc.ABC):
     Args:
         max_iter: evaluations of f at most, per row.
         tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z. It is for fixed points at zero.
+        abs_tol: the absolute part of that, in the units of z. It is for fixed points at zero. None:
+            1e-12, or that times the size of z at the first evaluation where it is below 1.
 
     Raises:
         TypeError: a count that is no integer.
@@ -88,11 +90,11 @@ class Solver(abc.ABC):
 
     max_iter: int = 50
     tol: float = 1e-4
-    abs_tol: float = 1e-12
+    abs_tol: float | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, max_iter=1)
-        if not (self.tol >= 0 and self.abs_tol >= 0):
+        if not (self.tol >= 0 and (self.abs_tol is None or self.abs_tol >= 0)):
             raise ValueError(
                 f"tol and abs_tol must not be negative, got {self.tol} and {self.abs_tol}"
             )
@@ -151,7 +153,7 @@ class Picard(Solver):
     Args:
         max_iter: evaluations of f at most, per row.
         tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z.
+        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
         damping: step length, in (0, 2]. Above 1 it over-relaxes.
 
     Raises:
@@ -199,7 +201,7 @@ class Anderson(Solver):
     Args:
         max_iter: evaluations of f at most, per row.
         tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z.
+        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
         memory: differences kept. Each takes the memory of two states.
         damping: in (0, 1]. 1 takes the whole step.
         ridge: added to the unit diagonal of the normalised Gram matrix. None: ten times the dtype's
@@ -312,7 +314,7 @@ class Broyden(Solver):
     Args:
         max_iter: evaluations of f at most, per row.
         tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z.
+        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
         memory: rank kept. When it is full the update starts afresh.
 
     Raises:
@@ -453,6 +455,7 @@ class _Running(_ByRow):
         self.norms = torch.float32 if half else z.dtype
         self.r_best = z.new_full((rows,), torch.inf, dtype=self.norms)
         self.r_first = self.ceiling = self.r_best
+        self.abs_tol = torch.zeros_like(self.r_best)
         self.scale = torch.ones_like(self.r_best)
         # half precision cannot count far
         self.evals, self.fails, self.idle = torch.zeros(3, rows, device=z.device).unbind()
@@ -464,11 +467,13 @@ class _Running(_ByRow):
 
     def observe(self, fz: Tensor, solver: Solver) -> Tensor:
         """Take in ``f(z)``, and tell the rows whose step is to be taken back, bool ``(rows,)``."""
-        r, norm = row_norm(fz - self.z, self.norms), row_norm(fz, self.norms)
+        r, norm = safe_norm(fz - self.z, self.norms), safe_norm(fz, self.norms)
         finite = torch.isfinite(r)
         self.evals = self.evals + self.active
-        limit = solver.tol * norm + solver.abs_tol
         first = torch.isinf(self.r_first) & finite
+        if solver.abs_tol is None:  # r + norm is at least as large as z
+            self.abs_tol = torch.where(first, _ABSOLUTE * (r + norm).clamp(max=1.0), self.abs_tol)
+        limit = solver.tol * norm + (self.abs_tol if solver.abs_tol is None else solver.abs_tol)
         self.r_first = torch.where(first, r, self.r_first)
         eps = torch.finfo(self.z.dtype).eps
         rounding = eps * norm
@@ -599,8 +604,7 @@ def solve_fixed_point(f: Callable[[Any], Any], z0: Any, solver: Solver | None = 
     """
     layout = Layout.of(z0)
     flat0 = layout.pack(z0)
-    if not flat0.is_floating_point():
-        raise TypeError(f"z0 must be floating point, got {flat0.dtype}")
+    check_floating(flat0, "z0")
 
     def flat_f(z: Tensor) -> Tensor:
         out = f(layout.unpack(z))

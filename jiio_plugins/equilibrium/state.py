@@ -138,6 +138,25 @@ def row_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return norm
 
 
+def safe_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`row_norm`, also where squares are too small or too large for the dtype.
+
+    Args:
+        flat: ``(rows, n)``.
+        dtype: to return it in. None: that of ``flat``.
+    """
+    norm = row_norm(flat, dtype)
+    if norm.dtype == torch.float64:
+        return norm
+    lost = ~((norm > _SAFE) & (norm < 1 / _SAFE))
+    if surely_none(lost):
+        return norm
+    return torch.where(lost, row_norm(flat, torch.float64).to(norm.dtype), norm)
+
+
+_SAFE = 1e-15  # a norm above this in float32, whose squares end at 1e-38, has lost nothing
+
+
 def full_precision(kind: str) -> AbstractContextManager[Any]:
     """Without autocast on this type of device."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -161,7 +180,7 @@ def relative(residual: Tensor, fz: Tensor) -> Tensor:
         residual: ``f(z) − z``, ``(rows, n)``.
         fz: ``f(z)``, ``(rows, n)``.
     """
-    return row_norm(residual) / row_norm(fz).clamp(min=torch.finfo(fz.dtype).tiny)
+    return safe_norm(residual) / safe_norm(fz).clamp(min=torch.finfo(fz.dtype).tiny)
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:

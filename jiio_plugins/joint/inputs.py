@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from jiio_plugins.constraints import check_constraint
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
-from jiio_plugins.utils.checks import outside_inference
+from jiio_plugins.utils.checks import check_floating, outside_inference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +122,7 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
         x itself, or a copy of one made in inference mode.
 
     Raises:
-        TypeError: no tensor, or of integers.
+        TypeError: no tensor, or of integers or complex numbers.
         ValueError: no batch, NaN or Inf.
     """
     if not isinstance(x, Tensor):
@@ -130,10 +130,7 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
             f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
             "flattened and concatenated, and a wrapper of the model splits them"
         )
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, got {x.dtype}: convert it with {name}.float()"
-        )
+    check_floating(x, name)
     if x.ndim < 2:
         raise ValueError(f"{name} must be batch first, (batch, ...), got shape {tuple(x.shape)}")
     finite = torch.isfinite(x)

@@ -150,14 +150,35 @@ class Problem:
         Args:
             v: the variable, ``(problems, d)``.
             rows: indices of the rows to call it on. None: all.
+
+        Raises:
+            TypeError: the model refuses an input of another precision than its own.
         """
         if self._precision is None:
-            return self.variable(v, rows)
+            try:
+                return self.variable(v, rows)
+            except RuntimeError as error:
+                self._explain_dtype(v, error)
+                raise
         with torch.autocast(v.device.type, dtype=self._precision):
             output = self.variable(v, rows)
         # the objective and the stop test are the caller's, who knows the model without autocast
         halves = (torch.float16, torch.bfloat16)
         return map_leaves(output, Tensor, lambda t: t.float() if t.dtype in halves else t)
+
+    def _explain_dtype(self, v: Tensor, error: RuntimeError) -> None:
+        """Say what does not fit together, where torch has refused the dtypes of input and model.
+
+        Some models convert their input, so this cannot be told before they are called.
+        """
+        own = {p.dtype for p in self.variable.model.parameters() if p.is_floating_point()}
+        refused = any(words in str(error) for words in ("dtype", "scalar type", "type ("))
+        if refused and len(own) == 1 and v.dtype not in own:
+            (dtype,) = own
+            raise TypeError(
+                f"the input is {v.dtype} and the model's parameters are {dtype}: convert one of "
+                f"them, with x.to({dtype}) or model.to({v.dtype})"
+            ) from error
 
     @property
     def row_separable(self) -> bool:

@@ -21,6 +21,28 @@ def is_count(value: object, least: int) -> bool:
     return int(value) >= least
 
 
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Raise unless a tensor is of real floating-point numbers.
+
+    Args:
+        tensor: what was given.
+        name: what the message calls it. The last word is a name in code.
+
+    Raises:
+        TypeError: of integers, booleans or complex numbers.
+    """
+    if tensor.is_floating_point():
+        return
+    symbol = name.split()[-1]
+    advice = f"convert it with {symbol}.float()"
+    if tensor.is_complex():
+        advice = (
+            f"give its real and imaginary parts, torch.view_as_real({symbol}), and put them "
+            "together inside, with torch.view_as_complex"
+        )
+    raise TypeError(f"{name} must be real floating point, got {tensor.dtype}: {advice}")
+
+
 def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd takes of one made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor

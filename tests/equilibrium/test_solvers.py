@@ -246,6 +246,29 @@ def test_float32_ends_with_a_status_below_its_precision(kind: type[Solver], tol:
 
 
 @every_solver
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-20, 1e25])
+def test_float32_far_from_one(kind: type[Solver], size: float) -> None:
+    """Squares of these leave the range of float32."""
+    a = contraction(6, 0.5, symmetric=False, seed=1)
+    u = rand(3, 6, seed=2)
+    exact = torch.linalg.solve(torch.eye(6) - a, u.T).T
+    narrow = (size * u).float()
+    solver = kind(max_iter=200, tol=1e-4)
+    found = solve_fixed_point(lambda z: z @ a.T.float() + narrow, torch.zeros(3, 6), solver)
+    assert bool(found.converged.all())
+    assert bool((found.stats.z_residual > 0).all())
+    torch.testing.assert_close(found.z.double() / size, exact, rtol=2e-3, atol=2e-3)
+
+
+@every_solver
+def test_a_fixed_point_at_zero_is_reached_from_any_size(kind: type[Solver]) -> None:
+    sizes = torch.tensor([1e-30, 1e-10, 1.0])[:, None]
+    found = solve_fixed_point(lambda z: 0.5 * z, sizes, kind(max_iter=200, tol=1e-6))
+    assert bool(found.converged.all())
+    assert bool((found.z.abs() <= 2e-12 * sizes).all())
+
+
+@every_solver
 def test_float32_and_float64_agree(kind: type[Solver]) -> None:
     a = contraction(10, 0.8, symmetric=False, seed=1)
     u = rand(3, 10, seed=2)
