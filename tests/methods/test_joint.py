@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, joint_solution, opt
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
 from tests.cases import Ridge, Wells, squared, wells
-from tests.helpers import Net, linear, rand
+from tests.helpers import TIGHT, Elementwise, Net, TanhCell, linear, rand
 
 if TYPE_CHECKING:
     from jiio_plugins.methods import Method
@@ -144,3 +144,58 @@ def test_a_later_layer_does_not_hide_that_an_earlier_one_is_over_relaxed() -> No
         callback=lambda progress: residuals.append(float(progress.z_residual.max())),
     )
     assert residuals[-1] < 0.05
+
+
+class Glitch(torch.autograd.Function):
+    """The identity, whose backward pass has NaN in some rows, once."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, rows: list[int]) -> Tensor:
+        ctx.rows = rows
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        g = g.clone()
+        g[ctx.rows] = torch.nan
+        return g, None
+
+
+class Glitching(nn.Module):
+    """``tanh(W z + u)``, which in one pass of a loop has NaN for row 2, in f or in ``J_zᵀμ``."""
+
+    def __init__(self, rate: float, kind: str) -> None:
+        super().__init__()
+        self.encoder, self.kind, self.passes = linear(5, 8, seed=1), kind, 0
+        self.cell = TanhCell(8, rate, seed=2)
+        self.equilibrium = Equilibrium(Elementwise(self.f), solver=TIGHT)
+
+    def f(self, z: Tensor, u: Tensor) -> Tensor:
+        self.passes += z.requires_grad
+        rows = [2] if self.passes == 3 and len(z) == 4 else []
+        if z.requires_grad and self.kind == "adjoint":
+            z = Glitch.apply(z, rows)
+        fz = self.cell(z, u)
+        if self.kind == "state":
+            fz = fz.index_fill(0, torch.tensor(rows, dtype=torch.long), torch.nan)
+        return fz
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.equilibrium(self.encoder(x))
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.97])
+@pytest.mark.parametrize("kind", ["state", "adjoint"])
+def test_nan_in_one_pass_does_not_stay(kind: str, rate: float) -> None:
+    """z and μ go on from what they were: the search ends where it would have without that."""
+    x = rand(4, 5, seed=3)
+    found, clean = (
+        optimize_input(
+            Glitching(rate, k), x, squared, method=Joint(max_iter=30), constraint=L2Ball(1.0)
+        )
+        for k in (kind, "none")
+    )
+    assert bool((clean.value < 0.8 * squared(Glitching(rate, "none")(x))).all())
+    torch.testing.assert_close(found.value, clean.value, rtol=1e-3, atol=1e-6)
+    assert found.status.tolist() == clean.status.tolist()
+    assert bool(torch.isfinite(found.stats.costate_residual).all())
