@@ -30,6 +30,7 @@ class Status(IntEnum):
     STALLED = 7
     GRADIENT_UNSETTLED = 8
     UNVERIFIED = 9
+    RANDOM = 10
 
     @property
     def message(self) -> str:
@@ -77,6 +78,12 @@ _MESSAGES = {
     Status.UNVERIFIED: (
         "nobody has checked where the loop ended, as verify=False asked for: judge x yourself, or "
         "call with verify=None or a solver"
+    ),
+    Status.RANDOM: (
+        "the model gives two answers to two calls with the same input, so that what was found "
+        "cannot be relied on: take what is random out of it (dropout that is always on, noise "
+        "in cell, encoder or head, a random initial_state), or draw it from a generator of a fixed "
+        "seed at each call"
     ),
 }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
-from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
+from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
@@ -43,6 +43,7 @@ _UNSETTLED = 0.2
 _AMPLIFY = 10.0
 _SLOWER = 3.0  # or this many times what the verification shows, where that is more
 _CLEAR = 0.5
+_NOISE = 100.0  # two answers are two where they are this many times the dtype's epsilon apart
 
 
 def default_verifier(dtype: torch.dtype) -> Solver:
@@ -208,6 +209,11 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     final = _never_worse(judge, result, final)
     problem.pay(f_evals=judge.f_evals - verification)
     status = _status(problem, final, astray)
+    doubtful = (status == Status.NOT_VERIFIED) | (status == Status.DISAGREEMENT)
+    if bool(doubtful.any()):
+        random, spent = _random(problem, final.v)
+        status[doubtful & random] = Status.RANDOM
+        verification += spent
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
         f_evals=problem.f_evals,
@@ -315,6 +321,29 @@ def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
     broken = worst(final.nonfinite.float()) > 0
     status[broken | ~torch.isfinite(final.value)] = Status.NONFINITE
     return status
+
+
+def _random(problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Problems whose answer is another one at a second call, and what it costs to see that.
+
+    A call solves nothing: initial state, one evaluation of f and what the head makes of it.
+
+    Args:
+        problem: whose model is called.
+        v: ``(problems, d)``.
+
+    Returns:
+        Bool ``(problems,)``, and evaluations of f, ``(rows,)``.
+    """
+    with torch.no_grad():
+        calls = [problem.solve(v, Picard(max_iter=1)) for _ in range(2)]
+        values = [problem.loss(call.output)[:, None] for call in calls]
+    differ = torch.zeros(problem.rows, device=v.device)
+    pairs = ([c.z for c in calls], [c.fz for c in calls], values)
+    for one, two in pairs:
+        far = row_norm(two - one) > _NOISE * torch.finfo(one.dtype).eps * row_norm(one)
+        differ = differ + far
+    return problem.groups.worst(differ) > 0, calls[0].evals + calls[1].evals
 
 
 def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved: Tensor) -> Tensor:

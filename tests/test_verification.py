@@ -277,6 +277,41 @@ def test_a_cell_that_is_nan(method: Any) -> None:
     assert bool((solution.status[others] == clean.status).all())
 
 
+class Noisy(nn.Module):
+    """:class:`Net` with noise in one of its parts, also in eval mode."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.net, self.part = Net(solver=Anderson(max_iter=60, tol=1e-8)), part
+        cell = self.net.equilibrium.cell
+        self.net.equilibrium.cell = Elementwise(lambda z, u: self.noise("cell", cell(z, u)))
+        if part == "start":  # z = tanh 3z + u has two fixed points that attract
+            self.net.equilibrium.cell = Elementwise(lambda z, u: torch.tanh(3 * z + 0.1 * u))
+            self.net.equilibrium.cell.initial_state = torch.randn_like
+            self.net.equilibrium.solver = Picard(max_iter=3)
+
+    def noise(self, part: str, t: Tensor) -> Tensor:
+        return t + 0.3 * torch.randn_like(t) if part == self.part else t
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.noise("encoder", self.net.encoder(x))
+        return self.noise("head", self.net.head(self.net.equilibrium(u)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "cell", "start", "head"])
+def test_a_model_that_is_random_is_a_status(part: str) -> None:
+    def search(model: nn.Module) -> Solution:
+        x, method = rand(4, 5, seed=1), Joint(max_iter=5)
+        return optimize_input(model, x, squared, method=method, constraint=L2Ball(0.3))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = search(Noisy(part))
+    assert statuses(found) == {Status.RANDOM}
+    assert "RANDOM: the model gives two answers to two calls" in found.report()
+    assert Status.RANDOM not in statuses(search(Noisy("none")))
+
+
 # A search along something else than the gradient ------------------------------------------------
 
 
