@@ -110,7 +110,8 @@ def default_suite(
 
     Cheap attacks come first: with ``skip_broken`` the others see only what withstands. An image
     that withstands all costs about 4,000 evaluations of f and VJPs. DLR is left out where there are
-    two classes, and those of torchattacks where the images are not ``(rows, C, H, W)``.
+    two classes, and those of torchattacks where the images are not ``(rows, C, H, W)`` or, for
+    Square, too small.
 
     Args:
         eps: ε of the ball, in the units of the images.
@@ -192,6 +193,11 @@ def host_attack(
         if x.ndim != 4:
             return (
                 f"torchattacks needs images (batch, channels, height, width), got {tuple(x.shape)}"
+            )
+        if kind == "Square" and float(norm) == 2 and min(x.shape[2:]) < 5:  # it divides by h // 5
+            return (
+                "torchattacks' Square needs images of 5 × 5 pixels or more for the L2 norm, got "
+                f"{tuple(x.shape)}"
             )
         return too_few_classes("dlr" if dlr else "cross-entropy", classes)
 
