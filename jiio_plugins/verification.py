@@ -205,11 +205,15 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     final = judge.everything(result.v)
     seconds = time.perf_counter() - begin
     verification = judge.f_evals.clone()
-    astray = _astray(result, final.z)
+    off = relative(final.z - result.z, final.z)
+    mu_off = 0.0 if result.mu_error is None else result.mu_error
+    # NaN is no gradient to trust
+    astray, elsewhere = ~(off + mu_off <= _UNSETTLED), off > _UNSETTLED
     final = _never_worse(judge, result, final)
     problem.pay(f_evals=judge.f_evals - verification)
     status = _status(problem, final, astray)
     doubtful = (status == Status.NOT_VERIFIED) | (status == Status.DISAGREEMENT)
+    doubtful |= problem.groups.worst(elsewhere.float()) > 0
     if bool(doubtful.any()):
         random, spent = _random(problem, final.v)
         status[doubtful & random] = Status.RANDOM
@@ -289,19 +293,6 @@ def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candid
     unsafe = ~(final.value < result.loss_first - error)
     unsafe &= (final.v != problem.v_start).any(1)
     return judge.take_better(final, problem.v_start, unsafe)
-
-
-def _astray(result: MethodResult, solved: Tensor) -> Tensor:
-    """Rows whose last gradient is not to be trusted, bool ``(rows,)``.
-
-    Args:
-        result: where the loop ended.
-        solved: the state that an independent solve finds there, ``(rows, n)``.
-    """
-    error = relative(solved - result.z, solved)
-    if result.mu_error is not None:
-        error = error + result.mu_error
-    return ~(error <= _UNSETTLED)
 
 
 def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
