@@ -6,9 +6,10 @@ training loop, which must move buffers and gradients.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,7 @@ def guarded(
     """Run a block on a model, and put everything back, also after an exception.
 
     Train/eval flags, buffers, ``requires_grad`` and ``.grad`` are as before. Threads that share a
-    model take turns: its flags and buffers are one for all.
+    model take turns: its flags and buffers are one for all. A forked process finds it put back.
 
     Args:
         model: whose state is kept.
@@ -38,12 +39,11 @@ def guarded(
         randomness: put the global generators of torch, NumPy and Python back, too. Needed where
             code of another library runs, which may seed them.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_turn_of(model))
+    with _turn_at(model), _randomness_kept() if randomness else nullcontext(), ExitStack() as stack:
+        _at_work[stack] = threading.get_ident()
+        stack.callback(_at_work.pop, stack, None)
         for part in (flags_kept, gradients_kept, buffers_kept):
             stack.enter_context(part(model))
-        if randomness:
-            stack.enter_context(_randomness_kept())
         if evaluate:
             model.eval()
         if freeze:
@@ -53,15 +53,65 @@ def guarded(
         yield
 
 
-_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_TURNS_LOCK = threading.Lock()
+_turns = threading.Condition()
+_owner: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the thread at work on a model
+_awaited: dict[int, nn.Module] = {}  # the model that a thread waits for
+_at_work: dict[ExitStack, int] = {}  # what puts a model back, and the thread that will do so
 
 
-def _turn_of(model: nn.Module) -> threading.RLock:
-    """The lock of a model: of its first equilibrium layer, which wrappers of it share."""
-    layers = (module for module in model.modules() if isinstance(module, EquilibriumLayer))
-    with _TURNS_LOCK:
-        return _TURNS.setdefault(next(layers, model), threading.RLock())
+@contextmanager
+def _turn_at(model: nn.Module) -> Iterator[None]:
+    """One thread at a time, by the model's first equilibrium layer, which wrappers of it share."""
+    key = next((m for m in model.modules() if isinstance(m, EquilibriumLayer)), model)
+    me = threading.get_ident()
+    with _turns:
+        _awaited[me] = key
+        try:
+            _turns.wait_for(lambda: _may_go(key, me))
+        finally:
+            del _awaited[me]
+        outermost = key not in _owner
+        if outermost:
+            _owner[key] = me
+    try:
+        yield
+    finally:
+        if outermost:
+            with _turns:
+                if _owner.get(key) == me:
+                    del _owner[key]
+                _turns.notify_all()
+
+
+def _may_go(key: nn.Module, me: int) -> bool:
+    """Whether nobody is at work on a model, or who is cannot go on before ``me`` is done.
+
+    Where two threads nest models in opposite order, the second would wait for the first, which
+    waits for the second. The first sleeps then, and the second may go as a call inside its own.
+    """
+    thread = _owner.get(key)
+    if thread is None:
+        return True
+    while thread is not None and thread != me and thread in _awaited:
+        thread = _owner.get(_awaited[thread])
+    return thread == me
+
+
+def _only_thread_left() -> None:
+    """In a forked process: put back what the threads that are not there were at work on."""
+    global _turns
+    _turns = threading.Condition()  # the old one may have been held
+    _awaited.clear()
+    me = threading.get_ident()
+    for key in [key for key, thread in _owner.items() if thread != me]:
+        del _owner[key]
+    for stack in [stack for stack, thread in reversed(_at_work.items()) if thread != me]:
+        with suppress(ValueError):  # a part that was at it when the process forked
+            stack.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_only_thread_left)
 
 
 @contextmanager

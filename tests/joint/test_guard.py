@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from jiio_plugins import Joint, L2Ball, LinfBall, Nested, Solution, joint_solution, optimize_input
 from tests.cases import every_method, squared
@@ -237,6 +239,106 @@ def test_threads_take_turns_at_the_flags_of_a_model() -> None:
         assert torch.equal(one.result(), other.result())
     assert snapshot(model, x) == before
     assert model.modes == {False}
+
+
+def nested(outer: nn.Module, inner: nn.Module, meet: threading.Barrier) -> Tensor:
+    x, first = rand(2, 5, seed=1), [True]
+
+    def objective(y: Tensor) -> Tensor:
+        if first.pop() if first else False:
+            meet.wait(5)  # all are inside by now
+            optimize_input(inner, x, squared, constraint=L2Ball(0.5))
+        return squared(y)
+
+    return optimize_input(outer, x, objective, constraint=L2Ball(0.5)).x
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_models_nested_in_a_circle_do_not_wait_for_each_other(count: int) -> None:
+    models, x = [Net(seed=k) for k in range(count)], rand(2, 5, seed=1)
+    before = [snapshot(model) for model in models]
+    meet = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool:
+        runs = [
+            pool.submit(nested, model, models[(k + 1) % count], meet)
+            for k, model in enumerate(models)
+        ]
+        found = [run.result(timeout=30) for run in runs]
+    for model, got in zip(models, found, strict=True):
+        assert torch.equal(got, optimize_input(model, x, squared, constraint=L2Ball(0.5)).x)
+    assert [snapshot(model) for model in models] == before
+
+
+# Processes --------------------------------------------------------------------------------------
+
+
+def attack_and_look(model: nn.Module, x: Tensor, queue: Any) -> None:
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    seen = snapshot(model)
+    found = optimize_input(model, x, squared, constraint=L2Ball(0.5)).x
+    queue.put((seen[1:], found.tolist(), snapshot(model)[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_while_a_thread_attacks() -> None:
+    """It attacks, and finds the model as the caller left it, not as the attack has it."""
+    model, x = Busy(), rand(4, 5, seed=1)
+    before = snapshot(model)[1:]
+    expected = optimize_input(model, x, squared, constraint=L2Ball(0.5)).x
+    inside, done = threading.Event(), threading.Event()
+
+    def objective(y: Tensor) -> Tensor:
+        inside.set()
+        done.wait(30)
+        return squared(y)
+
+    context = multiprocessing.get_context("fork")
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(optimize_input, model, x, objective, constraint=L2Ball(0.5))
+        assert inside.wait(10)
+        queue = context.SimpleQueue()
+        child = context.Process(target=attack_and_look, args=(model, x, queue))
+        child.start()
+        child.join(20)
+        done.set()
+        assert child.exitcode == 0
+        seen, found, after = queue.get()
+        assert torch.equal(run.result().x, expected)
+    assert found == expected.tolist()
+    assert seen == after == before
+
+
+class Attacked(Dataset[Tensor]):
+    """Samples that are attacked where they are loaded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        x = rand(4, 5, seed=1)[index : index + 1]
+        return optimize_input(self.model, x, squared, constraint=L2Ball(0.5)).x[0]
+
+
+def test_the_workers_of_a_loader_may_attack() -> None:
+    model, stop = Net(), threading.Event()
+    alone = torch.stack([Attacked(model)[k] for k in range(4)])
+
+    def attack_on() -> None:
+        while not stop.is_set():
+            optimize_input(model, rand(4, 5, seed=1), squared, constraint=L2Ball(0.5))
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(attack_on)
+        try:
+            loader = DataLoader(Attacked(model), 2, num_workers=2, timeout=30)
+            found = torch.cat(list(loader))
+        finally:
+            stop.set()
+        busy.result()
+    assert torch.equal(found, alone)
 
 
 # Modes of autograd ------------------------------------------------------------------------------
