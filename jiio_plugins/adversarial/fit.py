@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from jiio_plugins.envelope import joint_solution
 from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
 from jiio_plugins.utils.checks import check_counts
+from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
 from jiio_plugins.verification import Verdict, default_verifier, judge
 
@@ -129,6 +131,7 @@ def fit_adversarially(
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
+        BlockingIOError: another training writes ``checkpoint``.
         TypeError: batches that cannot be drawn again, or no scheduler of torch's.
         ValueError: bad arguments, or a checkpoint of another training.
         FloatingPointError: the loss became NaN or Inf. The last checkpoint is whole.
@@ -150,8 +153,12 @@ def fit_adversarially(
     same = _common(training, batches, settings, kept)
     state = TrainingState(model, optimizer, scheduler, same)
     run = _Run(state, training, batches, settings, kept, wrapped)
-    run.begin()
-    with flags_kept(model), run.bar() as bar:
+    with ExitStack() as stack:
+        if settings.checkpoint is not None:
+            stack.enter_context(owning(settings.checkpoint))
+        run.begin()
+        stack.enter_context(flags_kept(model))
+        bar = stack.enter_context(run.bar())
         while run.progress.epoch < settings.epochs and not run.progress.stopped:
             model.train()
             for x, y in batches.epoch(run.progress.epoch, run.progress.step):
@@ -259,10 +266,11 @@ class _Run:
                 "file or delete it"
             )
         progress, random = self.state.load(path)
-        carried = progress.pop("carried", None)
-        if self.kept is not None:
-            self.kept.load(carried)
-        self.progress = _Progress(**progress)
+        with understood(path):
+            carried = progress.pop("carried", None)
+            if self.kept is not None:
+                self.kept.load(carried)
+            self.progress = _Progress(**progress)
         skip = getattr(self.batches, "skip", None)
         if skip is not None:
             skip(self._done())

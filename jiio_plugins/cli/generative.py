@@ -22,7 +22,7 @@ class TrainGenerator(TrainConfig):
         path = self.out / CONFIG
         if not self.resume or not path.is_file():
             return self
-        saved = Resumed.from_json(path.read_text())
+        saved = Resumed.read(path)
         return tyro.cli(Resumed, args=words, default=saved, prog="jiio train-generator")
 
 

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate
 from tqdm.auto import tqdm
 
 from jiio_plugins.data.tasks import ClassImages, cache_folder
+from jiio_plugins.utils.files import load_tensors, save_tensors, understood
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 
 
-_FORMAT = 1  # part of the cache's name: raise it when the rendering changes
+_FORMAT = 2  # part of the cache's name: raise it when rendering or file change
 _OVERSAMPLING = 2  # drawn and deformed so much larger, then averaged: edges stay smooth
 _ALIKE = 0.96  # cosine of two characters' images above which they count as one shape
 _SMALLEST = 5  # characters a script needs
@@ -71,8 +70,10 @@ def load_glyphs(
         characters that look the same in some face (Latin A, Greek Α) one is kept.
 
     Raises:
-        ValueError: an unknown split, or too few characters or scripts for three splits.
+        ValueError: an unknown split, too few characters or scripts for three splits, or a damaged
+            cache.
         FileNotFoundError: no fonts in the folder.
+        OSError: the cache could not be written.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -132,7 +133,7 @@ def _find_faces(folder: str | Path | None) -> list[Path]:
         found = [p for p in base.glob("DejaVuS*.ttf") if "Display" not in p.name]
     else:
         base = Path(folder)
-        found = [p for p in base.rglob("*") if p.suffix.lower() in (".ttf", ".otf")]
+        found = [p for p in base.rglob("*") if p.suffix.lower() in (".ttf", ".otf") and p.is_file()]
     if not found:
         raise FileNotFoundError(
             f"no .ttf or .otf fonts in {base}: give a folder of fonts, e.g. after 'apt install "
@@ -247,16 +248,14 @@ def _deform(shapes: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 
 def _store(path: Path, images: Tensor, characters: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     codes = torch.tensor([ord(character) for character in characters])
-    part = path.with_suffix(".part")
-    save_file({"images": images, "codes": codes}, part)
-    part.replace(path)  # a reader never sees half a file
+    save_tensors(path, {"images": images, "codes": codes})
 
 
 def _load(path: Path, split: str) -> ClassImages:
-    with safe_open(path, framework="pt") as file:
-        images, codes = file.get_tensor("images"), file.get_tensor("codes")
+    tensors, _ = load_tensors(path)
+    with understood(path):
+        images, codes = tensors["images"], tensors["codes"]
     characters = [chr(code) for code in codes.tolist()]
     scripts = [script_of(character) for character in characters]
     assigned = split_scripts(scripts)

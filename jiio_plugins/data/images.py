@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,8 @@ def read_files(
     """Read image files as bytes. They are grey if all of them are, else RGB.
 
     Args:
-        files: what to read. A file that is no image is skipped.
+        files: what to read. What is no image, no file, or has more than PIL's limit of pixels
+            (``PIL.Image.MAX_IMAGE_PIXELS``, about 89 million), is skipped.
         resize: side in pixels of a central square to crop and scale to. None: take them as they
             are.
         channels: 1 or 3. None: as the files have it.
@@ -128,11 +130,17 @@ def read_files(
 
     arrays: list[tuple[Path, NDArray[np.uint8]]] = []
     skipped = []
+    too_large = Image.DecompressionBombWarning, Image.DecompressionBombError
     for path in tqdm(list(files), desc="reading images", leave=False):
         try:
-            with Image.open(path) as opened:
+            if not path.is_file():
+                raise OSError("a pipe or a device, which may never end")
+            with (
+                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                Image.open(path) as opened,
+            ):
                 image = _as_bytes(opened)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (OSError, SyntaxError, ValueError, *too_large):
             skipped.append(path)  # PIL raises any of these on a broken file
             continue
         arrays.append((path, np.asarray(_square(image, resize) if resize else image)))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from jiio_plugins.data.tasks import ClassImages, cache_folder
+from jiio_plugins.utils.files import load_tensors, save_tensors, understood
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ def load_omniglot(
         Images ``(classes, 20, 1, size, size)`` and the classes' names.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: an unknown split, or a damaged cache.
         FileNotFoundError: says how to fetch the files.
 
     Source: Lake, Salakhutdinov and Tenenbaum (Science 350, 2015), split as by Santoro et al. (ICML
@@ -60,8 +60,7 @@ def load_omniglot(
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
     # the file holds all classes, so one serves every split and seed
     path = cache_folder(cache) / f"omniglot-{size}.safetensors"
-    data = load_file(path) if path.is_file() else _read(Path(root), size, path)
-    images = data["images"]
+    images = _load(path) if path.is_file() else _read(Path(root), size, path)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train = round(len(images) * _TRAIN / _CLASSES)
     held = round(len(images) * _VALIDATION / _CLASSES)
@@ -72,7 +71,13 @@ def load_omniglot(
     return found.with_rotations() if turn else found
 
 
-def _read(root: Path, size: int, path: Path) -> dict[str, torch.Tensor]:
+def _load(path: Path) -> torch.Tensor:
+    tensors, _ = load_tensors(path)
+    with understood(path):
+        return tensors["images"]
+
+
+def _read(root: Path, size: int, path: Path) -> torch.Tensor:
     from torchvision.datasets import Omniglot  # type: ignore[import-untyped]
 
     by_class: dict[int, list[NDArray[np.uint8]]] = {}
@@ -89,9 +94,6 @@ def _read(root: Path, size: int, path: Path) -> dict[str, torch.Tensor]:
             by_class.setdefault(classes + label, []).append(ink)
         classes = max(by_class) + 1
     images = torch.from_numpy(np.stack([np.stack(by_class[k]) for k in range(classes)]))
-    out = {"images": images.unsqueeze(2)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part_path = path.with_suffix(".part")
-    save_file(out, part_path)
-    part_path.replace(path)  # a reader never sees half a file
-    return out
+    images = images.unsqueeze(2)
+    save_tensors(path, {"images": images})
+    return images

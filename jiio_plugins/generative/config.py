@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 
+from jiio_plugins.utils.files import EMPTY_SEAL, sealed, understood, unsealed
+
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
 
@@ -178,11 +180,22 @@ class TrainConfig:
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def to_json(self) -> str:
-        """All settings as text, but ``resume``."""
-        return json.dumps({**asdict(self), "resume": False}, indent=1, default=str)
+        """All settings as text, but ``resume``, with a checksum."""
+        values = {**asdict(self), "resume": False, "checksum": EMPTY_SEAL}
+        return sealed((json.dumps(values, indent=1, default=str) + "\n").encode()).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def read(cls, path: Path) -> Self:
+        """The settings that :meth:`to_json` gave and a file has.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: damaged, or settings that there are not.
+        """
+        return cls.from_json(path.read_bytes())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
         """Inverse of :meth:`to_json`.
 
         Raises:
@@ -192,18 +205,27 @@ class TrainConfig:
             values: dict[str, Any] = json.loads(text)
         except ValueError as error:
             raise ValueError(f"a run's {CONFIG} is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a run's {CONFIG} is damaged: it holds no settings")
         known = {f.name for f in fields(cls)}
+        values.pop("checksum", None)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings in the run's config: {', '.join(unknown)}")
         missing = sorted({"model", "out", "folder", "data"} - set(values))
         if missing:
             raise ValueError(f"a run's {CONFIG} has no {', '.join(missing)}: it is damaged")
-        model = values.pop("model")
-        for name in ("latent", "channels"):
-            model[name] = tuple(model[name])
-        values["out"], values["folder"] = Path(values["out"]), Path(values["folder"])
-        return cls(model=Architecture(**model), **values)
+        content = text if isinstance(text, bytes) else text.encode()
+        if unsealed(content) is None:
+            raise ValueError(
+                f"a run's {CONFIG} is damaged or was edited: its checksum is not that of its "
+                "content. Take the change back, and give settings on the command line"
+            )
+        with understood(f"a run's {CONFIG}"):
+            model = values.pop("model")
+            for name in ("latent", "channels"):
+                model[name] = tuple(model[name])
+            return cls(model=Architecture(**model), **values)
 
 
 _run = tyro.conf.arg(metavar="RUN")

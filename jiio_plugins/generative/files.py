@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-
 from jiio_plugins.generative.config import Architecture, TrainConfig
-from jiio_plugins.utils.checkpoint import check_weights, replacing
+from jiio_plugins.utils.checkpoint import check_weights
+from jiio_plugins.utils.files import damaged, load_tensors, replacing, save_tensors, understood
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +31,7 @@ def save_config(path: Path, config: TrainConfig) -> None:
         OSError: could not be written, such as on a full disk. An older file is kept.
     """
     with replacing(path) as file:
-        file.write((config.to_json() + "\n").encode())
+        file.write(config.to_json().encode())
 
 
 def save_generator(
@@ -50,11 +48,8 @@ def save_generator(
     Raises:
         OSError: could not be written, such as on a full disk. An older file is kept.
     """
-    about = {name: str(value) for name, value in about_it.items()}
-    about["architecture"] = json.dumps({**asdict(model), "image_shape": decoder.image_shape})
-    tensors = {name: t.detach().cpu().contiguous() for name, t in decoder.state_dict().items()}
-    with replacing(path) as file:
-        file.write(save(tensors, metadata=about))
+    architecture = json.dumps({**asdict(model), "image_shape": decoder.image_shape})
+    save_tensors(path, decoder.state_dict(), **about_it, architecture=architecture)
 
 
 def load_generator(path: str | Path) -> MDEQDecoder:
@@ -71,17 +66,12 @@ def load_generator(path: str | Path) -> MDEQDecoder:
             f"there is no generator {file}: give the --out folder of jiio train-generator, which "
             "writes one with each checkpoint"
         )
-    try:
-        architecture = about(file).get("architecture")
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or truncated: {error}") from error
-    if architecture is None:
-        raise ValueError(f"{file} does not say what it is: jiio train-generator did not write it")
-    sizes = json.loads(architecture)
-    shape = sizes.pop("image_shape")
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
-    decoder = Architecture(**sizes).build((shape[0], shape[1], shape[2]))
+    weights, said = load_tensors(file)
+    with understood(file):
+        sizes = json.loads(said["architecture"])
+        c, h, w = sizes.pop("image_shape")
+        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+        decoder = Architecture(**sizes).build((c, h, w))
     check_weights(decoder, weights, file)
     decoder.load_state_dict(weights)
     return decoder.eval()
@@ -89,8 +79,7 @@ def load_generator(path: str | Path) -> MDEQDecoder:
 
 def about(path: Path) -> dict[str, str]:
     """What a file of tensors says of itself, by name."""
-    with safe_open(path, framework="pt") as opened:
-        return opened.metadata() or {}
+    return load_tensors(path)[1]
 
 
 def save_latents(path: Path, latents: Tensor, **about_it: object) -> None:
@@ -104,9 +93,7 @@ def save_latents(path: Path, latents: Tensor, **about_it: object) -> None:
     Raises:
         OSError: could not be written, such as on a full disk. An older file is kept.
     """
-    about = {name: str(value) for name, value in about_it.items()}
-    with replacing(path) as file:
-        file.write(save({"latents": latents.detach().cpu().contiguous()}, metadata=about))
+    save_tensors(path, {"latents": latents}, **about_it)
 
 
 def load_latents(path: Path) -> Tensor:
@@ -120,7 +107,7 @@ def load_latents(path: Path) -> Tensor:
         raise FileNotFoundError(
             f"there are no latents {path}: jiio train-generator writes them when it is done"
         )
-    try:
-        return load_file(path)["latents"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    tensors, _ = load_tensors(path)
+    if tensors.keys() != {"latents"}:
+        raise damaged(path, f"it holds {', '.join(tensors)}, not latents")
+    return tensors["latents"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.generative.latents import Fit, decode, sample_latents
+from jiio_plugins.utils.files import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,9 +35,9 @@ def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[:, :, 0] if c == 1 else pixels)
     zoom = max(1, 56 // h)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(
-        path, optimize=True
-    )
+    size = picture.width * zoom, picture.height * zoom
+    with replacing(path) as file:
+        picture.resize(size, Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
 
 
 def interpolations(decoder: MDEQDecoder, first: Tensor, last: Tensor, steps: int = 8) -> Tensor:

@@ -20,6 +20,7 @@ from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
 from jiio_plugins.utils.checkpoint import fingerprint
 from jiio_plugins.utils.factory import build_network
+from jiio_plugins.utils.files import replacing
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
@@ -71,7 +72,7 @@ def open_source(config: SampleConfig) -> Source:
             f"there is no {path / CONFIG}, which names the images to compare with: --no-metrics "
             "makes samples alone"
         )
-    of_run = TrainConfig.from_json((path / CONFIG).read_text())
+    of_run = TrainConfig.read(path / CONFIG)
     images = _images(path, of_run, config.folder, decoder.image_shape)
     return Source(decoder, fitted, of_run.data, images, of_run.latent_penalty)
 
@@ -137,7 +138,8 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
     prior = {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
     report = {"prior": prior, **_measure(config, source, samples, out)}
     path = out / f"metrics-{config.prior}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
     show(report)
     print(f"figures: {path}")
     return report

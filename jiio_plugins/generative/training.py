@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ from jiio_plugins.generative.pictures import write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
 from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
 from jiio_plugins.utils.distributed import launch
+from jiio_plugins.utils.files import owning, understood
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,6 +77,7 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
+        BlockingIOError: another process is at work on this run.
         FileNotFoundError, ValueError: bad data or checkpoint. The message says what to do.
         FloatingPointError: loss or weights became NaN or Inf. The last checkpoint is from before.
         OSError: a checkpoint could not be written. The one before is kept.
@@ -82,24 +85,30 @@ def train(
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
     fabric = launch(config.accelerator, precision=config.precision)
-    config = _settle(config, fabric)
-    images = load_images(config.data, config.folder, config.resize, without=config.out)
-    _report(images, config, fabric)
-    run = _Run(config, images, fabric, method)
-    if config.resume:
-        run.load()
-    run.record()
-    run.loop(on_step)
-    return run.finish()
+    if config.resume and not (config.out / CONFIG).is_file():
+        raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
+    with _owning(config.out) if fabric.is_global_zero else nullcontext():
+        config = _settle(config, fabric)
+        images = load_images(config.data, config.folder, config.resize, without=config.out)
+        _report(images, config, fabric)
+        run = _Run(config, images, fabric, method)
+        if config.resume:
+            run.load()
+        run.record()
+        run.loop(on_step)
+        return run.finish()
+
+
+def _owning(out: Path) -> AbstractContextManager[None]:
+    """The folder of a run has one writer."""
+    names = (files.CHECKPOINT, CONFIG, files.GENERATOR, files.LATENTS)
+    return owning(*(out / name for name in names))
 
 
 def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
-    """Make the folder, or take the settings of the run that is there."""
-    path = config.out / CONFIG
+    """See that the folder is fresh, or take the settings of the run that is there."""
     if config.resume:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
-        saved = TrainConfig.from_json(path.read_text())
+        saved = TrainConfig.read(config.out / CONFIG)
         given = config.given()
         for name, value in given.items():
             if name not in _RESUMABLE and value != getattr(saved, name):
@@ -108,7 +117,9 @@ def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
                     f"run: leave it out, or start afresh with another --out"
                 )
         config = replace(saved, **{k: v for k, v in given.items() if k in _RESUMABLE})
-    elif config.out.exists() and any(config.out.iterdir()):
+    elif config.out.exists() and any(
+        p.suffix not in (".tmp", ".lock") for p in config.out.iterdir()
+    ):
         raise FileExistsError(
             f"{config.out} exists and is not empty: choose another --out, or go on with --resume"
         )
@@ -169,14 +180,15 @@ class _Run:
         self.writer: Any = None
         self.data = fingerprint(images.train)
         given = json.loads(config.to_json()).items()
-        same = {name: value for name, value in given if name not in _RESUMABLE}
+        own = {*_RESUMABLE, "checksum"}  # of this call, not of the training
+        same = {name: value for name, value in given if name not in own}
         same["set of training images"] = f"{len(images.train)}, fingerprint {self.data}"
         self.state = TrainingState(step, optimizer, None, same)
 
     def record(self) -> None:
         """Write the settings, where they are new."""
         path = self.config.out / CONFIG
-        known = TrainConfig.from_json(path.read_text()) if path.is_file() else None
+        known = TrainConfig.read(path) if path.is_file() else None
         if self.fabric.is_global_zero and known != replace(self.config, resume=False):
             self.config.out.mkdir(parents=True, exist_ok=True)
             files.save_config(path, self.config)
@@ -330,9 +342,10 @@ class _Run:
             self.fabric.print(f"{self.config.out} has no checkpoint yet: from the first step")
             return
         progress, _ = self.state.load(path)
-        self.ema.load_state_dict(progress["ema"])
-        self.table = progress["table"][self.mine].clone()
-        self.done = progress["step"]
+        with understood(path):
+            self.ema.load_state_dict(progress["ema"])
+            self.table = progress["table"][self.mine].clone()
+            self.done = progress["step"]
 
     def finish(self) -> Trained:
         """Last checkpoint, pictures, and latents of training images to sample from."""

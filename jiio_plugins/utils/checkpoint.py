@@ -1,27 +1,35 @@
 """Checkpoints a training can be killed at and resumed from, bit by bit.
 
 A checkpoint is written to a file beside its own and moved over it, so at every moment there is a
-whole one. It holds tensors and plain numbers alone and is read with ``weights_only=True``.
+whole one. It holds tensors and plain numbers alone and is read with ``weights_only=True``. Its last
+bytes are a checksum of all others.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import pickle
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from jiio_plugins.utils.files import (
+    EMPTY_SEAL,
+    damaged,
+    read_sealed,
+    replacing,
+    sealed,
+    understood,
+)
 from jiio_plugins.utils.randomness import random_states
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
     from torch.optim import Optimizer
@@ -82,6 +90,11 @@ class TrainingState:
                 f"{path} is not a training checkpoint of this version of jiio-plugins: give "
                 "another file, or delete it to start afresh"
             )
+        missing = sorted(
+            {"settings", "model", "optimizer", "scheduler", "random", "progress"} - set(saved)
+        )
+        if missing:
+            raise damaged(path, f"it has no {', '.join(missing)}")
         check_weights(self.model, saved["model"], path)
         here, there = self._common(), saved["settings"]
         for name in {**there, **here}:
@@ -91,10 +104,11 @@ class TrainingState:
                     f"resumed with {here.get(name)!r}: use the same, or another file to start "
                     "afresh"
                 )
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(saved["scheduler"])
+        with understood(path):  # the optimiser first: it is the one that checks
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.model.load_state_dict(saved["model"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(saved["scheduler"])
         return saved["progress"], saved["random"]
 
     def _common(self) -> dict[str, Any]:
@@ -140,36 +154,13 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` once it is whole, also if the process is killed.
-
-    Raises:
-        OSError: it could not be written. The message says whether there is one from before.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        kept = f"; the one before is kept ({path})" if path.exists() else ""
-        raise OSError(
-            f"could not write {path.name}{kept}: {error}. Free some space, or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` so that ``path`` is whole at every moment."""
+    whole = io.BytesIO()
+    torch.save(dict(content), whole)
+    whole.write(EMPTY_SEAL.encode())
     with replacing(path) as file:
-        torch.save(dict(content), file)
+        file.write(sealed(whole.getvalue()))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -182,13 +173,12 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    whole = io.BytesIO(read_sealed(path).removesuffix(EMPTY_SEAL.encode()))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is damaged or no checkpoint: {type(error).__name__} while reading it. Give "
-            "another file, or delete it to start afresh"
-        ) from error
+        with understood(path):
+            content = torch.load(whole, map_location="cpu", weights_only=True)
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise damaged(path, type(error).__name__) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        raise damaged(path, f"it holds a {type(content).__name__}")
     return content

@@ -83,6 +83,28 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -
     assert_same(states(out)["model"], states(whole.out)["model"])
 
 
+@pytest.mark.parametrize("left", ["config.json.tmp", ".config.json.0123.tmp"])
+def test_a_run_killed_while_it_wrote_its_settings_starts_anew(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_bytes(b"{")
+    with pytest.raises(FileNotFoundError, match=r"there is no run in .*leave out --resume"):
+        train(config(tmp_path, steps=2, resume=True))
+    train(config(tmp_path, steps=2))
+    assert states(tmp_path)["progress"]["step"] == 2
+
+
+def test_a_run_that_another_process_is_at(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    refused = pytest.raises(BlockingIOError, match="written by another process or thread: wait")
+
+    def again(step: int, _: Any) -> None:
+        for resume in (False, True):
+            with refused:
+                train(config(out, resume=resume))
+
+    train(config(out, steps=2), on_step=again)
+    assert states(out)["progress"]["step"] == 2
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_diverged_run_keeps_what_it_has(tmp_path: Path, first: bool) -> None:
     out = tmp_path / "run"
@@ -155,7 +177,9 @@ def test_a_run_goes_on_after_the_disk_was_full(
     write = Path.open
 
     def full(self: Path, mode: str = "r", **rest: Any) -> Any:
-        return write(Path("/dev/full") if self.suffix == ".tmp" else self, mode, **rest)
+        if self.suffix == ".tmp":
+            return write(Path("/dev/full"), "wb")
+        return write(self, mode, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)

@@ -22,6 +22,7 @@ from jiio_plugins import Joint
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.step import AdversarialTraining
 from jiio_plugins.utils import checkpoint
+from jiio_plugins.utils.files import owning
 from tests.adversarial.helpers import (
     SCHEDULERS,
     TRAINING,
@@ -216,16 +217,44 @@ def test_a_truncated_checkpoint(saved: Path, share: float) -> None:
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     path.write_text("my notes\n" * 100)
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="did not write it: its checksum"):
         train(build(), checkpoint=path, resume=True)
     torch.save({"weights": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="did not write it: its checksum"):
+        train(build(), checkpoint=path, resume=True)
+    checkpoint.write(path, {"weights": torch.ones(3)})
     with pytest.raises(ValueError, match="not a training checkpoint"):
         train(build(), checkpoint=path, resume=True)
-    torch.save({"format": Path}, path)  # would run code when loaded
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    checkpoint.write(path, {"format": checkpoint.FORMAT, "model": {}})
+    with pytest.raises(ValueError, match="it has no optimizer, progress, random, scheduler, sett"):
+        train(build(), checkpoint=path, resume=True)
+    checkpoint.write(path, {"format": Path})  # would run code when loaded
+    with pytest.raises(ValueError, match="did not write it: UnpicklingError"):
         train(build(), checkpoint=path, resume=True)
     with pytest.raises(FileNotFoundError):
         checkpoint.read(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("part", ["optimizer", "model", "settings", "progress"])
+def test_a_checkpoint_with_a_part_that_is_none(saved: Path, part: str) -> None:
+    content = checkpoint.read(saved)
+    checkpoint.write(saved, {**content, part: {"nothing": 1}})
+    model = build()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"run\.pt (is damaged|belongs|was written with)"):
+        train(model, scheduler="StepLR", checkpoint=saved, resume=True)
+    unchanged = all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert unchanged or part == "progress"
+
+
+def test_a_training_of_which_another_writes_the_checkpoint(saved: Path) -> None:
+    before = saved.read_bytes()
+    refused = pytest.raises(BlockingIOError, match="written by another process or thread: wait")
+    with owning(saved), refused:
+        train(build(), scheduler="StepLR", checkpoint=saved, resume=True)
+    assert saved.read_bytes() == before
+    train(build(), scheduler="StepLR", checkpoint=saved, resume=True)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_an_existing_checkpoint_is_not_overwritten(saved: Path) -> None:
