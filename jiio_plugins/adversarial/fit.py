@@ -25,6 +25,7 @@ from jiio_plugins.utils.checkpoint import TrainingState
 from jiio_plugins.utils.checks import check_counts
 from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
+from jiio_plugins.utils.signals import Interrupted, Stop
 from jiio_plugins.verification import Verdict, default_verifier, judge
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def fit_adversarially(
         ValueError: bad arguments, or a checkpoint of another training.
         FloatingPointError: the loss became NaN or Inf. The last checkpoint is whole.
         OSError: a checkpoint could not be written. The one before is kept.
+        Interrupted: SIGINT or SIGTERM arrived, with ``checkpoint`` given. The step was finished and
+            a checkpoint written. A second signal does not wait for that.
 
     Warns:
         RuntimeWarning: z was left far from its fixed points in an epoch.
@@ -153,9 +156,11 @@ def fit_adversarially(
     same = _common(training, batches, settings, kept)
     state = TrainingState(model, optimizer, scheduler, same)
     run = _Run(state, training, batches, settings, kept, wrapped)
+    stop = Stop()
     with ExitStack() as stack:
         if settings.checkpoint is not None:
             stack.enter_context(owning(settings.checkpoint))
+            stack.enter_context(stop)
         run.begin()
         stack.enter_context(flags_kept(model))
         bar = stack.enter_context(run.bar())
@@ -166,6 +171,13 @@ def fit_adversarially(
                 means = {name: f"{value:.3g}" for name, value in run.progress.means().items()}
                 bar.set_postfix(means, refresh=False)
                 bar.update()
+                if stop.number is not None:
+                    run.save()
+                    raise Interrupted(
+                        stop.number,
+                        f"epoch {run.progress.epoch + 1}, step {run.progress.step} is done, and in "
+                        f"{settings.checkpoint}. Go on with resume=True",
+                    )
             run.end_epoch(validation)
         if run.progress.best is not None:
             model.load_state_dict(run.progress.best["model"])

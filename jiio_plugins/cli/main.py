@@ -13,6 +13,7 @@ from jiio_plugins.cli.commands import Adapters, Bench, Demo, Evaluate
 from jiio_plugins.cli.generative import TrainGenerator
 from jiio_plugins.generative.config import FitConfig, SampleConfig
 from jiio_plugins.hosts import available_adapters, install_command
+from jiio_plugins.utils.signals import one_line_end
 
 DESCRIPTION = (
     "Joint inference and input optimisation of deep equilibrium models: attack and evaluate "
@@ -40,9 +41,19 @@ def main(args: list[str] | None = None) -> None:
     try:
         if isinstance(command, TrainGenerator):
             command = command.read_again(words[1:])
-        run(command)
+        with one_line_end("jiio", _how_to_go_on(command)):
+            run(command)
     except (OSError, ImportError, TypeError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"jiio: {error}") from error
+
+
+def _how_to_go_on(command: Command) -> str:
+    """What is said of a command that a signal ended."""
+    if isinstance(command, TrainGenerator):
+        return (
+            f"the last checkpoint in {command.out}, if there is one, is whole. Go on with --resume"
+        )
+    return "run the command again, it starts afresh"
 
 
 def run(command: Command) -> None:

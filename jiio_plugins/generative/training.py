@@ -23,6 +23,7 @@ from jiio_plugins.generative.step import Encoder, TrainingStep
 from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
 from jiio_plugins.utils.distributed import launch
 from jiio_plugins.utils.files import owning, understood
+from jiio_plugins.utils.signals import Interrupted, Stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,6 +82,7 @@ def train(
         FileNotFoundError, ValueError: bad data or checkpoint. The message says what to do.
         FloatingPointError: loss or weights became NaN or Inf. The last checkpoint is from before.
         OSError: a checkpoint could not be written. The one before is kept.
+        Interrupted: SIGINT or SIGTERM arrived. The step was finished and a checkpoint written.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
@@ -196,9 +198,14 @@ class _Run:
     def loop(self, on_step: Callable[[int, StepResult], None] | None) -> None:
         """Train until the last step."""
         config, rank_zero = self.config, self.fabric.is_global_zero
-        with tqdm(
-            total=self.total, initial=self.done, desc="training", disable=not rank_zero
-        ) as bar:
+        # several processes would have to agree on the step to stop after
+        stop = Stop()
+        with (
+            stop if self.fabric.world_size == 1 else nullcontext(),
+            tqdm(
+                total=self.total, initial=self.done, desc="training", disable=not rank_zero
+            ) as bar,
+        ):
             clock, seen = time.perf_counter(), 0
             for rows in self._batches():
                 result = self._step(rows)
@@ -211,6 +218,13 @@ class _Run:
                     self._log(result, rate, bar)
                 if self.done % config.checkpoint_every == 0:
                     self.save()
+                if stop.number is not None:
+                    self.save()
+                    raise Interrupted(
+                        stop.number,
+                        f"step {self.done} of {self.total} is done, and in the checkpoint. Go on "
+                        f"with --resume and --out {config.out}",
+                    )
                 if self.done % config.pictures_every == 0 and rank_zero:
                     self._pictures(bar)
 

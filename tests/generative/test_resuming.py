@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import time
 from dataclasses import replace
@@ -14,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from jiio_plugins.cli.main import main
-from jiio_plugins.generative import TrainConfig, train
+from jiio_plugins.generative import TrainConfig, train, training
 from jiio_plugins.generative.config import CONFIG
 from jiio_plugins.generative.files import CHECKPOINT, GENERATOR, save_generator
 from jiio_plugins.generative.step import TrainingStep
 from jiio_plugins.utils import checkpoint
-from tests.generative.helpers import SMALL, assert_same, config, run, states
+from tests.generative.helpers import OPTIONS, SMALL, assert_same, config, run, states
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -196,3 +197,31 @@ def test_a_run_goes_on_after_the_disk_was_full(
     whole = config(tmp_path / "whole", steps=4)
     train(whole)
     assert_same(states(out)["model"], states(whole.out)["model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path,
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    words = ["train-generator", "--out", str(out), *OPTIONS]
+    step = training._Run._step
+
+    def interrupt(self: Any, rows: Any) -> Any:
+        if self.done == 2:
+            os.kill(os.getpid(), number)
+        return step(self, rows)
+
+    monkeypatch.setattr(training._Run, "_step", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--checkpoint-every", "100"])
+    assert caught.value.code == 128 + number
+    said = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert said == (
+        f"jiio: stopped by {number.name}: step 3 of 12 is done, and in the checkpoint. Go on with "
+        f"--resume and --out {out}"
+    )
+    assert states(out)["progress"]["step"] == 3
