@@ -33,6 +33,7 @@ from jiio_plugins.equilibrium import (
     full_precision_state,
     implicit_gate,
     open_counters,
+    uncompiled,
 )
 from jiio_plugins.joint import current_mode, flags_kept
 
@@ -235,7 +236,8 @@ def _with_gradient(f: CellMap, z: Tensor, solver: Solver) -> Tensor:
     """``z`` as it is, with the exact gradient of the fixed point of ``f``."""
     z = z.detach()
     leaf = z.clone().requires_grad_()
-    fz = f(leaf)
+    with uncompiled():
+        fz = f(leaf)
     count(Cost(f_evals=count_rows(len(z), z.device)))
     if not fz.requires_grad:
         return z

@@ -8,7 +8,7 @@ from jiio_plugins.equilibrium.adjoints import (
     Unrolled,
     implicit_gate,
 )
-from jiio_plugins.equilibrium.cell import CellMap, Damped
+from jiio_plugins.equilibrium.cell import CellMap, Damped, uncompiled
 from jiio_plugins.equilibrium.counting import (
     Cost,
     Counter,
@@ -60,4 +60,5 @@ __all__ = [
     "jacobian_penalty",
     "open_counters",
     "solve_fixed_point",
+    "uncompiled",
 ]

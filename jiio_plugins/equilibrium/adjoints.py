@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jiio_plugins.equilibrium.cell import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.solvers import FlatSolution, Solver, check_positive, iterate
 from jiio_plugins.solution import ConvergenceWarning, Status
@@ -113,7 +114,8 @@ class Implicit(Adjoint):
         if not torch.is_grad_enabled():
             return solved.fz
         z = solved.z.detach().requires_grad_()
-        fz = f(z)
+        with uncompiled():
+            fz = f(z)
         count(Cost(f_evals=count_rows(len(z), z.device)))
         if not fz.requires_grad:
             return fz
@@ -147,7 +149,7 @@ class _AdjointMap:
             return None
         f.injection = tuple(u.detach() if isinstance(u, Tensor) else u for u in f.injection)
         z = self.z[rows].detach().requires_grad_()
-        with torch.enable_grad(), self.autocast():
+        with torch.enable_grad(), self.autocast(), uncompiled():
             fz = f(z)
         count(Cost(f_evals=count_rows(len(z), z.device)))
         return _AdjointMap(f, fz, z, self.g[rows], self.autocast)

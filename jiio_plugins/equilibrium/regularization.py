@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.cell import uncompiled
 from jiio_plugins.equilibrium.state import Layout
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def jacobian_penalty(
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     layout = Layout.of(z)
-    with torch.enable_grad():
+    with torch.enable_grad(), uncompiled():
         flat = layout.pack(z).detach().requires_grad_()
         f = layout.pack(cell(layout.unpack(flat), *injection))
         total = f.new_zeros(())

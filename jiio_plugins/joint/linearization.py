@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.cell import uncompiled
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.state import flatten
 
@@ -52,7 +53,7 @@ class Linearization:
 
     def __init__(self, call: Callable[[Tensor], Any], v: Tensor, mode: RecordMode) -> None:
         self._v, self._mode = v.detach().requires_grad_(), mode
-        with torch.enable_grad(), layer_mode(mode):
+        with torch.enable_grad(), layer_mode(mode), uncompiled():
             self.output = call(self._v)
         mode.close()
         if mode.empty is not None:

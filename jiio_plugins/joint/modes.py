@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate, solve_counted
+from jiio_plugins.equilibrium.cell import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
@@ -293,7 +294,8 @@ class EnvelopeMode:
         if of_state is not None:
             z = solve_counted(f, z, of_state).fz
         z = z.detach().requires_grad_()
-        fz = f(z)
+        with uncompiled():
+            fz = f(z)
         count(Cost(f_evals=count_rows(rows, z.device)))
         if of_state is not None:
             self.residuals.append(relative((fz - z).detach(), fz.detach()))

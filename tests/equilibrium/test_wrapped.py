@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jiio_plugins import Joint, L2Ball, optimize_input
+from jiio_plugins import Joint, L2Ball, Nested, optimize_input
+from tests.cases import squared
 from tests.helpers import Net, TanhCell, assert_same, gradients, input_gradient, linear, rand
 from tests.joint.test_guard import snapshot
 
@@ -28,6 +29,32 @@ def test_compile_breaks_the_graph_at_the_layer() -> None:
     fast = optimize_input(compiled, x, lambda y: y.sum(1), constraint=L2Ball(0.5))
     torch.testing.assert_close(fast.x, plain.x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fast.value, plain.value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+@pytest.mark.parametrize("part", ["model", "cell"])
+def test_compiled_code_whose_graph_can_be_walked_once(part: str) -> None:
+    """As with the default backend, which is slow to compile: its buffers are given away."""
+    torch._dynamo.reset()
+    nets = [Net(), Net()]
+    for net in nets:
+        net.encoder, net.head = (
+            nn.Sequential(layer, nn.SiLU(), nn.Softmax(1)) for layer in (net.encoder, net.head)
+        )
+    net, compiled = nets
+    x, options = rand(3, 5, seed=1), {"backend": "aot_eager"}
+    if part == "model":
+        compiled = torch.compile(compiled, **options)
+    else:
+        compiled.equilibrium.cell = torch.compile(compiled.equilibrium.cell, **options)
+    expected, got = ({"x": input_gradient(m, x)} for m in (net, compiled))
+    assert_same(expected, got, rtol=1e-9)  # compiled by now, with its buffers given away
+    for method in (Joint(), Nested()):
+        for settings in ({"constraint": L2Ball(0.5)}, {"differentiable": True}):
+            plain, found = (
+                optimize_input(m, x, squared, method=method, **settings) for m in (net, compiled)
+            )
+            torch.testing.assert_close(found.x, plain.x, rtol=1e-6, atol=1e-6)
 
 
 def test_compile_with_fullgraph_raises() -> None:
