@@ -113,6 +113,17 @@ class JIIO(Attack):
         self._solution: Solution | None = None
         self._check_settings()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the base class, which looks for attacks inside of what is set.
+
+        It does so by a function that refers to itself, a circle that keeps what was set alive until
+        the garbage collector comes.
+        """
+        if isinstance(value, (Attack, list, dict)):
+            super().__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
     @property
     def solution(self) -> Solution | None:
         """The last call as the engine saw it: cell evaluations, VJPs, residuals, status per image.
