@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from jiio_learn2learn import JIIOLearner
 from jiio_plugins.data import ClassImages, load_glyphs, load_omniglot, sample_tasks
 from jiio_plugins.models import MDEQFewShot
-from jiio_plugins.utils import launch
+from jiio_plugins.utils import TrainingState, launch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -91,13 +91,6 @@ def average_gradients(fabric: Fabric, parameters: list[torch.nn.Parameter]) -> N
         p.grad = part.reshape(p.shape).clone()
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """All or nothing: a run that is stopped while it writes keeps the last one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
 def main(args: Args) -> None:
     fabric = launch(args.accelerator)
     if args.tasks % fabric.world_size:
@@ -127,11 +120,10 @@ def main(args: Args) -> None:
 
     path = args.out / "checkpoint.pt"
     begin = 0
+    state = TrainingState(model, optimizer, None, {})
     if path.is_file():
-        state = torch.load(path, map_location=fabric.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        begin = state["step"]
+        progress, _ = state.load(path)
+        begin = progress["step"]
     log = SummaryWriter(args.out) if fabric.is_global_zero else None
     own = args.tasks // fabric.world_size
     end = args.steps if args.stop_after is None else min(args.steps, begin + args.stop_after)
@@ -170,8 +162,7 @@ def main(args: Args) -> None:
             log.add_scalar("loss", loss, step)
             log.add_scalar("accuracy", right, step)
             if (step + 1) % args.checkpoint_every == 0 or step + 1 == end:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_checkpoint(path, {**state, "step": step + 1})
+                state.save(path, {"step": step + 1})
     weights = torch.nn.utils.parameters_to_vector(parameters).detach()
     if not torch.equal(fabric.broadcast(weights), weights):
         raise RuntimeError("the processes' weights have drifted apart")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jiio_plugins.utils import checkpoint
 from tests.helpers import ROOT
 
 if TYPE_CHECKING:
@@ -84,13 +85,13 @@ def straight(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_resuming_is_exact(folder: Path, straight: dict[str, torch.Tensor]) -> None:
     assert "stopped after step 1 of 3" in start(folder, "resumed", "--stop-after", "1")
-    state = torch.load(folder / "resumed" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 1
+    state = checkpoint.read(folder / "resumed" / "checkpoint.pt")
+    assert state["progress"]["step"] == 1
     start(folder, "resumed")
     resumed = load_file(folder / "resumed" / "fewshot.safetensors")
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-    assert not list((folder / "resumed").glob("*.part"))
+    assert not list((folder / "resumed").glob("*.tmp"))
 
 
 @pytest.mark.slow
