@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar
-    from jiio_plugins.methods.joint import Joint
+    from jiio_plugins.methods.base import BestSoFar, Method
     from jiio_plugins.methods.steps import StateSteps
 
 _ENDS = ("z", "mu", "jz_mu", "mu_residual")  # what is known of a row when it leaves
@@ -51,7 +50,7 @@ class JointIteration(Iteration):
     leaves = False
     per_row: tuple[str, ...] = ()
 
-    def __init__(self, method: Joint, problem: Problem) -> None:
+    def __init__(self, method: Method, problem: Problem) -> None:
         self.method, self.problem = method, problem
         self.z, self.rate = problem.warm_up(problem.v_start, method.warmup)
         known = None if problem.state is None else problem.state.jz_mu

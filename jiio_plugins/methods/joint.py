@@ -17,7 +17,7 @@ from jiio_plugins.equilibrium.state import row_norm
 from jiio_plugins.methods.base import Method
 from jiio_plugins.methods.iteration import JointIteration
 from jiio_plugins.methods.mixing import MIXINGS
-from jiio_plugins.methods.relaxed import Relaxed
+from jiio_plugins.methods.relaxed import Following, Relaxed
 from jiio_plugins.methods.safeguard import Safeguard
 from jiio_plugins.utils.checks import check_counts
 
@@ -140,7 +140,8 @@ class Joint(Method):
         """See :class:`Method`."""
         if problem.feasible.radius is None and self.acceleration:
             return _Mixed(self, problem)
-        return Relaxed(self, problem)
+        settings = {name: getattr(self, name) for name in Following._fields}
+        return Relaxed(self, problem, Following(**settings))
 
 
 class _Mixed(JointIteration):
@@ -148,6 +149,7 @@ class _Mixed(JointIteration):
 
     def __init__(self, method: Joint, problem: Problem) -> None:
         super().__init__(method, problem)
+        self.tol = method.tol
         self.mixing = Safeguard(MIXINGS[method.mixing](method.acceleration), problem.groups)
         self.mu_accepted = torch.zeros_like(self.z)
 
@@ -160,7 +162,7 @@ class _Mixed(JointIteration):
         iterate, residuals = (self.z, self.jz_mu, v), (at.r, change, v_next - v)
         z, jz_mu, v_next = mixing(iterate, residuals, merit, error)
         self.mu_accepted = mixing.unless_rejected(self.mu_accepted, self.mu)
-        best.finish(mixing.below(self.method.tol))
+        best.finish(mixing.below(self.tol))
         self.z, self.jz_mu = best.keep(self.z, z), best.keep(self.jz_mu, jz_mu)
         return self.problem.feasible.project(v_next)
 

@@ -7,7 +7,7 @@ z and μ at each v. The steps on z are in :mod:`jiio_plugins.methods.steps`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
 if TYPE_CHECKING:
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, Evaluation
-    from jiio_plugins.methods.joint import Joint
+    from jiio_plugins.methods.base import BestSoFar, Evaluation, Method
 
 # A row is slow where a mixed evaluation brings z nearer to its fixed point by no less than this, or
 # where plain steps lose it: ω has been halved three times, or μ has this relative residual.
@@ -34,6 +33,17 @@ _SETTLED_ADJOINT = 0.05  # a slow row's μ has settled where a mixed step moves 
 _ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 10  # iterations that an anchor serves at least: it costs as much as half of them
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
+
+
+class Following(NamedTuple):
+    """How z and μ follow v. The fields are those of :class:`jiio_plugins.methods.Joint`."""
+
+    state_steps: int
+    max_state_steps: int
+    max_adjoint_steps: int
+    anchors: int
+    adjoint_warmup: int
+    relaxation: float
 
 
 class Relaxed(JointIteration):
@@ -48,28 +58,29 @@ class Relaxed(JointIteration):
     leaves = True
     per_row = ("omega", "slow", "unsure")
 
-    def __init__(self, method: Joint, problem: Problem) -> None:
+    def __init__(self, method: Method, problem: Problem, following: Following) -> None:
         super().__init__(method, problem)
-        self.vjp_twice = method.adjoint_warmup
+        self.following = following
+        self.vjp_twice = following.adjoint_warmup
         # with one state step there is no second residual at the same v that could halve it
-        longest = 1.0 if method.state_steps == 1 else 2.0
-        self.omega = torch.full_like(self.z[:, :1], min(method.relaxation, longest))
+        longest = 1.0 if following.state_steps == 1 else 2.0
+        self.omega = torch.full_like(self.z[:, :1], min(following.relaxation, longest))
         layers = bool(problem.layout.layouts)
-        self.controlled = layers and method.max_state_steps > method.state_steps > 1
+        self.controlled = layers and following.max_state_steps > following.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
         self.unsure, self.none_slow = self.slow, HostFlag(self.z.device)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
         # mode another solve would draw other random numbers
         fresh = problem.state is None and problem.row_separable
-        parts = min(method.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
+        parts = min(following.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
         self.inverse: SecantInverse | None = None
         self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
         """See :class:`JointIteration`. Here it tells whether there are slow rows at all."""
-        self.adjoint_begun = k > max(self.method.adjoint_warmup, _BEGIN)
+        self.adjoint_begun = k > max(self.following.adjoint_warmup, _BEGIN)
         self.control = self.controlled and not self.none_slow(~self.slow.any())
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
@@ -94,14 +105,14 @@ class Relaxed(JointIteration):
 
     def state_steps(self, k: int, active: Tensor) -> StateSteps | None:
         """No relaxed ones in the first iteration, after the warm-up."""
-        method = self.method
-        if method.state_steps == 1 or not self.problem.layout.layouts:
+        following = self.following
+        if following.state_steps == 1 or not self.problem.layout.layouts:
             return None
         if self.control:
-            most = method.max_state_steps - 1 + (0 if k else method.max_state_steps)
+            most = following.max_state_steps - 1 + (0 if k else following.max_state_steps)
             slow = self.slow & (active > 0)
-            return StateSteps(method.state_steps - 1 if k else 0, self.omega, slow, most)
-        return StateSteps(method.state_steps - 1, self.omega) if k else None
+            return StateSteps(following.state_steps - 1 if k else 0, self.omega, slow, most)
+        return StateSteps(following.state_steps - 1, self.omega) if k else None
 
     def second_product(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> None:
         """None for slow rows, which take as many as they need."""
@@ -117,15 +128,15 @@ class Relaxed(JointIteration):
         """More than one for slow rows whose adjoint has not settled."""
         if not self.control:
             return super().products(linearized, dl_dz, active)
-        method, running = self.method, self.slow & (active > 0)
+        following, running = self.following, self.slow & (active > 0)
         if self.inverse is None:
             self.inverse = SecantInverse(self.z, MEMORY)
         self.jz_mu_before = settled = self.jz_mu
-        for k in range(method.max_adjoint_steps):
+        for k in range(following.max_adjoint_steps):
             if k:
                 self.mu = torch.where(running[:, None], settled + dl_dz, self.mu)
                 self.jz_mu_before = torch.where(running[:, None], settled, self.jz_mu_before)
-            last = k + 1 == method.max_adjoint_steps
+            last = k + 1 == following.max_adjoint_steps
             jz_mu, jv_mu = linearized.vjp(self.mu, last=last)
             self.pay(vjps=running if k else active)
             change = jz_mu - self.mu
@@ -158,7 +169,7 @@ class Relaxed(JointIteration):
             settled = self.before.settled(split(z), split(self.r))
             self.z = torch.where(self.before.slow[:, None], settled, self.z)
         if self.controlled and self.adjoint_begun:
-            lost = (self.omega[:, 0] < _SHORT * self.method.relaxation) | ~(
+            lost = (self.omega[:, 0] < _SHORT * self.following.relaxation) | ~(
                 self.mu_residual < _LOST
             )
             self.unsure = self.unsure | (lost & ~self.slow)
