@@ -68,7 +68,7 @@ from jiio_plugins.adversarial import (
     TensorBatches,
     fit_adversarially,
 )
-from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_labelled
 from jiio_plugins.evaluation import (
     RobustnessReport,
     default_suite,
@@ -274,9 +274,9 @@ def settings(args: Args) -> dict[str, Setting]:
 
 
 def load(args: Args, name: str, split: str) -> tuple[Tensor, Tensor]:
+    x, y, _ = load_labelled(name, split, args.data_dir)
     if name == "digits":
-        return load_digits(split)
-    x, y = load_fashion_mnist(args.data_dir, split)
+        return x, y
     count = args.fashion_train if split == "train" else args.fashion_test
     return x[:count], y[:count]
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from jiio_plugins import Anderson, Phantom, count_evaluations, jacobian_penalty
-from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_labelled
 from jiio_plugins.models import CLASSIFIERS
 
 
@@ -53,12 +53,6 @@ class Args:
     """use the first so many training images"""
 
 
-def load(args: Args, split: str) -> tuple[Tensor, Tensor]:
-    if args.data == "digits":
-        return load_digits(split)
-    return load_fashion_mnist(args.folder, split)
-
-
 def shifted(x: Tensor, pixels: int) -> Tensor:
     """The batch moved by one random offset, zeros coming in."""
     if not pixels:
@@ -85,9 +79,9 @@ def main(args: Args) -> None:
     model = CLASSIFIERS[args.data]()
     if args.init is not None:
         model.load_state_dict(load_file(args.init))
-    x, y = load(args, "train")
+    x, y, _ = load_labelled(args.data, "train", args.folder)
     x, y = x[: args.train_size], y[: args.train_size]
-    x_test, y_test = load(args, "test")
+    x_test, y_test, _ = load_labelled(args.data, "test", args.folder)
     layer = model.equilibrium
     final_solver, final_adjoint = layer.solver, layer.adjoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-3)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from jiio_plugins.data import load_digits, load_fashion_mnist
+from jiio_plugins.data import load_labelled
 from jiio_plugins.models import ConvFeatures
 
 
@@ -50,11 +50,8 @@ def accuracy(model: ConvFeatures, x: Tensor, y: Tensor) -> float:
 
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
-    if args.data == "digits":
-        (x, y), (x_test, y_test) = load_digits("train"), load_digits("test")
-    else:
-        x, y = load_fashion_mnist(args.folder, "train")
-        x_test, y_test = load_fashion_mnist(args.folder, "test")
+    x, y, _ = load_labelled(args.data, "train", args.folder)
+    x_test, y_test, _ = load_labelled(args.data, "test", args.folder)
     model = ConvFeatures(in_channels=x.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
     per_epoch = len(x) // args.batch_size

@@ -9,47 +9,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_EPS = {
+_EPS = {  # of data sets with shipped weights; for the others what is usual for CIFAR-10
     "digits": {"2": 0.5, "inf": 0.1, "1": 3.0},
     "fashion-mnist": {"2": 1.0, "inf": 0.03, "1": 10.0},
 }
 
 
+_USUAL = {"2": 0.5, "inf": 8 / 255, "1": 12.0}
+
+
 def default_eps(dataset: str, norm: str) -> float:
-    """Radius of the ball where none is given."""
-    return _EPS[dataset][norm]
+    """Radius of the ball where none is given.
 
-
-@dataclass(frozen=True)
-class Demo:
-    """Attack a trained DEQ classifier from inside ART: JIIO beside ART's own PGD."""
-
-    dataset: Literal["digits", "fashion-mnist"] = "digits"
-    """digits comes with scikit-learn; fashion-mnist needs --data"""
-    data: Path = Path("data")
-    """folder of Fashion-MNIST: torchvision's root, or Debian's"""
-    out: Path = Path("out/demo")
-    """where pictures and JSON go"""
-    images: int = 128
-    """test images to attack"""
-    norm: Literal["2", "inf", "1"] = "2"
-    """norm of the ball"""
-    eps: float | None = None
-    """radius; default: 0.5 (digits, L2), 1.0 (fashion-mnist, L2), 0.1 / 0.03 (L∞), 3 / 10 (L1)"""
+    Args:
+        dataset: as the command has it.
+        norm: of the ball.
+    """
+    return _EPS.get(dataset, _USUAL)[norm]
 
 
 @dataclass(frozen=True)
 class OnClassifier:
-    """What Evaluate and Bench have in common."""
+    """What Demo, Evaluate and Bench have in common."""
 
-    weights: str = "digits"
-    """shipped weights (digits, fashion-mnist) or a .safetensors file"""
+    weights: str | None = None
+    """shipped weights (digits, fashion-mnist) or a .safetensors file; default: those for the data
+    set, or what --model returns"""
     model: str | None = None
-    """your own classifier: module:function, which returns it; a --weights FILE is loaded into it"""
-    dataset: Literal["digits", "fashion-mnist"] | None = None
-    """what to attack it on; default: what the weights are for"""
+    """your own classifier: module:function, which returns it; --weights are loaded into it"""
+    dataset: str | None = None
+    """what to attack it on: digits, fashion-mnist, mnist, cifar-10, cifar-100, svhn, celeba, a
+    folder with a subfolder for each class, an .npz file with x and y, or module:function, which
+    returns both; default: what the weights are for"""
     data: Path = Path("data")
-    """folder of Fashion-MNIST: torchvision's root, or Debian's"""
+    """folder of a named data set: torchvision's root, or Debian's of Fashion-MNIST"""
+    resize: int | None = None
+    """crop image files to their central square and scale it to so many pixels"""
+    normalize: tuple[float, ...] = ()
+    """what the model is to see: means, then standard deviations, one a channel or one for all, of
+    pixels in [0, 1]; images, radius and box stay in pixels"""
+    images: int = 128
+    """test images, from the first on; of a folder, drawn by a fixed permutation"""
+    norm: Literal["2", "inf", "1"] = "2"
+    """norm of the ball"""
+
+
+@dataclass(frozen=True)
+class Demo(OnClassifier):
+    """Attack a trained DEQ classifier from inside ART: JIIO beside ART's own PGD."""
+
+    out: Path = Path("out/demo")
+    """where pictures and JSON go"""
+    eps: float | None = None
+    """radius; default: 0.5 (digits, L2), 1.0 (fashion-mnist, L2), 0.1 / 0.03 (L∞), 3 / 10 (L1), for
+    others 0.5, 8/255, 12"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Evaluate(OnClassifier):
     out: Path = Path("out/evaluate")
     """where the JSON and the plot go"""
     images: int = 500
-    """test images, from the first on"""
+    """test images, from the first on; of a folder, drawn by a fixed permutation"""
     norm: Literal["2", "inf", "1"] = "2"
     """norm of the ball; 1 needs --suite quick"""
     eps: tuple[float, ...] = ()
@@ -85,10 +98,6 @@ class Bench(OnClassifier):
 
     out: Path = Path("out/bench")
     """where the JSON and the plot go"""
-    images: int = 128
-    """test images, from the first on"""
-    norm: Literal["2", "inf", "1"] = "2"
-    """norm of the ball"""
     eps: float | None = None
     """radius; default: that of jiio demo"""
     sweep: bool = True

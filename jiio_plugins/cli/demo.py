@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from jiio_plugins.cli.commands import Demo, default_eps
-from jiio_plugins.cli.evaluate import load_test_set
+from jiio_plugins.cli.task import Task, load_task
 from jiio_plugins.evaluation import Comparison, Row
 from jiio_plugins.hosts import load_adapter
-from jiio_plugins.models import load_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,16 +28,15 @@ def run_demo(settings: Demo) -> None:
     """Run both attacks, print the table, write ``results.json``, ``curve.png``, ``images.png``."""
     importlib.import_module("matplotlib")  # rather now than after the last attack
     load_adapter("art")  # says what to install before anything is run
-    x, y = (t[: settings.images] for t in load_test_set(settings.dataset, settings.data))
-    model = load_pretrained(settings.dataset)
-    classifier = _classifier(model, x)  # moves the model to its device
-    x, y = x.to(classifier.device), y.to(classifier.device)
-    eps = default_eps(settings.dataset, settings.norm) if settings.eps is None else settings.eps
+    task = load_task(settings)
+    model, classifier = task.model, _classifier(task)  # which moves the model to its device
+    x, y = task.x.to(classifier.device), task.y.to(classifier.device)
+    eps = default_eps(task.dataset, settings.norm) if settings.eps is None else settings.eps
     comparison = Comparison(model, x, y, norm=float(settings.norm), eps=eps)
     found = _measure(comparison, classifier)
     print(comparison)
     comparison.against([r for r in comparison.rows if r.family == PGD][-1])
-    about = {"dataset": settings.dataset}
+    about = {"weights": task.weights, "model": settings.model, "dataset": task.dataset}
     title = "Strength of the attack against its cost"
     comparison.save(settings.out, title, about, curves=("clean", PGD, JIIO))
     _plot_images(settings.out / "images.png", model, x, found, y)
@@ -56,14 +54,14 @@ def _measure(comparison: Comparison, classifier: Any) -> Tensor:
     return found
 
 
-def _classifier(model: nn.Module, x: Tensor) -> Any:
+def _classifier(task: Task) -> Any:
     from art.estimators.classification import PyTorchClassifier
 
     return PyTorchClassifier(
-        model=model,
+        model=task.model,
         loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(x.shape[1:]),
-        nb_classes=10,
+        input_shape=tuple(task.x.shape[1:]),
+        nb_classes=task.classes,
         clip_values=(0.0, 1.0),
         device_type="gpu" if torch.cuda.is_available() else "cpu",
     )
@@ -109,6 +107,9 @@ def _plot_images(path: Path, model: nn.Module, x: Tensor, found: Tensor, y: Tens
     for row, (name, images, style, classes) in zip(axes, panels, strict=True):
         row[0].set_ylabel(name)
         for k, axis in enumerate(row):
-            axis.imshow(images[k, 0], **style)
+            image = images[k].permute(1, 2, 0)
+            if style is signed:  # colours of it would say nothing
+                image = image.mean(2, keepdim=True)
+            axis.imshow(image, **style)
             axis.set(xticks=[], yticks=[], title="" if classes is None else f"says {classes[k]}")
     figure.savefig(path, dpi=150)

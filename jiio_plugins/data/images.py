@@ -1,27 +1,18 @@
-"""Training images in memory, as bytes: digits, Fashion-MNIST, or a folder of the user's own."""
+"""Images to train on, in memory, as bytes: a data set by its name, or images of the user's own."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from jiio_plugins.data.classification import load_digits, load_fashion_mnist
+from jiio_plugins.data.files import SUFFIXES, image_files, read_files
+from jiio_plugins.data.labelled import accepted, is_named, read_data
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from numpy.typing import NDArray
-    from PIL.Image import Image
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
-
+    from torch import Tensor
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 1000
 
@@ -47,11 +38,6 @@ class Images:
         return c, h, w
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """Bytes to floats in [0, 1]."""
-    return images.float() / 255
-
-
 def load_images(
     data: str,
     folder: Path = Path("data"),
@@ -59,14 +45,15 @@ def load_images(
     *,
     without: Path | None = None,
 ) -> Images:
-    """Load by name or from a folder.
+    """Load what :func:`jiio_plugins.data.load_labelled` takes, without its labels.
 
     Args:
-        data: "digits", "fashion-mnist" (read from ``folder``), or the path of a folder of images,
-            searched recursively. Of a folder a tenth, at most 1,000, is held out by a fixed
-            permutation of the sorted names.
-        folder: of Fashion-MNIST.
-        resize: for a folder: crop each image to its central square and scale it to so many pixels.
+        data: the name of a data set (read from ``folder``), the path of an npz file with ``x``, a
+            ``module:function`` that returns x or (x, y), or the path of a folder of images,
+            searched recursively. Of what has no test set of its own a tenth, at most 1,000, is held
+            out by a fixed permutation, of a folder's sorted names.
+        folder: torchvision's root, or Debian's folder of Fashion-MNIST.
+        resize: of files: crop each image to its central square and scale it to so many pixels.
         without: a folder inside it that is left out: a run writes pictures of its own.
 
     Returns:
@@ -76,27 +63,26 @@ def load_images(
         FileNotFoundError: no such folder.
         ValueError: no readable image, or images of different sizes without ``resize``.
     """
-    if data == "digits":
-        train, test = (_to_bytes(load_digits(split)[0]) for split in ("train", "test"))
-        return Images(train, test)
-    if data == "fashion-mnist":
+    if is_named(data):
         train, test = (
-            _to_bytes(load_fashion_mnist(folder, split)[0]) for split in ("train", "test")
+            _to_bytes(read_data(data, split, Path(folder), resize).x) for split in ("train", "test")
         )
         return Images(train, test)
     root = Path(data)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"the data must be digits, fashion-mnist or a folder of images; there is no {root}"
-        )
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if without is not None and root.resolve() in without.resolve().parents:
-        files = [p for p in files if without.resolve() not in p.resolve().parents]
-    images, skipped = read_files(files, resize)
+    skipped: list[Path] = []
+    if root.is_dir():
+        files = image_files(root)
+        if without is not None and root.resolve() in without.resolve().parents:
+            files = [p for p in files if without.resolve() not in p.resolve().parents]
+        images, skipped = read_files(files, resize)
+    elif root.exists() or ":" in data:
+        images = _to_bytes(read_data(data, labels=False).x)
+    else:
+        raise FileNotFoundError(f"the data must be {accepted('a folder of images')}; got {data}")
     if len(images) < 2:
         raise ValueError(
-            f"{root} holds {len(images)} readable images ({len(skipped)} could not be read); two "
-            f"are needed at least, one to train on and one held out. Accepted: "
+            f"{data} holds {len(images)} readable images ({len(skipped)} could not be read); two "
+            f"are needed at least, one to train on and one held out. Files are "
             f"{', '.join(sorted(SUFFIXES))}"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -104,85 +90,10 @@ def load_images(
     return Images(images[order[held_out:]], images[order[:held_out]], skipped)
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes to floats in [0, 1]."""
+    return images.float() / 255
+
+
 def _to_bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
-
-
-def read_files(
-    files: Iterable[Path], resize: int | None = None, channels: int | None = None
-) -> tuple[Tensor, list[Path]]:
-    """Read image files as bytes. They are grey if all of them are, else RGB.
-
-    Args:
-        files: what to read. What is no image, no file, or has more than PIL's limit of pixels
-            (``PIL.Image.MAX_IMAGE_PIXELS``, about 89 million), is skipped.
-        resize: side in pixels of a central square to crop and scale to. None: take them as they
-            are.
-        channels: 1 or 3. None: as the files have it.
-
-    Returns:
-        The images ``(images, c, h, w)``, uint8, and the files skipped.
-
-    Raises:
-        ValueError: two images of different sizes.
-    """
-    from PIL import Image
-
-    arrays: list[tuple[Path, NDArray[np.uint8]]] = []
-    skipped = []
-    too_large = Image.DecompressionBombWarning, Image.DecompressionBombError
-    for path in tqdm(list(files), desc="reading images", leave=False):
-        try:
-            if not path.is_file():
-                raise OSError("a pipe or a device, which may never end")
-            with (
-                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                Image.open(path) as opened,
-            ):
-                image = _as_bytes(opened)
-        except (OSError, SyntaxError, ValueError, *too_large):
-            skipped.append(path)  # PIL raises any of these on a broken file
-            continue
-        arrays.append((path, np.asarray(_square(image, resize) if resize else image)))
-    if not arrays:
-        return torch.zeros(0, channels or 1, 0, 0, dtype=torch.uint8), skipped
-    first, like = arrays[0]
-    for path, array in arrays:
-        if array.shape[:2] != like.shape[:2]:
-            raise ValueError(
-                f"images must have one size: {first.name} has {like.shape[1]}×{like.shape[0]} "
-                f"pixels, {path.name} {array.shape[1]}×{array.shape[0]}. --resize N crops and "
-                "scales them all to N×N"
-            )
-    wide = channels or max(3 if a.ndim == 3 else 1 for _, a in arrays)
-    return torch.stack([_as_channels(a, wide) for _, a in arrays]), skipped
-
-
-def _as_bytes(image: Image) -> Image:
-    """Grey or RGB with a byte a channel. PIL itself clips sixteen bits instead of scaling them."""
-    from PIL.Image import fromarray
-
-    if image.mode == "F":
-        raise ValueError("floats have no range of their own")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:
-            values = values / 257  # 65535 = 257 · 255
-        return fromarray(values.round().clip(0, 255).astype(np.uint8))
-    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-
-
-def _square(image: Image, size: int) -> Image:
-    from PIL import ImageOps
-
-    return ImageOps.fit(image, (size, size))
-
-
-def _as_channels(array: NDArray[np.uint8], channels: int) -> Tensor:
-    tensor = torch.from_numpy(array.copy())
-    if tensor.ndim == 2:
-        return tensor.expand(channels, *tensor.shape).clone()
-    if channels == 1:
-        weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601 luma
-        return (tensor.float() @ weights).round().to(torch.uint8)[None]
-    return tensor.permute(2, 0, 1).contiguous()
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)

@@ -93,10 +93,11 @@ class TrainConfig:
     """Train a generator by fitting each image's latent inside the training step.
 
     Attributes:
-        data: digits, fashion-mnist, or a folder of images
+        data: digits, fashion-mnist, mnist, cifar-10, cifar-100, svhn, celeba, a folder of images,
+            an npz file with x, or your own module:function
         out: folder of the run: checkpoint, config, TensorBoard, pictures
-        folder: where Fashion-MNIST lies: torchvision's root, or Debian's folder
-        resize: for a folder: crop images to their central square and scale it to so many pixels
+        folder: where a named data set lies: torchvision's root, or Debian's of Fashion-MNIST
+        resize: of files: crop images to their central square and scale it to so many pixels
         resume: go on with the run in --out. Its own settings hold, of which epochs, steps, folder,
             accelerator and checkpoint_every may be given anew
         model: sizes of the decoder. A field left out is chosen by the images' size
@@ -128,7 +129,7 @@ class TrainConfig:
         ValueError: a count below 1, or a negative latent_penalty.
     """
 
-    data: str
+    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])]
     out: Path
     folder: Path = Path("data")
     resize: int | None = None

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jiio_plugins.data.images import SUFFIXES, read_files, to_unit
+from jiio_plugins.data.files import SUFFIXES, read_files
+from jiio_plugins.data.images import to_unit
 from jiio_plugins.generative.config import CONFIG, check_penalty
 from jiio_plugins.generative.files import LATENTS, load_generator, save_latents
 from jiio_plugins.generative.latents import Fit, fit

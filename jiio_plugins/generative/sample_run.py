@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.data.images import Images, load_images, to_unit
+from jiio_plugins.data.labelled import is_named
 from jiio_plugins.generative import metrics
 from jiio_plugins.generative.config import CONFIG, SampleConfig, TrainConfig
 from jiio_plugins.generative.files import GENERATOR, LATENTS, about, load_generator, load_latents
@@ -79,7 +80,7 @@ def open_source(config: SampleConfig) -> Source:
 
 def _images(run: Path, of_run: TrainConfig, folder: Path | None, shape: tuple[int, ...]) -> Images:
     """The images that the run was trained on, wherever they lie now."""
-    named = of_run.data in ("digits", "fashion-mnist")
+    named = is_named(of_run.data)
     data = of_run.data if named or folder is None else str(folder)
     images = load_images(data, folder or of_run.folder, of_run.resize, without=run)
     if images.shape != shape:

@@ -5,6 +5,7 @@ from jiio_plugins.models.decoder import MDEQDecoder
 from jiio_plugins.models.features import ConvFeatures
 from jiio_plugins.models.fewshot import MDEQFewShot, SinusoidDEQ
 from jiio_plugins.models.mdeq import MDEQCell, MDEQClassifier
+from jiio_plugins.models.normalized import Normalized
 from jiio_plugins.models.pretrained import CLASSIFIERS, available_weights, load_pretrained
 from jiio_plugins.models.refiner import MDEQRefiner
 
@@ -17,6 +18,7 @@ __all__ = [
     "MDEQDecoder",
     "MDEQFewShot",
     "MDEQRefiner",
+    "Normalized",
     "SinusoidDEQ",
     "available_weights",
     "load_pretrained",

@@ -36,7 +36,7 @@ def test_bench(
 
 
 def test_bad_benches(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="must be at least 1, got 0 and 3"):
+    with pytest.raises(SystemExit, match="images must be at least 1, got 0"):
         main(["bench", "--images", "0", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"eps must be above 0, got -1\.0"):
         main(["bench", "--eps", "-1", "--out", str(tmp_path)])

@@ -36,7 +36,7 @@ def test_demo_writes_table_pictures_and_json(
 
 
 def test_no_images_for_the_demo(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="x holds no images"):
+    with pytest.raises(SystemExit, match="images must be at least 1, got 0"):
         main(["demo", "--images", "0", "--out", str(tmp_path / "demo")])
 
 

@@ -47,7 +47,7 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     save_file(ConvDEQClassifier(channels=8).state_dict(), weights)
     own = [*QUICK, "0.3", "--out", str(tmp_path), "--model", "my_own_deq:build"]
     main([*own, "--dataset", "digits", "--weights", str(weights)])
-    with pytest.raises(SystemExit, match="--dataset digits or fashion-mnist"):
+    with pytest.raises(SystemExit, match="--dataset digits, fashion-mnist"):
         main(own)
     with pytest.raises(SystemExit, match="has no function 'nothing'"):
         main([*QUICK, "0.3", "--model", "my_own_deq:nothing"])

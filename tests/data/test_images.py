@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from jiio_plugins.data.classification import load_digits
-from jiio_plugins.data.images import load_images, read_files, to_unit
+from jiio_plugins.data.files import read_files
+from jiio_plugins.data.images import load_images, to_unit
 from tests.data.helpers import save_picture
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a folder of images; there is no"):
+    with pytest.raises(FileNotFoundError, match=r"a folder of images, an \.npz file"):
         load_images(str(tmp_path / "none"))
     (tmp_path / "broken.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds 0 readable images \(1 could not be read\)"):
@@ -59,3 +60,13 @@ def test_sixteen_bits_are_scaled_and_floats_skipped(tmp_path: Path) -> None:
     pixels, skipped = read_files([tmp_path / "wide.png", tmp_path / "float.tiff"])
     assert pixels.flatten().tolist() == [17 * k for k in range(16)]
     assert [p.name for p in skipped] == ["float.tiff"]
+
+
+def test_arrays_are_held_out_of(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (20, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    images = load_images(str(tmp_path / "x.npz"))
+    assert images.shape == (3, 6, 6)
+    assert (len(images.train), len(images.held_out)) == (18, 2)
+    both = torch.cat([images.train, images.held_out]).flatten(1).tolist()
+    assert sorted(both) == sorted(x.transpose(0, 3, 1, 2).reshape(20, -1).tolist())
