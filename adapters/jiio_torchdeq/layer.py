@@ -8,37 +8,35 @@ from, and what the layer does where it is left alone.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
 from jiio_plugins.equilibrium import (
-    Adjoint,
     Anderson,
     CellMap,
     Cost,
-    EquilibriumLayer,
-    Implicit,
+    HostedLayer,
+    HostedRules,
     Layout,
-    Solver,
+    OwnSolve,
     as_tensors,
     count,
-    count_rows,
-    counting_into,
+    counted,
     full_precision_state,
-    implicit_gate,
-    open_counters,
-    uncompiled,
+    take_in,
+    with_gradient,
 )
 from jiio_plugins.joint import current_mode, flags_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -81,17 +79,15 @@ def adapt(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no TorchDEQ layer: assign what torchdeq.get_deq(...) "
-            "returns to an attribute of the model. In a model without TorchDEQ put "
-            "jiio_plugins.Equilibrium(cell) where the fixed point is"
+            "returns to an attribute of the model. A model without TorchDEQ: "
+            "jiio_plugins.adapt(model)"
         )
     for layer in layers:
-        if not isinstance(layer, JointDEQ):
-            kind: Any = type(layer)
-            layer.__class__ = _joint(kind)
+        take_in(layer, JointDEQ)
     return model
 
 
-class JointDEQ(EquilibriumLayer):
+class JointDEQ(HostedLayer):
     """Comes before the class of a TorchDEQ layer: asks the current mode first.
 
     Attributes:
@@ -127,14 +123,15 @@ class JointDEQ(EquilibriumLayer):
         start = full_precision_state(z0)
         f = CellMap(_on_state(func), (), Layout.of(start))
         solver = _anderson(self.eval_f_max_iter, self.f_tol, self.f_stop_mode)
-        state = mode.on_layer(_Rules(solver, _Own(self, solve, solver)), f, start)
+        own = OwnSolve(partial(self._own, solve), solver)
+        state = mode.on_layer(HostedRules(solver, own), f, start)
         return [list(state) if f.layout.is_tuple else state], SolverStat()
 
     def _solve(
         self, plain: Callable[..., Any], func: Callable[..., Any], z0: Any
     ) -> tuple[list[Any], Any]:
         """What the layer does by itself, counted. In eval mode it has a gradient."""
-        z_out, info = plain(_counted(func), z0)
+        z_out, info = plain(counted(func), z0)
         if isinstance(info, dict):
             count(Cost(), info.get("rel_lowest"))
         plain_parts = as_tensors(z_out[-1])
@@ -146,52 +143,23 @@ class JointDEQ(EquilibriumLayer):
         # relative, whatever b_stop_mode says: the gradient of a small loss is as good as of a large
         tol = max(self.b_tol, 10 * torch.finfo(z.dtype).eps)
         solver = Anderson(max_iter=max(1, self.b_max_iter), tol=tol, abs_tol=0.0)
-        made = as_tensors(f.layout.unpack(_with_gradient(f, z, solver)))
+        made = as_tensors(f.layout.unpack(with_gradient(f, z, solver)))
         # copies: the network may change them in place
         parts = [t.to(own.dtype, copy=True) for t, own in zip(made, plain_parts, strict=True)]
         return [*z_out[:-1], parts if f.layout.is_tuple else parts[0]], info
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
-
-
-@dataclass
-class _Rules:
-    """What a layer does where a mode leaves it to the layer."""
-
-    solver: Solver
-    adjoint: Adjoint
-
-
-class _Own(Adjoint):
-    """The layer's own solver and gradient. With a solver of ours the exact gradient."""
-
-    def __init__(
-        self, layer: nn.Module, solve: Callable[[Any], tuple[list[Any], Any]], solver: Solver
-    ) -> None:
-        self.layer, self.solve, self.solver = layer, solve, solver
-
-    def forward(self, f: CellMap, z0: Tensor, solver: Solver) -> Tensor:
-        """The flat equilibrium of ``f`` from ``z0``, ``(rows, n)``."""
-        if solver is not self.solver:
-            return Implicit().forward(f, z0, solver)
-        with flags_kept(self.layer):
+    def _own(self, solve: Callable[[Any], tuple[list[Any], Any]], f: CellMap, z0: Tensor) -> Tensor:
+        """The same on flat states, ``(rows, n)``."""
+        with flags_kept(self):
             # without gradients what makes them in training is of no use, and fails with hook_ift
-            self.layer.training = self.layer.training and torch.is_grad_enabled()
-            z_out, _ = self.solve(f.layout.unpack(z0))
+            self.training = self.training and torch.is_grad_enabled()
+            z_out, _ = solve(f.layout.unpack(z0))
         return f.layout.pack(z_out[-1])
 
-
-@cache
-def _joint(kind: Any) -> Any:
-    own = {"__doc__": kind.__doc__, "signature": inspect.signature(kind.forward)}
-    return type(f"Joint{kind.__name__}", (JointDEQ, kind), own)
-
-
-def _rebuild(kind: Any) -> Any:
-    """An empty layer, for copies and pickles."""
-    joint = _joint(kind)
-    return joint.__new__(joint)
+    @classmethod
+    def attributes(cls, kind: Any) -> dict[str, Any]:
+        """Of the class that is made for the layers of this kind."""
+        return {"signature": inspect.signature(kind.forward)}
 
 
 def _anderson(max_iter: int, tol: float, stop_mode: str) -> Anderson:
@@ -208,38 +176,3 @@ def _on_state(func: Callable[..., Any]) -> Callable[[Any], Any]:
         return func(*state) if isinstance(state, (tuple, list)) else func(state)
 
     return call
-
-
-def _counted(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func``, which reports its evaluations and, in a backward pass, its VJPs."""
-    counters = open_counters()  # backward may run in another thread
-
-    def call(*state: Tensor, **kwargs: Any) -> Any:
-        out = func(*state, **kwargs)
-        rows = count_rows(len(state[0]), state[0].device)
-        with counting_into(counters):
-            count(Cost(f_evals=rows))
-
-        def report(_: Tensor) -> None:
-            with counting_into(counters):
-                count(Cost(vjps=rows))
-
-        live = [t for t in as_tensors(out) if t.requires_grad]
-        if live and counters:  # once a backward pass, whichever of them it reaches
-            torch.autograd.graph.register_multi_grad_hook(live, report, mode="any")
-        return out
-
-    return call
-
-
-def _with_gradient(f: CellMap, z: Tensor, solver: Solver) -> Tensor:
-    """``z`` as it is, with the exact gradient of the fixed point of ``f``."""
-    z = z.detach()
-    leaf = z.clone().requires_grad_()
-    with uncompiled():
-        fz = f(leaf)
-    count(Cost(f_evals=count_rows(len(z), z.device)))
-    if not fz.requires_grad:
-        return z
-    fz = implicit_gate(fz, leaf, f, solver)
-    return z + (fz - fz.detach())

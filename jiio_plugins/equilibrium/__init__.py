@@ -18,6 +18,15 @@ from jiio_plugins.equilibrium.counting import (
     counting_into,
     open_counters,
 )
+from jiio_plugins.equilibrium.hosted import (
+    HostedLayer,
+    HostedRules,
+    OwnSolve,
+    counted,
+    put_back,
+    take_in,
+    with_gradient,
+)
 from jiio_plugins.equilibrium.layer import Equilibrium, EquilibriumLayer, full_precision_state
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import (
@@ -40,9 +49,12 @@ __all__ = [
     "Damped",
     "Equilibrium",
     "EquilibriumLayer",
+    "HostedLayer",
+    "HostedRules",
     "Implicit",
     "JacobianFree",
     "Layout",
+    "OwnSolve",
     "Phantom",
     "Picard",
     "Solver",
@@ -53,12 +65,16 @@ __all__ = [
     "count",
     "count_evaluations",
     "count_rows",
+    "counted",
     "counting_into",
     "full_precision",
     "full_precision_state",
     "implicit_gate",
     "jacobian_penalty",
     "open_counters",
+    "put_back",
     "solve_fixed_point",
+    "take_in",
     "uncompiled",
+    "with_gradient",
 ]
