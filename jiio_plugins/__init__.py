@@ -6,6 +6,7 @@ from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
 from jiio_plugins.equilibrium.cell import Damped
 from jiio_plugins.equilibrium.counting import Counter, count_evaluations
+from jiio_plugins.equilibrium.foreign import adapt, unadapt
 from jiio_plugins.equilibrium.layer import Equilibrium
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, Broyden, Picard, Solver, solve_fixed_point
@@ -43,6 +44,7 @@ __all__ = [
     "Stats",
     "Status",
     "Unrolled",
+    "adapt",
     "attack",
     "attack_objective",
     "count_evaluations",
@@ -52,4 +54,5 @@ __all__ = [
     "joint_solution",
     "optimize_input",
     "solve_fixed_point",
+    "unadapt",
 ]

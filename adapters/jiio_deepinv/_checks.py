@@ -13,6 +13,7 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium import EquilibriumLayer
+from jiio_plugins.joint import no_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,8 @@ def check_modules(
     if not any(isinstance(module, EquilibriumLayer) for module in generator.modules()):
         raise ValueError(
             "the generator has no jiio_plugins.Equilibrium layer: there is nothing to optimise "
-            "jointly. For other generators use deepinv.models.CSGMGenerator"
+            "jointly. For other generators use deepinv.models.CSGMGenerator. "
+            f"{no_layer(generator)}"
         )
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise TypeError(

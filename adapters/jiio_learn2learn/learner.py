@@ -28,12 +28,12 @@ from jiio_learn2learn.recording import Recorded, Tape, tensors_in
 from jiio_plugins.equilibrium import Anderson, Implicit, StateLayout, count, count_evaluations
 from jiio_plugins.implicit import adjoint_solver, attach, warn_if_loose
 from jiio_plugins.joint import (
-    NO_LAYER,
     FlatState,
     SolveMode,
     buffers_kept,
     current_mode,
     layer_mode,
+    no_layer,
 )
 from jiio_plugins.methods import Joint, solve
 from jiio_plugins.utils import is_count
@@ -210,7 +210,7 @@ class JIIOLearner(BaseLearner):
         with layer_mode(mode):
             output = self.module(*args, **kwargs)
         if not mode.z:
-            raise ValueError(NO_LAYER)
+            raise ValueError(no_layer(self.module))
         if next(tensors_in(output), None) is None:
             raise TypeError(
                 f"the model returned {type(output).__name__}, in which no tensor was found: return "
@@ -379,7 +379,7 @@ class JIIOLearner(BaseLearner):
             with layer_mode(mode):
                 value = loss()
             if not mode.z:
-                raise ValueError(NO_LAYER)
+                raise ValueError(no_layer(self.module))
             objective = loss
             forward = _Forward(task, task.version, task.called_with, mode)
         else:

@@ -12,16 +12,16 @@ If there is one, it answers with ``mode.on_layer(layer, f, z0)``, where f is its
 :class:`jiio_plugins.equilibrium.CellMap`.
 """
 
+from jiio_plugins.equilibrium.foreign import no_layer
 from jiio_plugins.equilibrium.layer import LayerDefaults, Mode, current_mode, layer_mode
 from jiio_plugins.joint.guard import Replay, buffers_kept, flags_kept, guarded
 from jiio_plugins.joint.inputs import check_gradients_possible, check_input, problem_of, unwrap
 from jiio_plugins.joint.linearization import Linearization
-from jiio_plugins.joint.modes import NO_LAYER, PenaltyMode, RecordMode, SolveMode, layers_as
+from jiio_plugins.joint.modes import PenaltyMode, RecordMode, SolveMode, layers_as
 from jiio_plugins.joint.problem import FlatState, Objective, Problem
 from jiio_plugins.joint.variables import Groups, ParameterVariable, Variable
 
 __all__ = [
-    "NO_LAYER",
     "FlatState",
     "Groups",
     "LayerDefaults",
@@ -43,6 +43,7 @@ __all__ = [
     "guarded",
     "layer_mode",
     "layers_as",
+    "no_layer",
     "problem_of",
     "unwrap",
 ]

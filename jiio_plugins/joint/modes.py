@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 
     Advance = Callable[[FlatMap, Tensor], Tensor]
 
-NO_LAYER = (
-    "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
-    "optimise through. Put jiio_plugins.Equilibrium(cell) where the fixed point z = cell(z, u) is: "
-    "in __init__ 'self.equilibrium = jiio_plugins.Equilibrium(cell)', in forward "
-    "'z = self.equilibrium(self.encoder(x))'. A TorchDEQ model: jiio_torchdeq.adapt(model)"
-)
-
 CALLED_MORE = (
     "an equilibrium layer was called more often than in the first pass of this optimisation. Its "
     "calls must not depend on the input, and activation checkpointing must not wrap the layer "

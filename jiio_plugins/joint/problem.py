@@ -24,12 +24,13 @@ from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
+from jiio_plugins.equilibrium.foreign import no_layer, servable
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.state import StateLayout, flatten
 from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.linearization import Linearization
-from jiio_plugins.joint.modes import NO_LAYER, IterateMode, RecordMode, SolveMode
+from jiio_plugins.joint.modes import IterateMode, RecordMode, SolveMode
 from jiio_plugins.solution import Status
 from jiio_plugins.utils.trees import map_leaves
 
@@ -253,10 +254,15 @@ class Problem:
         Raises:
             ValueError: the forward reaches no equilibrium layer.
         """
-        with layer_mode(mode):
-            output = self.call(v, rows)
+        try:
+            with layer_mode(mode):
+                output = self.call(v, rows)
+        except RuntimeError as error:
+            if not mode.z and servable(self.variable.model):  # it fails without a graph
+                raise ValueError(no_layer(self.variable.model)) from error
+            raise
         if not mode.z:
-            raise ValueError(NO_LAYER)
+            raise ValueError(no_layer(self.variable.model))
         if self._layout is None:
             self._layout = StateLayout(mode.layouts)
         return output
