@@ -15,11 +15,13 @@ Statuses and their remedies are in :mod:`jiio_plugins.solution`. Methods are jud
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
 from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
@@ -121,9 +123,14 @@ class Judge:
             base: what is known, of all rows.
         """
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
-        if not self._has_rows(base.output) or not self.problem.row_separable:
+        found = None
+        if self._has_rows(base.output):
+            found = self.problem.on_some(
+                lambda some: self._solve(v, self.f_evals[some], some), rows
+            )
+        if found is None:
             return self.everything(v)
-        own, tight, spent = self._solve(v, self.f_evals[rows], rows)
+        own, tight, spent = found
         self.f_evals = self.f_evals.index_copy(0, rows, spent)
         parts = _by_row(own, tight).items()
         return self._verdict(v, {k: getattr(base, k).index_copy(0, rows, t) for k, t in parts})
@@ -132,10 +139,22 @@ class Judge:
         self, v: Tensor, spent: Tensor, rows: Tensor | None = None
     ) -> tuple[Solved, Solved, Tensor]:
         """The model's own answer, the independent one, and what has been spent by then."""
+        problem = self.problem
+        failed: Exception | None = None
         with counting_into((counter := RowCounter(spent),)):
-            own = self.problem.solve(v, rows=rows)
-        start = own.z if self.warm else None
-        tight = self.problem.solve(v, self.verifier, start, rows)
+            try:
+                own = problem.solve(v, rows=rows)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                failed = error
+        start = own.z if self.warm and failed is None else None
+        tight = problem.solve(v, self.verifier, start, rows)
+        if failed is not None:
+            warnings.warn(
+                f"the model's own solver failed at the input that was found ({failed}). What the "
+                "model itself says there is NaN, and the independent solve is from scratch",
+                stacklevel=2,
+            )
+            own = tight._replace(output=tree_map_only(Tensor, _nan, tight.output))
         return own, tight, counter.f_evals_by_row + tight.evals
 
     def take_better(self, best: Candidate, v: Tensor, where: Tensor) -> Candidate:
@@ -164,6 +183,8 @@ class Judge:
                 continue
             chosen[name] = torch.where(choice.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
         found = Candidate(**chosen)
+        if bool(better.any()) and self.problem.whole:
+            return self.everything(found.v)  # rows of two batches may influence each other
         if bool(better.any()) and not self._has_rows(best.output):
             mixed = self.everything(found.v)  # only the model can put together what it returns
             found.output, found.model_output = mixed.output, mixed.model_output
@@ -180,6 +201,10 @@ class Judge:
                 for name in ("output", "model_output")
             )
         return Candidate(v=v, value=value, model_value=model_value, **by_row)
+
+
+def _nan(t: Tensor) -> Tensor:
+    return torch.full_like(t, torch.nan) if t.is_floating_point() else t
 
 
 def _by_row(own: Solved, tight: Solved) -> dict[str, Any]:
@@ -307,7 +332,7 @@ def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
     status = torch.full_like(final.value, Status.CONVERGED, dtype=torch.int8)
     status[worst(astray.float()) > 0] = Status.GRADIENT_UNSETTLED
     gap = (final.value - final.model_value).abs()
-    status[gap > _AGREE * (1 + final.value.abs())] = Status.DISAGREEMENT
+    status[~(gap <= _AGREE * (1 + final.value.abs()))] = Status.DISAGREEMENT  # NaN too
     status[worst((~final.converged).float()) > 0] = Status.NOT_VERIFIED
     broken = worst(final.nonfinite.float()) > 0
     status[broken | ~torch.isfinite(final.value)] = Status.NONFINITE
@@ -347,9 +372,8 @@ def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved
     if not len(rows) or not result.z.shape[1]:
         return found
     z = result.z[rows]
-    if problem.row_separable:
-        fz = problem.evaluate(result.v, z, rows)
-    else:  # in train mode fewer rows would draw another mask
+    fz = problem.on_some(lambda some: problem.evaluate(result.v, result.z[some], some), rows)
+    if fz is None:  # as in train mode, where fewer rows would draw another mask
         fz = problem.evaluate(result.v, result.z)[rows]
     problem.pay_passes(torch.zeros(problem.rows, device=z.device).index_fill(0, rows, 1.0))
     tiny = torch.finfo(z.dtype).tiny

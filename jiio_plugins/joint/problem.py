@@ -14,10 +14,11 @@ What v stands for is in :mod:`jiio_plugins.joint.variables`. What the layers do 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from jiio_plugins.joint.variables import Variable
 
 Objective = Callable[[Any], Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Problem:
         v_start: ``(problems, d)``, in C.
         state: as given. None where the layers are fixed.
         cost: that of all layers together, ``(rows,)`` each.
+        whole: whether the model has been seen to fail on some of the rows.
 
     Raises:
         ValueError: a state of another number of rows.
@@ -103,6 +106,8 @@ class Problem:
         self.state = None if fixed is not None else state
         self.share_start, self.fixed = share_start, fixed
         self._precision: torch.dtype | None = None
+        self._trying = False  # to call the model on some of the rows
+        self.whole = False
         self._layout = None if state is None else state.layout
         if fixed is not None:
             self._layout = StateLayout(())
@@ -183,8 +188,37 @@ class Problem:
 
     @property
     def row_separable(self) -> bool:
-        """Whether the model may be called on some of the rows."""
-        return not self.variable.repeatable
+        """Whether the model may be called on some of the rows, as far as is known."""
+        return not (self.variable.repeatable or self.whole)
+
+    def on_some(self, call: Callable[[Tensor], Found], rows: Tensor) -> Found | None:
+        """``call(rows)``. None, with a warning, where the model can only be called on all rows.
+
+        What the whole batch has found so far must not be lost for that.
+
+        Args:
+            call: calls the model on the rows of these indices.
+            rows: indices of some rows.
+        """
+        if not self.row_separable:
+            return None
+        if self._trying or self._layout is None:  # there is another way, or nothing to be lost
+            return call(rows)
+        self._trying = True
+        try:
+            return call(rows)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            self.whole = True
+            warnings.warn(
+                f"the model cannot be called on some of the rows of its batch ({error}). All rows "
+                "are called together from now on. Where they influence each other, as nodes of one "
+                "graph do, or states that are not batch first, what is said of a row is said of "
+                "it in this batch",
+                stacklevel=2,
+            )
+            return None
+        finally:
+            self._trying = False
 
     def _one_start(self) -> bool:
         """Whether one row can be warmed up for all."""
@@ -263,6 +297,13 @@ class Problem:
             raise
         if not mode.z:
             raise ValueError(no_layer(self.variable.model))
+        wanted = self.rows if rows is None else len(rows)
+        if any(len(z) != wanted for z in mode.z):
+            raise ValueError(
+                f"states must be batch first: the model was called on {wanted} rows, the states of "
+                f"its layers have {[len(z) for z in mode.z]}. Transpose them in the cell, or "
+                "flatten what belongs to one sample"
+            )
         if self._layout is None:
             self._layout = StateLayout(mode.layouts)
         return output
@@ -285,12 +326,19 @@ class Problem:
         Raises:
             ValueError: the forward reaches no equilibrium layer.
         """
-        parts = None if start is None else self.layout.split(start)
-        mode = SolveMode(start=parts) if solver is None else IterateMode(solver, parts)
-        with torch.no_grad():
-            output = self.run_layers(mode, v, rows)
-        moved = mode.moved if isinstance(mode, IterateMode) else []
-        return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
+
+        def solve(rows: Tensor | None, start: Tensor | None = start) -> Solved:
+            parts = None if start is None else self.layout.split(start)
+            mode = SolveMode(start=parts) if solver is None else IterateMode(solver, parts)
+            with torch.no_grad():
+                output = self.run_layers(mode, v, rows)
+            moved = mode.moved if isinstance(mode, IterateMode) else []
+            return Solved(output, torch.cat(mode.z, dim=1), mode.results, moved)
+
+        if rows is None:
+            return solve(None)
+        found = self.on_some(solve, rows)
+        return solve(None, None).restrict(rows) if found is None else found
 
     def warm_up(self, v: Tensor, max_iter: int) -> WarmUp:
         """A state to start with: the one given or the initial one, some steps on.
@@ -311,6 +359,8 @@ class Problem:
         shared = known is None and self._one_start()
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, known, rows)
+        if shared and not self.row_separable:  # it was seen just now
+            return self.warm_up(v, max_iter)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
         # one step further for free, unless it is the step that overflows
         z = torch.where(torch.isfinite(found.fz), found.fz, found.z)
@@ -405,6 +455,20 @@ class Solved(NamedTuple):
     z: Tensor
     results: list[FlatSolution]
     moved: list[Tensor]
+
+    def restrict(self, rows: Tensor) -> Solved:
+        """Of the rows of these indices alone."""
+        whole = len(self.z)
+
+        def some(t: Tensor) -> Tensor:
+            return t[rows] if t.ndim and len(t) == whole else t
+
+        results = [
+            replace(r, **{f.name: getattr(r, f.name)[rows] for f in fields(r)})
+            for r in self.results
+        ]
+        output = tree_map_only(Tensor, some, self.output)
+        return Solved(output, self.z[rows], results, [some(t) for t in self.moved])
 
     @property
     def evals(self) -> Tensor:

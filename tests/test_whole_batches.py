@@ -1,0 +1,118 @@
+"""Models that can only be called on their whole batch, or whose own solver fails: x is not lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jiio_plugins import Equilibrium, Joint, L2Ball, Status, adapt, optimize_input
+from tests.equilibrium.specimens import Hooked, Model, iterate, objective
+from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
+
+
+class Graph(nn.Module):
+    """Nodes of one graph as rows, which see their neighbours."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__()
+        self.register_buffer("a", contraction(nodes, 1.0, symmetric=True, seed=9))
+        self.weight = nn.Parameter(contraction(6, 0.7, symmetric=False, seed=2))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(self.a @ z @ self.weight.T + u)
+
+
+class Sequences(nn.Module):
+    """States (L, B, D), of inputs (B, L · D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(contraction(3, 0.7, symmetric=False, seed=2))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight.T + 0.2 * z.roll(1, 0) + u)
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str, rows: int) -> None:
+        super().__init__()
+        self.kind, self.shape = kind, None
+        self.encoder, self.head = linear(5, 6, seed=1), linear(6, 3, seed=3)
+        cells = {"graph": lambda: Graph(rows), "sequences": Sequences}
+        cell = cells.get(kind, lambda: TanhCell(6, 0.7, seed=2))()
+        # only a layer of another library keeps all rows together while it solves
+        self.deq = Hooked(cell, iterate) if kind == "graph" else Equilibrium(cell, solver=TIGHT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.encoder(x)
+        if self.kind == "cached":
+            self.shape = self.shape or u.shape
+            u = u.reshape(self.shape)
+        if self.kind != "sequences":
+            return self.head(self.deq(u))
+        z = self.deq(u.reshape(len(u), 2, 3).transpose(0, 1))
+        return self.head(z.transpose(0, 1).flatten(1))
+
+
+def found_by(kind: str, rows: int = 6) -> tuple[Any, Tensor, Tensor]:
+    """The solution, its values by another model, and those of the start.
+
+    Half of the rows have their optimum at the start, so that some rows are judged again.
+    """
+    model, fresh, x = Net(kind, rows), Net(kind, rows), rand(rows, 5, seed=4)
+    at_start, half = fresh(x).detach(), rows // 2
+
+    def mixed(out: Tensor) -> Tensor:
+        stay = (out - at_start)[:half].square().sum(1)
+        return torch.cat([stay, objective(out)[half:]])
+
+    model = adapt(model) if kind == "graph" else model
+    found = optimize_input(
+        model, x, mixed, constraint=L2Ball(0.5), method=Joint(max_iter=3, warmup=1)
+    )
+    return found, mixed(fresh(found.x)).detach(), mixed(at_start)
+
+
+@pytest.mark.parametrize("kind", ["graph", "cached", "sequences"])
+def test_all_rows_are_judged_together(kind: str) -> None:
+    with pytest.warns(UserWarning, match="cannot be called on some of the rows"):
+        found, value, start = found_by(kind, rows=2 if kind == "sequences" else 6)
+    assert set(found.status.tolist()) <= {
+        Status.CONVERGED,
+        Status.NO_IMPROVEMENT,
+        Status.NOT_VERIFIED,
+    }
+    if kind != "graph":  # where a row's value is not its own
+        assert bool((found.value <= start + 1e-9).all())
+    assert torch.allclose(found.value, value, atol=1e-6)
+
+
+def test_states_that_are_not_batch_first_are_named() -> None:
+    with pytest.raises(ValueError, match=r"called on 6 rows, the states .* have \[2\]"):
+        found_by("sequences")
+
+
+def test_an_own_solver_that_fails_at_the_end() -> None:
+    model, x = adapt(Model("hook").eval()), rand(6, 5, seed=4)
+    own = model.deq.solver
+
+    def fails(f: Any, z0: Tensor) -> Any:
+        if not torch.is_grad_enabled() and fails.late:
+            raise torch.linalg.LinAlgError("singular")
+        return own(f, z0)
+
+    fails.late = False
+    model.deq.solver = fails
+
+    def late(_: object) -> None:
+        fails.late = True
+
+    with pytest.warns(UserWarning, match=r"own solver failed .*singular"):
+        found = optimize_input(model, x, objective, constraint=L2Ball(0.5), callback=late)
+    assert bool((found.status == Status.DISAGREEMENT).all())
+    assert bool(found.stats.model_value.isnan().all())
+    fails.late = False
+    assert torch.allclose(found.value, objective(model(found.x)), atol=1e-5)
