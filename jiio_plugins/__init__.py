@@ -2,6 +2,7 @@
 
 from jiio_plugins.attacks import attack, is_adversarial
 from jiio_plugins.constraints import Box, Constraint, Intersection, L1Ball, L2Ball, LinfBall
+from jiio_plugins.diagnosis import Diagnosis, check
 from jiio_plugins.envelope import JointSolution, envelope_loss, joint_solution
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
 from jiio_plugins.equilibrium.cell import Damped
@@ -27,6 +28,7 @@ __all__ = [
     "ConvergenceWarning",
     "Counter",
     "Damped",
+    "Diagnosis",
     "Equilibrium",
     "Implicit",
     "Intersection",
@@ -47,6 +49,7 @@ __all__ = [
     "adapt",
     "attack",
     "attack_objective",
+    "check",
     "count_evaluations",
     "envelope_loss",
     "is_adversarial",

@@ -29,8 +29,8 @@ def default_eps(dataset: str, norm: str) -> float:
 
 
 @dataclass(frozen=True)
-class OnClassifier:
-    """What Demo, Evaluate and Bench have in common."""
+class OnImages:
+    """What Demo, Evaluate, Bench and Check have in common."""
 
     weights: str | None = None
     """shipped weights (digits, fashion-mnist) or a .safetensors file; default: those for the data
@@ -50,6 +50,24 @@ class OnClassifier:
     pixels in [0, 1]; images, radius and box stay in pixels"""
     images: int = 128
     """test images, from the first on; of a folder, drawn by a fixed permutation"""
+
+
+@dataclass(frozen=True)
+class Check(OnImages):
+    """What a model is like, before anything is run on it: a page of sentences, JSON, a picture."""
+
+    images: int = 8
+    """test images, from the first on; of a folder, drawn by a fixed permutation"""
+    out: Path = Path("out/check")
+    """where the JSON and the picture go"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True)
+class OnClassifier(OnImages):
+    """What Demo, Evaluate and Bench have in common."""
+
     norm: Literal["2", "inf", "1"] = "2"
     """norm of the ball"""
 

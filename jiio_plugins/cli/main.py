@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from jiio_plugins import __version__
-from jiio_plugins.cli.commands import Adapters, Bench, Demo, Evaluate
+from jiio_plugins.cli.commands import Adapters, Bench, Check, Demo, Evaluate
 from jiio_plugins.cli.generative import TrainGenerator
 from jiio_plugins.generative.config import FitConfig, SampleConfig
 from jiio_plugins.hosts import available_adapters, install_command
@@ -24,6 +24,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
     | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
     | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
@@ -71,6 +72,10 @@ def run(command: Command) -> None:
             from jiio_plugins.cli.bench import run_bench
 
             run_bench(command)
+        case Check():
+            from jiio_plugins.cli.check import run_check
+
+            run_check(command)
         case Adapters():
             list_adapters()
         case TrainGenerator():

@@ -1,15 +1,15 @@
-"""What a command works on: a classifier, and images that fit it."""
+"""What a command works on: a model, and images that fit it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jiio_plugins.cli.commands import OnClassifier
+from jiio_plugins.cli.commands import OnClassifier, OnImages
 from jiio_plugins.data import DATASETS, LabelledImages, load_labelled
 from jiio_plugins.models import CLASSIFIERS, Normalized, load_pretrained
 from jiio_plugins.utils.factory import build_network
@@ -17,7 +17,7 @@ from jiio_plugins.utils.factory import build_network
 
 @dataclass(frozen=True)
 class Task:
-    """A classifier with images and labels.
+    """A model with images and labels.
 
     Attributes:
         model: in eval mode.
@@ -26,7 +26,8 @@ class Task:
         dataset: as it was named.
         x: images ``(images, c, h, w)`` in [0, 1].
         y: labels ``(images,)``.
-        classes: how many the model tells apart.
+        names: of the classes, where the data tell.
+        classes: how many the model tells apart. 0 where it has not been tried.
     """
 
     model: nn.Module
@@ -35,7 +36,8 @@ class Task:
     dataset: str
     x: Tensor
     y: Tensor
-    classes: int
+    names: tuple[str, ...] | None = None
+    classes: int = 0
 
 
 def load_task(settings: OnClassifier, device: str = "cpu") -> Task:
@@ -46,8 +48,23 @@ def load_task(settings: OnClassifier, device: str = "cpu") -> Task:
         device: for both.
 
     Raises:
-        ValueError: no images asked for, or it is not known what to attack; images or labels that do
-            not fit the model. See :func:`load_model` and :func:`jiio_plugins.data.load_labelled`.
+        ValueError: see :func:`load_pair`, or images or labels that do not fit the model.
+    """
+    found = load_pair(settings, device)
+    model, images = found.model, LabelledImages(found.x, found.y, found.names)
+    return replace(found, classes=_classes(model, images, found.name, found.dataset))
+
+
+def load_pair(settings: OnImages, device: str = "cpu") -> Task:
+    """The model and its test images, nothing of which has been tried.
+
+    Args:
+        settings: of the command.
+        device: for both.
+
+    Raises:
+        ValueError: no images asked for, or it is not known what goes with what. See
+            :func:`load_model` and :func:`jiio_plugins.data.load_labelled`.
     """
     if settings.images < 1:
         raise ValueError(f"images must be at least 1, got {settings.images}")
@@ -73,9 +90,8 @@ def load_task(settings: OnClassifier, device: str = "cpu") -> Task:
         half = len(settings.normalize) // 2
         model = Normalized(model, settings.normalize[:half], settings.normalize[half:])
     model, name = model.eval().to(device), factory or str(weights)
-    images = LabelledImages(images.x.to(device), images.y.to(device), images.classes)
-    classes = _classes(model, images, name, dataset)
-    return Task(model, name, weights, dataset, images.x, images.y, classes)
+    x, y = images.x.to(device), images.y.to(device)
+    return Task(model, name, weights, dataset, x, y, images.classes)
 
 
 @torch.no_grad()
