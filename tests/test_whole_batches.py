@@ -84,6 +84,7 @@ def test_all_rows_are_judged_together(kind: str) -> None:
         Status.CONVERGED,
         Status.NO_IMPROVEMENT,
         Status.NOT_VERIFIED,
+        Status.GRADIENT_UNSETTLED,  # three iterations are few
     }
     if kind != "graph":  # where a row's value is not its own
         assert bool((found.value <= start + 1e-9).all())

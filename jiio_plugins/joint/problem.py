@@ -467,7 +467,7 @@ class Solved(NamedTuple):
             replace(r, **{f.name: getattr(r, f.name)[rows] for f in fields(r)})
             for r in self.results
         ]
-        output = tree_map_only(Tensor, some, self.output)
+        output = map_leaves(self.output, Tensor, some)
         return Solved(output, self.z[rows], results, [some(t) for t in self.moved])
 
     @property

@@ -44,6 +44,8 @@ class Backpropagated(Method):
             step_size, without one step_size.
         warmup: unused. Every view solves from the layer's initial state.
         precision: dtype in which the model runs under autocast. None: as it is.
+        gap_tol: with a ball: a problem leaves where its v is at rest, see :class:`Method`. 0, the
+            default, takes all steps, as PGD does.
         views: gradient rules. ``(None,)``, the default, is the model's own, as any attack of
             another library would use it. ``(Unrolled(steps=30),)`` goes through the unrolled
             iteration, ``(Unrolled(steps=2), Unrolled(steps=4), …)`` through intermediate states.

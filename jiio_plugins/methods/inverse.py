@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,11 @@ class SecantInverse:
             kept.scatter_(1, slot, torch.where(usable[:, None, None], new[:, None], oldest))
         self.count = self.count + usable
 
-    def restrict(self, rows: Tensor) -> None:
-        """Go on with the rows of these indices."""
-        self.count, self.y, self.d = self.count[rows], self.y[rows], self.d[rows]
+    def restrict(self, rows: Tensor) -> SecantInverse:
+        """That of the rows of these indices."""
+        some = copy.copy(self)
+        some.count, some.y, some.d = self.count[rows], self.y[rows], self.d[rows]
+        return some
 
     def __call__(self, r: Tensor) -> Tensor:
         """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""

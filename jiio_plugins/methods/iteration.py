@@ -17,8 +17,6 @@ from jiio_plugins.equilibrium.state import relative, row_norm, surely_none
 from jiio_plugins.methods.base import Evaluation, Iteration, MethodResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.methods.base import BestSoFar, Method
@@ -30,8 +28,8 @@ _ENDS = ("z", "mu", "jz_mu", "mu_residual")  # what is known of a row when it le
 class JointIteration(Iteration):
     """One evaluation of f with its graph and one VJP an iteration, warm from the last one.
 
-    A row that has finished stays as it is. On a CPU it is left out, where the model may be called
-    on some of the rows. Else it is computed with the others, and what comes of it is not taken.
+    On a CPU a row that has finished is left out, where the model can be called on some of the rows.
+    Else it is computed with the others: its v stands still, and z and μ settle there.
 
     Args:
         method: the settings.
@@ -59,7 +57,7 @@ class JointIteration(Iteration):
         self.rows: Tensor | None = None
         self._last: Evaluation | None = None
         self._ended: dict[str, Tensor] = {}
-        self._held: tuple[Tensor, Mapping[str, Tensor]] | None = None
+        self._some_work = False  # whether the model has been called on some of the rows
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
         """What there is to do before z is taken on.
@@ -90,10 +88,14 @@ class JointIteration(Iteration):
 
     def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
         """See :class:`Iteration`."""
-        problem, active = self.problem, self._leave(active)
+        problem, before, every = self.problem, dict(vars(self)), active
+        active = self._leave(active)
         self.prepare(k, v, active)
         self.before = self.state_steps(k, active)
-        linearized = problem.linearize(v, self.z, self.rows, advance=self.before)
+        linearized = self._linearize(v)
+        if linearized is None:  # the model wants all rows: so be it from here on
+            vars(self).update(before)
+            return self.evaluate(k, v, every)
         self.linearized = linearized
         if self.before is not None:
             problem.pay(f_evals=self.spread(self.before.evals * active))
@@ -141,24 +143,25 @@ class JointIteration(Iteration):
         paid = {name: self.spread(t) for name, t in costs.items() if t is not None}
         self.problem.pay_passes(**paid)
 
-    def hold(self) -> None:
-        """Put back what finished rows have come to that were computed with the others."""
-        if self._held is None:
-            return
-        finished, before = self._held
-        for name, old in before.items():
-            setattr(self, name, _where(finished, old, getattr(self, name)))
-        self._held = None
+    def _linearize(self, v: Tensor) -> Linearization | None:
+        """The pass with its graph. None where rows were left out, and cannot be."""
+        z, before = self.z, self.before
+
+        def call(rows: Tensor | None) -> Linearization:
+            return self.problem.linearize(v, z, rows, advance=before)
+
+        if self.rows is None or self._some_work:
+            return call(self.rows)
+        found = self.problem.on_some(call, self.rows)
+        self._some_work = found is not None
+        return found
 
     def _leave(self, active: Tensor) -> Tensor:
         """``active`` of the rows that are computed from now on."""
         if self._last is None or not self.leaves:
             return active
         now = active if self.rows is None else active[self.rows]
-        if surely_none(now == 0):
-            return now
-        if not self._may_leave_out(self._last.output):
-            self._held = now == 0, {name: getattr(self, name) for name in _ENDS}
+        if surely_none(now == 0) or not self._may_leave_out(self._last.output):
             return now
         self._end()
         rows = now.nonzero().squeeze(1)
@@ -188,20 +191,9 @@ class JointIteration(Iteration):
             put = [last[k].index_copy(0, rows, new[k]) for k in range(3, len(new))]
             gradient = last.gradient.index_copy(0, rows, new.gradient[rows])
             new = Evaluation(new.loss, new.output.detach(), gradient, *put)
-        elif last is not None and self._held is not None:
-            finished = self._held[0]
-            problems = self.problem.groups.worst(finished.float()) > 0
-            put = [_where(finished, last[k], new[k]) for k in range(3, len(new))]
-            gradient = _where(problems, last.gradient, new.gradient)
-            new = Evaluation(_where(finished, last.loss, new.loss), new.output, gradient, *put)
         output = new.output.detach() if isinstance(new.output, Tensor) else new.output
         self._last = new._replace(loss=new.loss.detach(), output=output)
         return new
-
-
-def _where(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """``old`` in these rows, bool ``(rows,)``."""
-    return torch.where(rows.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
 
 def finite_or(new: Tensor, old: Tensor) -> Tensor:

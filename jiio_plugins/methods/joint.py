@@ -94,7 +94,7 @@ class Joint(Method):
             control off: all rows then count as fast.
         max_adjoint_steps: VJPs an iteration of a slow row, at most.
         anchors: times that slow rows are solved from the initial state, evenly spread over the run,
-            and at most once in ten iterations. There are none where a state to start with is given.
+            at most once in five iterations. There are none where a state to start with is given.
         adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
             none do.
         relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1

@@ -38,6 +38,8 @@ class Nested(Method):
             Unused without ``warm_start``.
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. None: as the model is.
+        gap_tol: with a ball: a problem leaves where its v is at rest, see :class:`Method`. 0, the
+            default, takes all steps, as PGD does.
         solver: for z. Its ``max_iter`` caps the evaluations of f a step, the one with the graph
             included.
         adjoint_solver: for μ. None: as ``solver``.

@@ -31,7 +31,7 @@ _LOST = 0.5
 _BEGIN = 3  # iterations in which the residual of μ says only that it has just begun
 _SETTLED_ADJOINT = 0.05  # a slow row's μ has settled where a mixed step moves it by less (relative)
 _ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
-_ANCHORED = 10  # iterations that an anchor serves at least: it costs as much as half of them
+_ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 
 
@@ -175,14 +175,13 @@ class Relaxed(JointIteration):
             self.unsure = self.unsure | (lost & ~self.slow)
             self.slow = self.slow | lost
         self.jz_mu = finite_or(self.jz_mu_next, self.jz_mu)
-        self.hold()
         return v_next
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""
         super().restrict(rows)
         if self.inverse is not None:
-            self.inverse.restrict(rows)
+            self.inverse = self.inverse.restrict(rows)
         if self.mu_last is not None:
             mu, change, slow = self.mu_last
             self.mu_last = mu[rows], change[rows], slow[rows]
