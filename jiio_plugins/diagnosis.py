@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
-from jiio_plugins.equilibrium.foreign import adapt, no_layer, recognise, servable, unadapt
+from jiio_plugins.equilibrium.foreign import adapt, unadapt
+from jiio_plugins.equilibrium.recognition import no_layer, recognise, servable
 from jiio_plugins.equilibrium.solvers import Anderson, iterate
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.inputs import problem_of

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
 from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
@@ -30,6 +29,7 @@ from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
 from jiio_plugins.losses import attack_objective
 from jiio_plugins.solution import Solution, Stats, Status
+from jiio_plugins.utils.trees import map_leaves
 
 if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Solved
@@ -154,7 +154,7 @@ class Judge:
                 "model itself says there is NaN, and the independent solve is from scratch",
                 stacklevel=2,
             )
-            own = tight._replace(output=tree_map_only(Tensor, _nan, tight.output))
+            own = tight._replace(output=map_leaves(tight.output, Tensor, _nan))
         return own, tight, counter.f_evals_by_row + tight.evals
 
     def take_better(self, best: Candidate, v: Tensor, where: Tensor) -> Candidate:

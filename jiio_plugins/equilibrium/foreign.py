@@ -4,6 +4,9 @@ A layer that holds its own solver calls it somewhere in its forward, ``solver(f,
 that holds its injection. That call has all that a mode needs: a map and a state to start from. So
 the class of the layer becomes a subclass whose solver can be listened to (:class:`_Tapped`). What
 the layer makes of the solver's result is found out by running it once (:meth:`ForeignLayer._look`).
+
+Which layers these are is in :mod:`jiio_plugins.equilibrium.recognition`, and what is read off the
+call in :mod:`jiio_plugins.equilibrium.solver_calls`.
 """
 
 from __future__ import annotations
@@ -16,46 +19,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from jiio_plugins.equilibrium.cell import CellMap
 from jiio_plugins.equilibrium.counting import counting_into, open_counters
 from jiio_plugins.equilibrium.hosted import (
     WAYS,
     HostedLayer,
     HostedRules,
     OwnSolve,
-    counted,
     put_back,
     take_in,
     with_gradient,
 )
-from jiio_plugins.equilibrium.layer import (
-    EquilibriumLayer,
-    current_mode,
-    full_precision_state,
-    layer_mode,
-)
+from jiio_plugins.equilibrium.layer import current_mode, full_precision_state, layer_mode
+from jiio_plugins.equilibrium.recognition import SOLVERS, no_layer, recognise
+from jiio_plugins.equilibrium.solver_calls import SolverCall, read_call, with_state
 from jiio_plugins.equilibrium.solvers import Anderson
-from jiio_plugins.equilibrium.state import Layout
 from jiio_plugins.hosts import load_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch.utils._pytree import TreeSpec
+    from jiio_plugins.equilibrium.cell import CellMap
 
-_SOLVERS = ("f_solver", "solver", "b_solver")  # attributes of a layer that solve
-_CELLS = ("f", "func", "cell", "fn")  # beside a plain ``solver``: what it is to solve
 _SAME = 1e-4  # relative: what a layer returns is its state, or f of it
-_LOOKED_AT = 12  # modules that an error names
-
-NO_LAYER = (
-    "the model has no equilibrium layer that its forward reaches, so there is no fixed point to "
-    "optimise through. Put jiio_plugins.Equilibrium(cell) where the fixed point z = cell(z, u) is: "
-    "in __init__ 'self.equilibrium = jiio_plugins.Equilibrium(cell)', in forward "
-    "'z = self.equilibrium(self.encoder(x))'. A TorchDEQ model: jiio_torchdeq.adapt(model)"
-)
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -119,56 +106,6 @@ def unadapt(model: nn.Module) -> nn.Module:
             module.__dict__.pop(WAYS, None)
             put_back(module)
     return model
-
-
-def recognise(model: nn.Module) -> dict[str, str]:
-    """The equilibrium layers of a model: name in it -> what it is.
-
-    "ready" for one that has a joint mode.
-    """
-    found = {name: _kind(module) for name, module in model.named_modules()}
-    return {name: kind for name, kind in found.items() if kind is not None}
-
-
-def servable(model: nn.Module) -> dict[str, str]:
-    """The layers that :func:`adapt` would change: name in the model -> what it is."""
-    return {name: kind for name, kind in recognise(model).items() if kind != "ready"}
-
-
-def no_layer(model: nn.Module) -> str:
-    """The error of a model without an equilibrium layer: what it has, and the lines to write."""
-    found = servable(model)
-    if found:
-        layers = ", ".join(f"{name or 'itself'} ({kind})" for name, kind in found.items())
-        return (
-            f"{NO_LAYER}. It has layers that can be served as they are: {layers}. Write 'model = "
-            "jiio_plugins.adapt(model)'"
-        )
-    modules = [(name, module) for name, module in model.named_modules() if name]
-    looked = ", ".join(f"{n} ({type(m).__name__})" for n, m in modules[:_LOOKED_AT]) or "none"
-    more = len(modules) - _LOOKED_AT
-    return (
-        f"{NO_LAYER}. Looked at {type(model).__name__} and its modules: {looked}"
-        f"{f' and {more} more' if more > 0 else ''}. None has a solver of its own, an attribute "
-        "f_solver, or solver beside f, which jiio_plugins.adapt(model) would serve"
-    )
-
-
-def _kind(module: nn.Module) -> str | None:
-    kinds = type(module).__mro__
-    if isinstance(module, EquilibriumLayer):
-        return "ready"
-    if any(k.__name__ == "DEQBase" and k.__module__.startswith("torchdeq.") for k in kinds):
-        return "TorchDEQ"
-    iterates = hasattr(getattr(module, "fixed_point", None), "single_iteration")
-    named = getattr(module, "DEQ", False) or any(k.__name__ == "BaseDEQ" for k in kinds)
-    if iterates and named:
-        return f"{type(module).__name__}, deepinv's"
-    solvers = [name for name in _SOLVERS if callable(getattr(module, name, None))]
-    cells = [name for name in _CELLS if callable(getattr(module, name, None))]
-    if "f_solver" in solvers or ("solver" in solvers and cells):
-        return type(module).__name__
-    return None
 
 
 # Listening to a solver --------------------------------------------------------------------------
@@ -238,181 +175,8 @@ class _Heard:
 class _Reached(BaseException):
     """The solver is called. What comes after it in the layer's forward is not wanted."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: SolverCall) -> None:
         self.call = call
-
-
-# The call of a solver ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A solver as its layer has called it.
-
-    Attributes:
-        solver: the layer's own.
-        args: positional arguments, f and z0 first among what is callable and what is a state.
-        kwargs: the others.
-        func: f.
-        z0: where it starts, as f has it.
-    """
-
-    solver: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    func: Callable[[Any], Any]
-    z0: Any
-
-    @property
-    def state(self) -> _State:
-        """What the states of f look like."""
-        return _State.of(self.z0)
-
-    def cell(self) -> CellMap:
-        """F on flat states."""
-        state = self.state
-
-        def cell(parts: Any) -> Any:
-            return state.parts(self.func(state.whole(parts)))
-
-        return CellMap(cell, (), Layout.of(state.parts(self.z0)))
-
-    def solve(self, start: Any = None) -> Any:
-        """What the solver returns, its evaluations counted.
-
-        Args:
-            start: instead of z0.
-        """
-        func = self._counted()
-        swap = {id(self.func): func, id(self.z0): self.z0 if start is None else start}
-        args = [swap.get(id(a), a) for a in self.args]
-        return self.solver(*args, **{k: swap.get(id(a), a) for k, a in self.kwargs.items()})
-
-    def _counted(self) -> Callable[[Any], Any]:
-        state = self.state
-
-        def on_parts(*parts: Tensor) -> Any:
-            return tuple(state.list(self.func(state.whole(parts))))
-
-        report = counted(on_parts)
-
-        def func(z: Any, *args: Any, **kwargs: Any) -> Any:
-            if args or kwargs:
-                return self.func(z, *args, **kwargs)
-            return state.whole(report(*state.list(z)))
-
-        return func
-
-    def found(self, result: Any) -> Any:
-        """The state in what the solver returned."""
-        wanted = _shape_of(self.z0)
-        for candidate in _candidates(result):
-            if _shape_of(candidate) == wanted:
-                return candidate
-        raise ValueError(
-            f"the solver {_name(self.solver)} must return a state like the one it starts from, a "
-            "tuple that begins with it, or a dict with it as 'result'; it returned "
-            f"{_shape_of(result)} for a start of {_shape_of(self.z0)}"
-        )
-
-
-def _candidates(result: Any) -> Iterator[Any]:
-    """Where a solver may have put the state into what it returns."""
-    yield result
-    if isinstance(result, dict) and "result" in result:
-        yield result["result"]
-    if isinstance(result, (tuple, list)) and result:
-        yield result[0]
-
-
-def _with(result: Any, found: Any) -> Callable[[Any], Any]:
-    """What a solver returned, with another state in the place of the one that was found."""
-    if found is result:
-        return lambda state: state
-    if isinstance(result, dict):
-        return lambda state: {**result, "result": state}
-    build = type(result) if hasattr(result, "_fields") else lambda *parts: type(result)(parts)
-    return lambda state: build(state, *result[1:])
-
-
-class _Unfolded(_Call):
-    """deepinv's fixed-point iteration, whose state is the ``est`` of a dict."""
-
-    def solve(self, start: Any = None) -> Any:
-        """See :class:`_Call`. It starts where its own settings say."""
-        return self.solver(*self.args, **self.kwargs)
-
-    def found(self, result: Any) -> Any:
-        """See :class:`_Call`."""
-        return result[0]["est"]
-
-
-def _read(layer: nn.Module, solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    """The map and the start of a solver's call."""
-    if hasattr(solver, "single_iteration"):
-        return _read_unfolded(solver, args, kwargs)
-    given = [*args, *kwargs.values()]
-    func = next((a for a in given if callable(a) and not isinstance(a, type)), None)
-    rest = [a for a in given if a is not func]
-    z0 = next((a for a in rest if any(isinstance(t, Tensor) for t in tree_leaves(a))), None)
-    if func is None or z0 is None:
-        raise ValueError(
-            f"{type(layer).__name__} must call its solver as solver(f, z0, ...), with a function "
-            f"of the state and a state to start from; it was called with "
-            f"{', '.join(type(a).__name__ for a in given) or 'nothing'}. Put "
-            "jiio_plugins.Equilibrium(cell) there instead"
-        )
-    return _Call(solver, args, kwargs, func, z0)
-
-
-def _read_unfolded(solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    own = {"init", "x_gt", "compute_metrics"}  # the others are the iterator's
-    rest = {name: value for name, value in kwargs.items() if name not in own}
-    last = solver.max_iter - 1
-    names = ("update_data_fidelity_fn", "update_prior_fn", "update_params_fn")
-    updates = [getattr(solver, name) for name in names]
-    settings = [None if update is None else update(last) for update in updates]
-
-    def func(est: Any) -> Any:
-        return solver.iterator({"est": est, "cost": None}, *settings, *args, **rest)["est"]
-
-    start = [kwargs.get("init")] if "init" in kwargs else []
-    first = solver.init_iterate_fn(*args, *start, cost_fn=solver.iterator.cost_fn)
-    return _Unfolded(solver, args, kwargs, func, first["est"])
-
-
-@dataclass(frozen=True)
-class _State:
-    """A state of any structure as the tensors in it. What is no tensor is the same for all.
-
-    Attributes:
-        spec: its structure.
-        leaves: of the first state, None where there is a tensor.
-    """
-
-    spec: TreeSpec
-    leaves: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, state: Any) -> _State:
-        leaves, spec = tree_flatten(state)
-        return cls(spec, tuple(None if isinstance(a, Tensor) else (a,) for a in leaves))
-
-    def list(self, state: Any) -> list[Tensor]:
-        """The tensors of a state."""
-        return [a for a in tree_leaves(state) if isinstance(a, Tensor)]
-
-    def parts(self, state: Any) -> Any:
-        """A state as a cell of ours has it: a tensor, or a tuple of them."""
-        tensors = tuple(self.list(state))
-        return tensors if len(self.leaves) > 1 else tensors[0]
-
-    def whole(self, parts: Any) -> Any:
-        """Inverse of :meth:`parts`. A list or tuple of one tensor does as well."""
-        tensors = iter(parts if isinstance(parts, (tuple, list)) else (parts,))
-        return tree_unflatten(
-            [next(tensors) if kept is None else kept[0] for kept in self.leaves], self.spec
-        )
 
 
 # The layer --------------------------------------------------------------------------------------
@@ -439,7 +203,7 @@ class ForeignLayer(HostedLayer):
     @classmethod
     def attributes(cls, kind: Any) -> dict[str, Any]:
         """The solvers, which can be listened to."""
-        return {name: _Tapped(name) for name in (*_SOLVERS, "fixed_point")}
+        return {name: _Tapped(name) for name in (*SOLVERS, "fixed_point")}
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="an equilibrium layer runs a data-dependent loop"
@@ -452,7 +216,7 @@ class ForeignLayer(HostedLayer):
         if mode is None:
             if not open_counters():
                 return plain()
-            with _listening(self, lambda solver, *a, **k: _read(self, solver, a, k).solve()):
+            with _listening(self, lambda solver, *a, **k: read_call(self, solver, a, k).solve()):
                 return plain()
         ways = self.__dict__.setdefault(WAYS, {})
         if self.training not in ways:
@@ -466,7 +230,7 @@ class ForeignLayer(HostedLayer):
         def answer(solver: Any, *a: Any, **k: Any) -> Any:
             if answers:
                 raise RuntimeError(_TWICE.format(type(self).__bases__[1].__name__))
-            call = _read(self, solver, a, k)
+            call = read_call(self, solver, a, k)
             if way.answer is not None:
                 raise _Reached(call)
             with torch.set_grad_enabled(graph):  # which the layer may have switched off
@@ -491,7 +255,7 @@ class ForeignLayer(HostedLayer):
         name, calls = type(self).__bases__[1].__name__, []
 
         def note(solver: Any, *a: Any, **k: Any) -> Any:
-            call = _read(self, solver, a, k)
+            call = read_call(self, solver, a, k)
             result = call.solve()
             calls.append((call, result, call.found(result)))
             return result
@@ -515,7 +279,7 @@ class ForeignLayer(HostedLayer):
                 return _Way(pick, of_f)
         leaves = [t.detach().requires_grad_() for t in tensors]
         asked = []
-        returns = _with(result, state)
+        returns = with_state(result, state)
 
         def stand_in(solver: Any, *a: Any, **k: Any) -> Any:
             asked.append(solver)
@@ -544,7 +308,7 @@ _TWICE = (
 )
 
 
-def _on_layer(mode: Any, call: _Call, way: _Way) -> Any:
+def _on_layer(mode: Any, call: SolverCall, way: _Way) -> Any:
     """What the mode answers, as the tensors of a state."""
     f, state = call.cell(), call.state
     solver = Anderson()
@@ -587,12 +351,3 @@ def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
 
 def _as_input(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.is_floating_point())
-
-
-def _name(solver: Any) -> str:
-    return getattr(solver, "__name__", type(solver).__name__)
-
-
-def _shape_of(tree: Any) -> Any:
-    """The tree with the shapes of its tensors, and of what is no tensor the type."""
-    return tree_map(lambda a: a.shape if isinstance(a, Tensor) else type(a), tree)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
-from jiio_plugins.equilibrium.foreign import no_layer, servable
 from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.state import StateLayout, flatten
 from jiio_plugins.joint.guard import Replay
