@@ -61,6 +61,8 @@ def class_indices(y: Any, rows: int, classes: int) -> npt.NDArray[np.int64]:
     """
     labels = np.asarray(y)
     if labels.shape == (rows, classes):
+        if np.isnan(labels).any():
+            raise ValueError("y holds NaN: give one-hot labels or indices")
         hot = np.isin(labels, (0, 1)).all(axis=1) & (labels.astype(np.float64).sum(axis=1) == 1)
         if not hot.all():
             first = int(np.argmin(hot))

@@ -122,7 +122,8 @@ def test_it_resists_its_attack_better_than_before_and_nothing_else_changes() -> 
     (x, y), (x_test, y_test) = arrays("train", 200), arrays("test", TEST)
     target = classifier()
     attack = JIIOAttack(target, norm=2, eps=0.3, batch_size=60)
-    trainer = JIIOAdversarialTrainer(target, attack, verbose=False)
+    # without the penalty this cell is lost after six epochs, and what is measured is noise
+    trainer = JIIOAdversarialTrainer(target, attack, jacobian_weight=1.0, verbose=False)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     trainer.fit(x, y, nb_epochs=6, batch_size=25)
     assert attack.verbose
@@ -130,8 +131,9 @@ def test_it_resists_its_attack_better_than_before_and_nothing_else_changes() -> 
     assert all(p.grad is None for p in target.model.parameters())
     assert torch.equal(state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert accuracy(trainer, x_test, y_test) > 0.85
     robust = adversarial_accuracy(target, x_test, y_test, attack_crafter=attack)
-    assert robust > 0.4
+    assert robust > 0.7
 
 
 @pytest.mark.parametrize(
