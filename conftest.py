@@ -1,5 +1,6 @@
 """Settings for the whole suite, and the names that the examples in docstrings start from."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from jiio_plugins.models import load_pretrained
 # reproducible examples
 settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+# a job in the background ignores it, and so would the programs that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # rounding then does not depend on how many cores the machine has
 torch.set_num_threads(1)

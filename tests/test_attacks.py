@@ -214,7 +214,7 @@ def test_random_starts_keep_the_best(norm: float) -> None:
             lower=0.0,
             upper=1.0,
             random_starts=starts,
-            method=Joint(max_iter=5),
+            method=Joint(max_iter=5, gap_tol=0.0),
         )
 
     one, four = run(1), run(4)
@@ -239,10 +239,10 @@ def test_random_starts_keep_the_best(norm: float) -> None:
 def test_retry_is_for_those_that_have_not_succeeded(starts: int) -> None:
     model, x, y = small()
     common: dict[str, Any] = {"norm": 2, "eps": 0.15, "lower": 0.0, "upper": 1.0}
-    common |= {"random_starts": starts, "method": Joint(max_iter=2, step_size=0.2)}
+    common |= {"random_starts": starts, "method": Joint(max_iter=2, step_size=0.2, gap_tol=0.0)}
     once = attack(model, x, y, **common)
     with count_evaluations() as counter:
-        twice = attack(model, x, y, retry=Joint(max_iter=20), **common)
+        twice = attack(model, x, y, retry=Joint(max_iter=20, gap_tol=0.0), **common)
     hit = is_adversarial(once, y)
     assert 0 < int(hit.sum()) < len(x)
     assert torch.equal(twice.x[hit], once.x[hit])

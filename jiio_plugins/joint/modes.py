@@ -259,8 +259,10 @@ class EnvelopeMode:
                 f"of {len(self.z)}: give the model that the solution comes from"
             )
 
+        nothing = torch.zeros_like(value)  # the hook of value must not hold value itself
+
         def note(grad: Tensor | None) -> None:
-            self.weight = torch.zeros_like(value) if grad is None else grad.detach()
+            self.weight = nothing if grad is None else grad.detach()
 
         if value.requires_grad:
             value.register_hook(note)

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 Stop = Callable[[object], Tensor]
 
-_UNSETTLED = 0.1  # relative residual of z or μ above which a gradient does not tell where v rests
-
 
 class Progress(NamedTuple):
     """What a callback sees after every evaluation.
@@ -203,9 +201,10 @@ class Method(abc.ABC):
     unless a ``final_step_size`` is given.
 
     In a ball v comes to rest where the projection takes a step back. A problem leaves at the second
-    iteration in a row in which little is left of the step's first-order gain, for a gradient g::
+    iteration in a row in which a step gains little to first order, for a gradient g and a ball
+    around c::
 
-        (1 + α) gᵀ(v⁺ − v) / gᵀ(α ε d) < gap_tol
+        (1 + 1/α) gᵀ(v⁺ − v) / gᵀ(v⁺ − c) < gap_tol
 
     Args:
         max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
@@ -221,9 +220,10 @@ class Method(abc.ABC):
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
             verification. None: as the model is.
-        gap_tol: share of a step's first-order gain below which v is at rest. For angles between v
-            and d on a sphere it is their square. Only with a ball, and where the residuals of z and
-            μ say that the gradient has settled. 0: all problems take all steps.
+        gap_tol: share of the first-order gain so far below which v is at rest. On a sphere it is
+            the square of the angle between v − c and d. Only where the residuals of z and μ say
+            that the gradient has settled, and not in an L1 ball, where a step moves one entry. 0:
+            all problems take all steps.
 
     Raises:
         TypeError: a count that is no integer.
@@ -290,11 +290,12 @@ class Method(abc.ABC):
                     loss = at.loss.detach()
                     known = at.z_residual, at.z, at.mu_residual
                     callback(Progress(k, v, at.gradient, loss, *known))
-                move = step * direction(at.gradient, v)
-                v_next = feasible.project(v + move)
-                if feasible.radius is not None and self.gap_tol:
-                    gap = _gap(at.gradient, move, v_next - v) * (1 + step / feasible.radius)[:, 0]
-                    best.rest(gap < self.gap_tol, at)
+                v_next = feasible.project(v + step * direction(at.gradient, v))
+                if feasible.norm not in (None, 1) and self.gap_tol:
+                    small = _gap(feasible, at.gradient, step, v, v_next) < self.gap_tol
+                    # a gradient that is off by an angle has rest where a gap of its square is left
+                    loose = torch.maximum(at.z_residual, at.mu_residual) ** 2 > self.gap_tol
+                    best.rest(small & (problem.groups.worst(loose.float()) == 0))
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():
                     break
@@ -340,9 +341,17 @@ class Method(abc.ABC):
         return list(scale * (last + (first - last) * mix[:, None, None]))
 
 
-def _gap(gradient: Tensor, move: Tensor, moved: Tensor) -> Tensor:
-    """The share of a step's first-order gain that the projection leaves, ``(problems,)``."""
-    return (gradient * moved).sum(1) / (gradient * move).sum(1)
+def _gap(
+    feasible: FeasibleSet, gradient: Tensor, step: Tensor, v: Tensor, v_next: Tensor
+) -> Tensor:
+    """What a step still gains to first order over what all have, ``(problems,)``.
+
+    Inf where v⁺ is no gain over the center.
+    """
+    assert feasible.radius is not None
+    gained = (gradient * (feasible.center - v_next)).sum(1)
+    gains = (gradient * (v - v_next)).sum(1) * (1 + feasible.radius / step)[:, 0]
+    return torch.where(gained > 0, gains / gained, torch.inf)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -452,17 +461,10 @@ class BestSoFar:
         if not surely_none(problems):
             self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
 
-    def rest(self, problems: Tensor, at: Evaluation) -> None:
-        """Finish those that are at rest for the second time in a row, by a gradient worth its name.
-
-        Args:
-            problems: whose v would not go on, bool ``(problems,)``.
-            at: the evaluation that says so.
-        """
-        loose = (at.z_residual > _UNSETTLED) | (at.mu_residual > _UNSETTLED)
-        now = problems & (self.groups.worst(loose.float()) == 0)
-        self.finish(now & self.resting)
-        self.resting = now
+    def rest(self, problems: Tensor) -> None:
+        """Finish those, bool ``(problems,)``, that are at rest for the second time in a row."""
+        self.finish(problems & self.resting)
+        self.resting = problems
 
     def _pause(self, met: Tensor) -> None:
         self.met = met

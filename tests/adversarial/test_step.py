@@ -258,5 +258,5 @@ def test_bad_input() -> None:
             ValueError, match=r"logits of shape \(4, 3\): Target 1. is out of bounds"
         ):
             AdversarialTraining(**BOX, trades=trades)(model, x, Y + 11)
-    with pytest.raises(TypeError, match="start must be floating point"):
+    with pytest.raises(TypeError, match="start must be real floating point"):
         AdversarialTraining(**BOX)(model, x, Y, start=x.int())

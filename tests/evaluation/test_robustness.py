@@ -99,7 +99,9 @@ def test_batches_and_costs() -> None:
         __name__ = "JIIO"
 
         def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            return engine_attack("", Joint(max_iter=6), "implicit", **BALL).run(model, x, y)
+            return engine_attack("", Joint(max_iter=6, gap_tol=0.0), "implicit", **BALL).run(
+                model, x, y
+            )
 
     (line,) = evaluate([Engine()]).attacks
     assert line.name == "JIIO"

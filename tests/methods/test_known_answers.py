@@ -112,7 +112,7 @@ def test_joint_and_nested_find_the_same_optimum_in_a_ball(name: str) -> None:
         return (y - 2 * target).square().sum(1)
 
     best = projected_gradient(model, x, objective, radius=0.7)
-    for method in (Joint(max_iter=100), Nested(max_iter=40)):
+    for method in (Joint(max_iter=100, gap_tol=1e-6), Nested(max_iter=40)):
         solution = optimize_input(model, x, objective, method=method, constraint=L2Ball(0.7))
         torch.testing.assert_close(solution.value, best, rtol=2e-3, atol=1e-4)
 
