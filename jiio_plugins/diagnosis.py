@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.utils._pytree import tree_leaves
 
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
@@ -24,6 +23,7 @@ from jiio_plugins.equilibrium.solvers import Anderson, iterate
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.inputs import problem_of
 from jiio_plugins.joint.modes import SolveMode, layers_as
+from jiio_plugins.utils.trees import leaves
 from jiio_plugins.verification import default_verifier
 
 if TYPE_CHECKING:
@@ -352,11 +352,12 @@ def _settings(found: Diagnosis, solved: bool) -> None:
 
 def _first(output: Any) -> Tensor:
     """The first tensor of what a model returned, a row each."""
-    return next(t for t in tree_leaves(output) if isinstance(t, Tensor)).detach()
+    first: Tensor = next(leaves(output, Tensor))
+    return first.detach()
 
 
 def _square(output: Any) -> Tensor:
-    first = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+    first: Tensor = next(leaves(output, Tensor))
     return first.flatten(1).square().sum(1)
 
 

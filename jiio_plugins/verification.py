@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # Where the relative errors of z and μ come to more than this, the loop's gradient is likely to be
-# more than 25 degrees off that of the model: on the classifiers and the models that this was read
-# off, most rows beyond are, and of those below one in ten.
+# more than 25 degrees off that of the model. benchmarks/zoo.py counts the rows where it errs.
 _UNSETTLED = 0.2
 # The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
 # better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.

@@ -158,7 +158,7 @@ class JointIteration(Iteration):
 
     def _leave(self, active: Tensor) -> Tensor:
         """``active`` of the rows that are computed from now on."""
-        if self._last is None or not self.leaves:
+        if self._last is None or not self.leaves or active.device.type != "cpu":
             return active
         now = active if self.rows is None else active[self.rows]
         if surely_none(now == 0) or not self._may_leave_out(self._last.output):
@@ -171,7 +171,7 @@ class JointIteration(Iteration):
     def _may_leave_out(self, output: Any) -> bool:
         """Whether the model may be called on some rows, and what it returns be put together."""
         problem = self.problem
-        if self.z.device.type != "cpu" or not problem.row_separable or problem.fixed is not None:
+        if not problem.row_separable or problem.fixed is not None:
             return False
         a_problem_each = problem.groups.problems == problem.rows
         of_rows = isinstance(output, Tensor) and output.ndim > 0 and len(output) == problem.rows
