@@ -28,6 +28,7 @@ from jiio_plugins.equilibrium import (
     count,
     counted,
     full_precision_state,
+    never_compiled,
     take_in,
     with_gradient,
 )
@@ -108,9 +109,7 @@ class JointDEQ(HostedLayer):
     b_tol: float
     b_stop_mode: str
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="an equilibrium layer runs a data-dependent loop"
-    )
+    @never_compiled
     def forward(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """See ``torchdeq.core.DEQBase.forward``."""
         plain = super().forward

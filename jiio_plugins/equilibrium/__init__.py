@@ -8,7 +8,8 @@ from jiio_plugins.equilibrium.adjoints import (
     Unrolled,
     implicit_gate,
 )
-from jiio_plugins.equilibrium.cell import CellMap, Damped, uncompiled
+from jiio_plugins.equilibrium.cell import CellMap, Damped
+from jiio_plugins.equilibrium.compiling import never_compiled, uncompiled
 from jiio_plugins.equilibrium.counting import (
     Cost,
     Counter,
@@ -71,6 +72,7 @@ __all__ = [
     "full_precision_state",
     "implicit_gate",
     "jacobian_penalty",
+    "never_compiled",
     "open_counters",
     "put_back",
     "solve_fixed_point",

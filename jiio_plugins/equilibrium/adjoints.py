@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium.cell import uncompiled
+from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.solvers import FlatSolution, Solver, check_positive, iterate
 from jiio_plugins.solution import ConvergenceWarning, Status

@@ -32,15 +32,6 @@ _COUPLED = (
 )
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """In its block ``torch.compile`` has no effect: what is run may be differentiated repeatedly.
-
-    The graph of compiled code can be walked once only. Code without a graph stays compiled.
-    """
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
-
-
 class CellMap:
     """``z -> cell(z, *injection)`` on flat states, restrictable to rows of the batch.
 

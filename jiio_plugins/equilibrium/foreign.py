@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from jiio_plugins.equilibrium.compiling import never_compiled
 from jiio_plugins.equilibrium.counting import counting_into, open_counters
 from jiio_plugins.equilibrium.hosted import (
     WAYS,
@@ -205,9 +206,7 @@ class ForeignLayer(HostedLayer):
         """The solvers, which can be listened to."""
         return {name: _Tapped(name) for name in (*SOLVERS, "fixed_point")}
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="an equilibrium layer runs a data-dependent loop"
-    )
+    @never_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward says. In joint mode, what the running optimisation asks."""
         forward = super().forward

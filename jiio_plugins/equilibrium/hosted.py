@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, implicit_gate
-from jiio_plugins.equilibrium.cell import uncompiled
+from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
 from jiio_plugins.equilibrium.state import as_tensors

@@ -17,6 +17,7 @@ from torch import nn
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit
 from jiio_plugins.equilibrium.cell import CellMap, initial_state
+from jiio_plugins.equilibrium.compiling import never_compiled
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.state import Layout, as_tensors
 from jiio_plugins.utils.checks import check_floating
@@ -134,9 +135,7 @@ class Equilibrium(EquilibriumLayer):
                 f"got {adjoint!r}"
             )
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="an equilibrium layer runs a data-dependent loop"
-    )
+    @never_compiled
     def forward(self, *injection: Any, z0: Any = None) -> Any:
         """Solve the fixed point. In joint mode, do what the running optimisation asks.
 

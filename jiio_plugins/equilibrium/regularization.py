@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.cell import uncompiled
+from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.state import Layout
 
 if TYPE_CHECKING:

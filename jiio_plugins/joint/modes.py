@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate, solve_counted
-from jiio_plugins.equilibrium.cell import uncompiled
+from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty

@@ -1,9 +1,6 @@
 """What is neither mathematics nor data: checks, checkpoints, random states, processes, trees."""
 
-from jiio_plugins.utils.checkpoint import TrainingState
-from jiio_plugins.utils.checks import is_count
-from jiio_plugins.utils.distributed import launch
-from jiio_plugins.utils.randomness import set_random_states
-from jiio_plugins.utils.trees import leaves, map_leaves
+import lazy_loader
 
-__all__ = ["TrainingState", "is_count", "launch", "leaves", "map_leaves", "set_random_states"]
+# what there is, and where, is in __init__.pyi: it is imported when it is asked for
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

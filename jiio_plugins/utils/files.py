@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -99,6 +98,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **about: objec
     Raises:
         OSError: could not be written, such as on a full disk. An older file is kept.
     """
+    from safetensors.torch import save  # imports torch, which most of this module does without
+
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = {name: str(value) for name, value in about.items()}
     with replacing(path) as file:
@@ -112,6 +113,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
         ValueError: it is damaged, or :func:`save_tensors` did not write it.
     """
+    from safetensors.torch import load
+
     content = read_sealed(Path(path))
     try:
         tensors = load(content)
