@@ -88,21 +88,38 @@ _MESSAGES = {
 }
 
 
-def report_of(status: Tensor, costate_residual: Tensor | None = None) -> str:
-    """Count of each status with its message, one line each, and how the adjoints ended.
+def report_of(status: Tensor, stats: Any) -> str:
+    """Count of each status with its message, one line each, how the adjoints ended, and the price.
+
+    The price is told in calls of the model as well: the retardation factor of one-shot
+    optimisation, which is what the whole optimisation costs over what one solve does.
 
     Args:
         status: :class:`Status` codes, any number of them.
-        costate_residual: relative residuals of the adjoint equation. None: not known.
+        stats: :class:`Stats`, or what has arrays of the same names.
+
+    Source of the factor: Gauger, Griewank, Hamdi, Kratzenstein, Özkaya and Slawig, "Automated
+    extension of fixed point PDE solvers for optimal design with bounded retardation" (2012).
     """
     codes, counts = torch.unique(status.cpu(), return_counts=True)
     lines = [
         f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
         for c, n in zip(codes, counts, strict=True)
     ]
-    if costate_residual is not None and costate_residual.numel():
-        median, worst = float(costate_residual.median()), float(costate_residual.max())
+    adjoint = stats.costate_residual
+    if adjoint is not None and len(adjoint):
+        adjoint = torch.as_tensor(adjoint)
+        median, worst = float(adjoint.median()), float(adjoint.max())
         lines.append(f"adjoint residual: median {median:.0e}, worst {worst:.0e}")
+    if stats.model_f_evals is not None and stats.verification_f_evals is not None:
+        alone = float((stats.f_evals + stats.vjps).mean()) if len(stats.f_evals) else 0.0
+        call = float(stats.model_f_evals.mean()) if len(stats.model_f_evals) else 0.0
+        if call > 0:  # nobody has called the model, or its evaluations cannot be seen
+            verified = alone + float(stats.verification_f_evals.mean())
+            lines.append(
+                f"price per row: {alone:.3g} f+VJP, that of {alone / call:.2g} calls of the model; "
+                f"with the verification of {verified / call:.2g}"
+            )
     return "\n".join(lines)
 
 
@@ -136,6 +153,7 @@ class Stats:
         costate_residual: the same of the adjoint equation at the loop's last iterate, ``(rows,)``.
         verification_f_evals: evaluations spent in the final verification, ``(rows,)``.
         verification_seconds: what it took, in seconds by the host's clock.
+        model_f_evals: those of them that ``model(x)`` itself takes, ``(rows,)``.
         model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
         model_output: that call's output.
         implicit: with ``differentiable=True``: how accurate the gradient of ``x`` is
@@ -149,6 +167,7 @@ class Stats:
     costate_residual: Tensor | None = None
     verification_f_evals: Tensor | None = None
     verification_seconds: float = 0.0
+    model_f_evals: Tensor | None = None
     model_value: Tensor | None = None
     model_output: Any = None
     implicit: Residuals | None = None
@@ -193,8 +212,11 @@ class Solution:
         return self.status == Status.CONVERGED
 
     def report(self) -> str:
-        """Count of each status with its message, one line each, and how the adjoints ended."""
-        return report_of(self.status, self.stats.costate_residual)
+        """Count of each status with its message, one line each, how the adjoints ended, the price.
+
+        The price is told in f evaluations and VJPs, and in calls of the model.
+        """
+        return report_of(self.status, self.stats)
 
     def __str__(self) -> str:
         """A few lines to read: how the problems ended, their values, and what they cost."""

@@ -95,11 +95,14 @@ class Judge:
 
     Attributes:
         f_evals: what judging has cost so far, ``(rows,)``.
+        model_f_evals: what the model's own solver took of that, in the last judgement of all
+            problems, ``(rows,)``.
         amplification: of the last judgement of all problems, ``(rows,)``, see
             :attr:`jiio_plugins.joint.problem.Solved.amplification`.
     """
 
     amplification: Tensor
+    model_f_evals: Tensor
 
     def __init__(self, problem: Problem, verifier: Solver, *, warm: bool = True) -> None:
         self.problem, self.verifier, self.warm = problem, verifier, warm
@@ -107,7 +110,9 @@ class Judge:
 
     def everything(self, v: Tensor) -> Candidate:
         """The verdict on v ``(problems, d)``, for all problems."""
-        own, tight, self.f_evals = self._solve(v, self.f_evals)
+        before = self.f_evals
+        own, tight, self.f_evals = self._solve(v, before)
+        self.model_f_evals = self.f_evals - before - tight.evals
         self.amplification = tight.amplification
         return self._verdict(v, _by_row(own, tight))
 
@@ -228,7 +233,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     begin = time.perf_counter()
     final = judge.everything(result.v)
     seconds = time.perf_counter() - begin
-    verification = judge.f_evals.clone()
+    verification, model_f_evals = judge.f_evals.clone(), judge.model_f_evals
     off = relative(final.z - result.z, final.z)
     mu_off = 0.0 if result.mu_error is None else result.mu_error
     # NaN is no gradient to trust
@@ -251,6 +256,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
         costate_residual=result.mu_residual,
         verification_f_evals=verification,
         verification_seconds=seconds,
+        model_f_evals=model_f_evals,
         model_value=final.model_value,
         model_output=final.model_output,
     )

@@ -101,6 +101,10 @@ def test_a_printed_solution_is_a_few_lines() -> None:
     first, *reports, values, costs = str(solution).splitlines()
     assert first == "2 problems, x (2, 5)"
     assert "\n".join(reports) == solution.report()
+    stats = solution.stats
+    cost, call = (stats.f_evals + stats.vjps).mean(), stats.model_f_evals.mean()
+    assert bool((stats.model_f_evals < stats.verification_f_evals).all())
+    assert f"{float(cost):.3g} f+VJP, that of {float(cost / call):.2g} calls" in reports[-1]
     assert values.startswith(f"mean value {float(solution.value.mean()):.4g}, by the model's own")
     assert costs.startswith("mean per row: f_evals ")
 

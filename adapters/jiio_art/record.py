@@ -34,6 +34,7 @@ class AttackRecord:
         vjps: vector-Jacobian products, all restarts together.
         iterations: iterations of the loop, all restarts together.
         verification_f_evals: evaluations of f in the final verification.
+        model_f_evals: those of them that ``model(x)`` itself takes. With ``verify=False`` NaN.
         z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the verified state.
         costate_residual: the same of the adjoint equation where the loop ended.
     """
@@ -46,6 +47,7 @@ class AttackRecord:
     vjps: npt.NDArray[np.float32]
     iterations: npt.NDArray[np.float32]
     verification_f_evals: npt.NDArray[np.float32]
+    model_f_evals: npt.NDArray[np.float32]
     z_residual: npt.NDArray[np.float32]
     costate_residual: npt.NDArray[np.float32]
 
@@ -89,5 +91,8 @@ class AttackRecord:
         )
 
     def report(self) -> str:
-        """Count of each status with its message, one line each, and how the adjoints ended."""
-        return report_of(torch.from_numpy(self.status), torch.from_numpy(self.costate_residual))
+        """Count of each status with its message, one line each, how the adjoints ended, the price.
+
+        The price is told in f evaluations and VJPs, and in calls of the model.
+        """
+        return report_of(torch.from_numpy(self.status), self)

@@ -5,6 +5,9 @@ initial state) that no attack had a part in. f evaluations and VJPs are sums ove
 samples, with everything an attack used to choose its answer. An attack of the engine verifies its
 answer once more, and the f evaluations of that stand in a column of their own. Seconds leave all
 judgement out.
+
+A price is also told in gradients of the model: what one solve and one adjoint solve take, both from
+scratch to a relative residual of 1e-3, at the images as they are.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.joint.guard import guarded
+from jiio_plugins.methods.nested import Nested
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.verification import judge
 
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
     from jiio_plugins.evaluation.attack import Run
 
 VERIFY = Anderson(max_iter=300, tol=1e-5)
+_GRADIENT = Nested(max_iter=1, solver=Anderson(max_iter=300, tol=1e-3))
 SWEEP = "nested, warm"  # a family of many settings, of which the front is shown
 
 
@@ -93,6 +99,7 @@ class Comparison:
 
     Attributes:
         threat: the ball and the box.
+        gradient: evaluations of f, and VJPs, that one gradient of the model takes, per image.
         rows: the images as they are, then what was measured.
 
     Example:
@@ -113,6 +120,17 @@ class Comparison:
         self.norm, self.eps = self.threat.norm, eps
         self.rows = [Row("clean", "clean")]
         self._judge(self.rows[0], x)
+        self.gradient = self._one_gradient()
+
+    def _one_gradient(self) -> tuple[float, float]:
+        with guarded(self.model), count_evaluations() as counter:
+            settings = {**vars(self.threat), "method": _GRADIENT, "verify": False}
+            attack(self.model, self.x, self.y, **settings)
+        return counter.f_evals / len(self.x), counter.vjps / len(self.x)
+
+    def gradients(self, cost: float) -> float:
+        """A cost, f evaluations and VJPs per image, in gradients of the model."""
+        return cost / sum(self.gradient)
 
     def _judge(self, row: Row, x: Tensor) -> None:
         with guarded(self.model):
@@ -179,7 +197,10 @@ class Comparison:
             f"{r.method} is as strong as [{reference.method}] (accuracy within 1 point or lower, "
             f"loss at least 97 %): f+VJP 1/{cost:.1f}, seconds 1/{seconds:.1f}"
         )
-        return {"jiio": r.method, "f+VJP": cost, "seconds": seconds}
+        alone, verified = self.gradients(r.cost), self.gradients(r.cost + r.verification)
+        print(f"    the whole attack for {alone:.2f} gradients, with verification {verified:.2f}")
+        prices = {"gradients": alone, "gradients, verified": verified}
+        return {"jiio": r.method, "f+VJP": cost, "seconds": seconds, **prices}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything measured and what seconds depend on, for JSON."""
@@ -191,6 +212,7 @@ class Comparison:
             "torch": torch.__version__,
             "machine": platform.machine(),
             "python": platform.python_version(),
+            "gradient": dict(zip(("f", "VJP"), self.gradient, strict=True)),
             "rows": [asdict(r) for r in self.compared],
             "warm": [asdict(r) for r in self.sweep],
         }
@@ -202,12 +224,16 @@ class Comparison:
         lines = [
             f"{len(self.x)} images, {ball} within [0, 1], {torch.get_num_threads()} threads; "
             "accuracy and loss by converged solves",
+            "one gradient of the model, a solve and an adjoint solve from scratch to 1e-3, takes "
+            "{:.1f} f and {:.1f} VJPs".format(*self.gradient),
             f"{'':{width}} {'accuracy':>9} {'loss':>7} {'f':>7} {'VJP':>7} {'f+VJP':>7} "
-            f"{'verification':>12} {'seconds':>8} {'judged at':>9}",
+            f"{'verification':>12} {'gradients':>9} {'verified':>8} {'seconds':>8} "
+            f"{'judged at':>9}",
         ]
         lines += [
             f"{r.method:{width}} {100 * r.accuracy:7.2f} % {r.loss:7.3f} {r.f_evals:7.1f} "
             f"{r.vjps:7.1f} {r.cost:7.1f} {f'{r.verification:.1f}' if r.verification else '':>12} "
+            f"{self.gradients(r.cost):9.2f} {self.gradients(r.cost + r.verification):8.2f} "
             f"{r.seconds:8.2f} {r.judge_residual:9.0e}"
             for r in shown
         ]

@@ -37,6 +37,9 @@ def test_a_row_measured_again_gets_a_time() -> None:
     assert row.judge_residual < 1e-2
     assert f" {row.verification:.1f} " in str(comparison)
     assert 10 < row.verification < 100
+    assert all(3 < part < 60 for part in comparison.gradient)
+    assert comparison.gradients(sum(comparison.gradient)) == 1
+    assert f" {comparison.gradients(row.cost + row.verification):.2f} " in str(comparison)
 
 
 def test_an_attack_without_verification_pays_for_none() -> None:
@@ -95,7 +98,9 @@ def test_the_cheapest_that_is_as_strong(capsys: pytest.CaptureFixture[str]) -> N
         Row("cheap", "JIIO with retry", accuracy=0.1, loss=2.95, f_evals=20, vjps=10, seconds=2),
         pgd,
     ]
-    assert comparison.against(pgd) == {"jiio": "cheap", "f+VJP": 4, "seconds": 4}
+    price = comparison.gradients(30)
+    prices = {"gradients": price, "gradients, verified": price}
+    assert comparison.against(pgd) == {"jiio": "cheap", "f+VJP": 4, "seconds": 4, **prices}
     assert comparison.against(Row("strong", "PGD", loss=9.0)) == {}
     printed = capsys.readouterr().out
     assert "cheap is as strong as [PGD]" in printed
