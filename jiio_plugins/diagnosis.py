@@ -20,6 +20,7 @@ from jiio_plugins.equilibrium.counting import RowCounter, counting_into
 from jiio_plugins.equilibrium.foreign import adapt, unadapt
 from jiio_plugins.equilibrium.recognition import no_layer, recognise, servable
 from jiio_plugins.equilibrium.solvers import Anderson, iterate
+from jiio_plugins.equilibrium.some_rows import REFUSALS
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.inputs import problem_of
 from jiio_plugins.joint.modes import SolveMode, layers_as
@@ -153,7 +154,7 @@ def check(
             adapt(model)
         with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
             _look(problem, found)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except REFUSALS as error:
         found.sentences.append(f"The rest could not be looked at, as the model raises: {error}")
     finally:
         for name in adapted:
@@ -228,7 +229,7 @@ def _rows(problem: Problem, found: Diagnosis, whole: Tensor) -> None:
         part = problem.run_layers(SolveMode(), v, some)
         found.on_some_rows = _apart(_first(part), whole[some]) < _NEAR
         reason = "what it says of a row changes"
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except REFUSALS as error:
         found.on_some_rows, reason = False, str(error).partition("\n")[0]
     if found.independent:
         say("Rows are independent: other rows leave a row's answer alone.")

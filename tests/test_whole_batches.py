@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Joint, L2Ball, Status, adapt, optimize_input
+from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, Status, adapt, optimize_input
 from tests.equilibrium.specimens import Hooked, Model, iterate, objective
 from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
 
@@ -89,6 +89,52 @@ def test_all_rows_are_judged_together(kind: str) -> None:
     if kind != "graph":  # where a row's value is not its own
         assert bool((found.value <= start + 1e-9).all())
     assert torch.allclose(found.value, value, atol=1e-6)
+
+
+class Held(TanhCell):
+    """A cell that was made for so many rows, or for more than one."""
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__(6, 0.7, seed=2)
+        self.rows = rows
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        if self.rows is not None:
+            z = z.reshape(self.rows, 6)
+        elif len(z) == 1:
+            raise IndexError("one row is no batch")
+        return super().forward(z, u)
+
+
+@pytest.mark.filterwarnings("ignore:the (cell|model) cannot be called on some")
+@pytest.mark.parametrize("rows", [6, None])
+@pytest.mark.parametrize(
+    "method",
+    [Joint(max_iter=30), Nested(max_iter=5), Nested(max_iter=5, gap_tol=0.1, warm_start=True)],
+)
+def test_a_cell_that_wants_its_batch_gets_it(rows: int | None, method: Any) -> None:
+    def found(cell: nn.Module) -> Any:
+        model = nn.Sequential(linear(5, 6, seed=1), Equilibrium(cell, solver=TIGHT))
+        x, ball = rand(6, 5, seed=4), L2Ball(0.5)
+        return optimize_input(model, x, objective, constraint=ball, method=method)
+
+    held, free = found(Held(rows)), found(TanhCell(6, 0.7, seed=2))
+    assert torch.allclose(held.x, free.x, rtol=0, atol=1e-12)
+    assert torch.allclose(held.value, free.value, rtol=0, atol=1e-12)
+    assert torch.equal(held.stats.f_evals, free.stats.f_evals) or isinstance(method, Nested)
+    assert torch.equal(held.status, free.status)
+
+
+def test_outside_an_optimisation_as_well() -> None:
+    u = (rand(6, 6, seed=3) * torch.arange(6)[:, None]).requires_grad_()
+    held, free = (Equilibrium(cell) for cell in (Held(6), TanhCell(6, 0.7, seed=2)))
+    with pytest.warns(UserWarning, match="the cell cannot be called on some of the rows"):
+        z = held(u)
+    with pytest.warns(UserWarning, match="the cell cannot be called on some of the rows"):
+        (gradient,) = torch.autograd.grad(z.square().sum(), u)
+    assert torch.allclose(z, free(u), rtol=0, atol=1e-12)
+    (wanted,) = torch.autograd.grad(free(u).square().sum(), u)
+    assert torch.allclose(gradient, wanted, rtol=0, atol=1e-12)
 
 
 def test_states_that_are_not_batch_first_are_named() -> None:

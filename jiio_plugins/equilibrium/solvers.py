@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.some_rows import some_rows
 from jiio_plugins.equilibrium.state import Layout, safe_norm
 from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.utils.checks import check_counts, check_floating
@@ -562,8 +563,7 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
         run.advance(state.advance(run.z, fz, reject, run.z_best, run.f_best), reject)
         if z0.device.type == "cpu" and int(run.active.sum()) < compact_below * len(rows):
             keep = run.active.nonzero().squeeze(1)
-            split = getattr(f, "restrict", None)
-            smaller = None if split is None else split(keep)
+            smaller = some_rows(f, keep, run.z)
             if smaller is not None:
                 if out is None:
                     out = run.result()

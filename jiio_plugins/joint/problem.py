@@ -14,7 +14,6 @@ What v stands for is in :mod:`jiio_plugins.joint.variables`. What the layers do 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -28,6 +27,7 @@ from jiio_plugins.equilibrium.counting import Cost
 from jiio_plugins.equilibrium.layer import layer_mode
 from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
+from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
 from jiio_plugins.equilibrium.state import StateLayout, flatten
 from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.linearization import Linearization
@@ -207,15 +207,9 @@ class Problem:
         self._trying = True
         try:
             return call(rows)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except REFUSALS as error:
             self.whole = True
-            warnings.warn(
-                f"the model cannot be called on some of the rows of its batch ({error}). All rows "
-                "are called together from now on. Where they influence each other, as nodes of one "
-                "graph do, or states that are not batch first, what is said of a row is said of "
-                "it in this batch",
-                stacklevel=2,
-            )
+            warn_of_refusal("the model", error)
             return None
         finally:
             self._trying = False
@@ -403,7 +397,7 @@ class Problem:
             mode = RecordMode(self.fixed, empty=z)
         else:
             steps = advance
-            if advance is not None and not self.row_separable:
+            if advance is not None and self.variable.repeatable:
                 steps = _repeatably(advance)
             mode = RecordMode(self.layout.split(z), answer_fz=answer_fz, advance=steps)
         return Linearization(lambda leaf: self.call(leaf, rows), v, mode)

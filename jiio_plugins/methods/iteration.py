@@ -57,7 +57,7 @@ class JointIteration(Iteration):
         self.rows: Tensor | None = None
         self._last: Evaluation | None = None
         self._ended: dict[str, Tensor] = {}
-        self._some_work = False  # whether the model has been called on some of the rows
+        self._called: Tensor | None = None  # the rows that the model has been called on
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
         """What there is to do before z is taken on.
@@ -93,7 +93,7 @@ class JointIteration(Iteration):
         self.prepare(k, v, active)
         self.before = self.state_steps(k, active)
         linearized = self._linearize(v)
-        if linearized is None:  # the model wants all rows: so be it from here on
+        if linearized is None:  # the model refuses so few: no more leave from here on
             vars(self).update(before)
             return self.evaluate(k, v, every)
         self.linearized = linearized
@@ -144,16 +144,17 @@ class JointIteration(Iteration):
         self.problem.pay_passes(**paid)
 
     def _linearize(self, v: Tensor) -> Linearization | None:
-        """The pass with its graph. None where rows were left out, and cannot be."""
+        """The pass with its graph. None where rows have just left, and cannot be left out."""
         z, before = self.z, self.before
 
         def call(rows: Tensor | None) -> Linearization:
             return self.problem.linearize(v, z, rows, advance=before)
 
-        if self.rows is None or self._some_work:
+        if self.rows is self._called:
             return call(self.rows)
+        assert self.rows is not None
         found = self.problem.on_some(call, self.rows)
-        self._some_work = found is not None
+        self._called = self.rows
         return found
 
     def _leave(self, active: Tensor) -> Tensor:

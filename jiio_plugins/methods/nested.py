@@ -159,6 +159,11 @@ class _AdjointEquation:
         smaller.__dict__.update(self.__dict__)
         smaller.rows = rows if self.rows is None else self.rows[rows]
         smaller.z, smaller.dl_dz = self.z[rows], self.dl_dz[rows]
-        smaller.linearized = self.problem.linearize(self.v, smaller.z, smaller.rows)
+        linearized = self.problem.on_some(
+            lambda some: self.problem.linearize(self.v, smaller.z, some), smaller.rows
+        )
+        if linearized is None:
+            return None
+        smaller.linearized = linearized
         self.f_evals[smaller.rows] += 1
         return smaller

@@ -72,7 +72,7 @@ class Relaxed(JointIteration):
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
         # mode another solve would draw other random numbers
-        fresh = problem.state is None and problem.row_separable
+        fresh = problem.state is None and not problem.variable.repeatable
         parts = min(following.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
         self.inverse: SecantInverse | None = None

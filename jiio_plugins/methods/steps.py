@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from jiio_plugins.equilibrium.some_rows import some_rows
 from jiio_plugins.equilibrium.state import row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 
@@ -49,7 +50,7 @@ class StateSteps:
     @torch.no_grad()
     def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, taken on."""
-        fast = _Rows(f, None if self.slow is None else ~self.slow)
+        fast = _Rows(f, None if self.slow is None else ~self.slow, z)
         size = torch.full_like(z[:, 0], torch.inf)
         if self.steps and not fast.none:
             moved, now = self._relaxed(fast.f, fast.take(z), fast.take(self.omega))
@@ -57,7 +58,7 @@ class StateSteps:
             self.evals = fast.put(self.evals, fast.take(self.evals) + self.steps)
         self.sizes.append(size)
         if self.slow is not None:
-            settled = _Settled(_Rows(f, self.slow), z, self.most)
+            settled = _Settled(_Rows(f, self.slow, z), z, self.most)
             self._settled.append(settled)
             z = settled.rows.put(z, settled.z)
             evals = settled.rows.take(self.evals) + settled.evals
@@ -100,19 +101,20 @@ class _Rows:
     Args:
         f: the map for all rows.
         mask: which rows, bool ``(rows,)``. None: all.
+        z: where all rows are, ``(rows, n)``.
 
     Attributes:
         f: the map for those that are evaluated.
         none: whether there surely are none.
     """
 
-    def __init__(self, f: FlatMap, mask: Tensor | None) -> None:
+    def __init__(self, f: FlatMap, mask: Tensor | None, z: Tensor) -> None:
         self.f, self.mask, self.index = f, mask, None
         self.none = mask is not None and surely_none(mask)
         if self.none or mask is None or mask.device.type != "cpu" or bool(mask.all()):
             return
         index = mask.nonzero().squeeze(1)
-        part = f.restrict(index) if hasattr(f, "restrict") else None
+        part = some_rows(f, index, z)
         if part is not None:
             self.f, self.index = part, index
 
