@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import RowCounter, counting_into
 from jiio_plugins.equilibrium.foreign import adapt, unadapt
+from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.equilibrium.recognition import no_layer, recognise, servable
 from jiio_plugins.equilibrium.solvers import Anderson, iterate
 from jiio_plugins.equilibrium.some_rows import REFUSALS
@@ -140,8 +141,9 @@ def check(
         >>> print(found.sentences[0])
         equilibrium is a layer with a joint mode: nothing has to be written.
     """
-    problem = problem_of(model, x, objective or _square)
-    if problem.rows < 2:
+    one = isinstance(model, nn.Module) and any(m.batch_dim is None for m in layers_of(model))
+    problem = problem_of(model, x, objective or (_sum_of_squares if one else _square))
+    if problem.rows < 2 and not one:
         raise ValueError(f"x must have two rows at least, got {problem.rows}")
     found = Diagnosis(layers=recognise(model))
     if not found.layers:
@@ -184,7 +186,10 @@ def _look(problem: Problem, found: Diagnosis) -> None:
         say(f"Not batch first: {error}.")
         return
     found.batch_first = True
-    say(f"Batch first: {problem.rows} rows of x, and as many of each state.")
+    if problem.variable.one:
+        say("The states are of one problem: x is optimised as a whole.")
+    else:
+        say(f"Batch first: {problem.rows} rows of x, and as many of each state.")
     with counting_into((counter := RowCounter(torch.zeros(problem.rows, device=v.device)),)):
         again = problem.solve(v)
     evals = counter.f_evals_by_row
@@ -208,7 +213,8 @@ def _look(problem: Problem, found: Diagnosis) -> None:
             f"{_apart(first, second):.1e}. Draw the numbers once, in the model's forward."
         )
     tight = problem.solve(v, default_verifier(v.dtype))
-    _rows(problem, found, first)
+    if not problem.variable.one:
+        _rows(problem, found, first)
     _contraction(problem, found, tight.z)
     _gradient(problem, found)
     _settings(found, bool(tight.converged.all()))
@@ -360,6 +366,10 @@ def _first(output: Any) -> Tensor:
 def _square(output: Any) -> Tensor:
     first: Tensor = next(leaves(output, Tensor))
     return first.flatten(1).square().sum(1)
+
+
+def _sum_of_squares(output: Any) -> Tensor:
+    return _square(output).sum().reshape(1)
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -233,7 +233,7 @@ def envelope_pass(
     )
     with layer_mode(mode):
         output = model(solution.x)
-    rows = len(solution.x)
+    rows = len(flat.z)
     problem_value = objective(output)
     if not isinstance(problem_value, Tensor) or problem_value.shape != (rows,):
         got = getattr(problem_value, "shape", type(problem_value).__name__)

@@ -25,10 +25,14 @@ from jiio_plugins.equilibrium import (
     Layout,
     OwnSolve,
     as_tensors,
+    check_states,
     count,
     counted,
     full_precision_state,
     never_compiled,
+    on_rows,
+    rows_back,
+    rows_first,
     take_in,
     with_gradient,
 )
@@ -119,30 +123,33 @@ class JointDEQ(HostedLayer):
         mode = current_mode()
         if mode is None:
             return solve(z0)
-        start = full_precision_state(z0)
-        f = CellMap(_on_state(func), (), Layout.of(start))
+        check_states(z0, dim := self.batch_dim)
+        start = rows_first(full_precision_state(z0), dim)
+        f = CellMap(on_rows(_on_state(func), dim), (), Layout.of(start))
         solver = _anderson(self.eval_f_max_iter, self.f_tol, self.f_stop_mode)
         own = OwnSolve(partial(self._own, solve), solver)
-        state = mode.on_layer(HostedRules(solver, own), f, start)
+        state = rows_back(mode.on_layer(HostedRules(solver, own), f, start), dim)
         return [list(state) if f.layout.is_tuple else state], SolverStat()
 
     def _solve(
         self, plain: Callable[..., Any], func: Callable[..., Any], z0: Any
     ) -> tuple[list[Any], Any]:
         """What the layer does by itself, counted. In eval mode it has a gradient."""
-        z_out, info = plain(counted(func), z0)
+        dim = self.batch_dim
+        z_out, info = plain(counted(func, dim), z0)
         if isinstance(info, dict):
             count(Cost(), info.get("rel_lowest"))
         plain_parts = as_tensors(z_out[-1])
         has_gradient = any(t.grad_fn is not None for t in plain_parts)
         if self.training or has_gradient or not torch.is_grad_enabled():
             return z_out, info
-        f = CellMap(_on_state(func), (), Layout.of(z_out[-1]))
-        z = f.layout.pack(z_out[-1])
+        found = rows_first(z_out[-1], dim)
+        f = CellMap(on_rows(_on_state(func), dim), (), Layout.of(found))
+        z = f.layout.pack(found)
         # relative, whatever b_stop_mode says: the gradient of a small loss is as good as of a large
         tol = max(self.b_tol, 10 * torch.finfo(z.dtype).eps)
         solver = Anderson(max_iter=max(1, self.b_max_iter), tol=tol, abs_tol=0.0)
-        made = as_tensors(f.layout.unpack(with_gradient(f, z, solver)))
+        made = as_tensors(rows_back(f.layout.unpack(with_gradient(f, z, solver)), dim))
         # copies: the network may change them in place
         parts = [t.to(own.dtype, copy=True) for t, own in zip(made, plain_parts, strict=True)]
         return [*z_out[:-1], parts if f.layout.is_tuple else parts[0]], info
@@ -152,8 +159,8 @@ class JointDEQ(HostedLayer):
         with flags_kept(self):
             # without gradients what makes them in training is of no use, and fails with hook_ift
             self.training = self.training and torch.is_grad_enabled()
-            z_out, _ = solve(f.layout.unpack(z0))
-        return f.layout.pack(z_out[-1])
+            z_out, _ = solve(rows_back(f.layout.unpack(z0), self.batch_dim))
+        return f.layout.pack(rows_first(z_out[-1], self.batch_dim))
 
     @classmethod
     def attributes(cls, kind: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from jiio_plugins.equilibrium.adjoints import (
     Unrolled,
     implicit_gate,
 )
+from jiio_plugins.equilibrium.batch import check_states, on_rows, rows_back, rows_first
 from jiio_plugins.equilibrium.cell import CellMap, Damped
 from jiio_plugins.equilibrium.compiling import never_compiled, uncompiled
 from jiio_plugins.equilibrium.counting import (
@@ -63,6 +64,7 @@ __all__ = [
     "Unrolled",
     "as_tensors",
     "check_solver",
+    "check_states",
     "count",
     "count_evaluations",
     "count_rows",
@@ -73,8 +75,11 @@ __all__ = [
     "implicit_gate",
     "jacobian_penalty",
     "never_compiled",
+    "on_rows",
     "open_counters",
     "put_back",
+    "rows_back",
+    "rows_first",
     "solve_fixed_point",
     "take_in",
     "uncompiled",

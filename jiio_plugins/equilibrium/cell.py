@@ -40,10 +40,19 @@ class CellMap:
             too, but cannot be restricted.
         injection: what the layer was called with. Tensors are batch first, or one row for all.
         layout: shapes of the cell's state.
+        whole: whether it is for all rows or none.
     """
 
-    def __init__(self, cell: Callable[..., Any], injection: Sequence[Any], layout: Layout) -> None:
+    def __init__(
+        self,
+        cell: Callable[..., Any],
+        injection: Sequence[Any],
+        layout: Layout,
+        *,
+        whole: bool = False,
+    ) -> None:
         self.cell, self.injection, self.layout = cell, tuple(injection), layout
+        self.whole = whole
 
     def __call__(self, z: Tensor) -> Tensor:
         """``f(z)``, flat, ``(rows, n)``."""
@@ -84,8 +93,9 @@ class CellMap:
         """The same map for the rows of these indices.
 
         None for a cell with dropout or batch statistics at work: fewer rows would change those.
+        None too where it was said that its rows belong together.
         """
-        if not isinstance(self.cell, nn.Module):
+        if self.whole or not isinstance(self.cell, nn.Module):
             return None
         if any(m.training and isinstance(m, _COUPLED) for m in self.cell.modules()):
             return None
@@ -103,7 +113,7 @@ class CellMap:
                 raise ValueError(
                     f"the layer's inputs must be batch first: the state has {rows} rows, an input "
                     f"has shape {tuple(u.shape)}. What all rows share is (1, ...), or a parameter "
-                    "or buffer of the cell"
+                    "or buffer of the cell. Where the batch is another dimension, batch_dim says so"
                 )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from jiio_plugins.equilibrium.batch import check_batch_dim
 from jiio_plugins.equilibrium.compiling import never_compiled
 from jiio_plugins.equilibrium.counting import counting_into, open_counters
 from jiio_plugins.equilibrium.hosted import (
@@ -32,7 +33,12 @@ from jiio_plugins.equilibrium.hosted import (
     take_in,
     with_gradient,
 )
-from jiio_plugins.equilibrium.layer import current_mode, full_precision_state, layer_mode
+from jiio_plugins.equilibrium.layer import (
+    current_mode,
+    full_precision_state,
+    layer_mode,
+    layers_of,
+)
 from jiio_plugins.equilibrium.recognition import SOLVERS, no_layer, recognise
 from jiio_plugins.equilibrium.solver_calls import SolverCall, read_call, with_state
 from jiio_plugins.equilibrium.solvers import Anderson
@@ -46,7 +52,7 @@ if TYPE_CHECKING:
 _SAME = 1e-4  # relative: what a layer returns is its state, or f of it
 
 
-def adapt(model: nn.Module) -> nn.Module:
+def adapt(model: nn.Module, *, batch_dim: int | None = 0, whole_batch: bool = False) -> nn.Module:
     """The model, with a joint mode in each equilibrium layer that is recognised, in place.
 
     Recognised are
@@ -65,13 +71,18 @@ def adapt(model: nn.Module) -> nn.Module:
 
     Args:
         model: holds such layers, or is one.
+        batch_dim: dimension of the states that the batch is, 1 for sequences ``(L, B, D)``. None:
+            they are of one problem, as the nodes of one graph. See
+            :class:`jiio_plugins.Equilibrium`.
+        whole_batch: call the model on all rows or none, where they belong together.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: model is no ``nn.Module``.
-        ValueError: nothing is recognised. The message names the modules that were looked at.
+        ValueError: nothing is recognised. The message names the modules that were looked at. Or a
+            ``batch_dim`` that is no dimension.
 
     Not for: layers that do something with a state in train mode and have a backward solve of their
     own as well. In eval mode they are served.
@@ -82,6 +93,7 @@ def adapt(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_batch_dim(batch_dim)
     found = recognise(model)
     if any(kind == "TorchDEQ" for kind in found.values()):
         load_adapter("torchdeq").adapt(model)
@@ -90,6 +102,10 @@ def adapt(model: nn.Module) -> nn.Module:
             take_in(model.get_submodule(name), ForeignLayer)
     if not found:
         raise ValueError(no_layer(model))
+    if (batch_dim, whole_batch) != (0, False):
+        for layer in layers_of(model):
+            if isinstance(layer, HostedLayer):
+                layer.batch_dim, layer.whole_batch = batch_dim, whole_batch
     return model
 
 
@@ -104,7 +120,8 @@ def unadapt(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if isinstance(module, HostedLayer):
-            module.__dict__.pop(WAYS, None)
+            for name in (WAYS, "batch_dim", "whole_batch"):
+                module.__dict__.pop(name, None)
             put_back(module)
     return model
 
@@ -242,7 +259,7 @@ class ForeignLayer(HostedLayer):
         except _Reached as reached:
             call = reached.call
         parts = _on_layer(mode, call, way)
-        return way.answer(list(parts) if isinstance(parts, tuple) else [parts])
+        return way.answer(call.state.list(call.state.whole(parts)))
 
     def _look(self, plain: Callable[[], Any]) -> _Way:
         """Run the layer by itself, and see what it makes of the state.
@@ -282,7 +299,7 @@ class ForeignLayer(HostedLayer):
 
         def stand_in(solver: Any, *a: Any, **k: Any) -> Any:
             asked.append(solver)
-            return returns(call.state.whole(leaves))
+            return returns(call.state.build(leaves))
 
         with _listening(self, stand_in):
             again = [t for t in tree_leaves(plain()) if isinstance(t, Tensor) and t.requires_grad]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit, implicit_gate
+from jiio_plugins.equilibrium.batch import rows_first
 from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
@@ -113,13 +114,18 @@ class OwnSolve(Adjoint):
         return self.solve(f, z0)
 
 
-def counted(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func(*state)``, which reports its evaluations and, in a backward pass, its VJPs."""
+def counted(func: Callable[..., Any], batch_dim: int | None = 0) -> Callable[..., Any]:
+    """``func(*state)``, which reports its evaluations and, in a backward pass, its VJPs.
+
+    Args:
+        func: of the parts of a state.
+        batch_dim: dimension of these that the batch is, or None.
+    """
     counters = open_counters()  # backward may run in another thread
 
     def call(*state: Any, **kwargs: Any) -> Any:
         out = func(*state, **kwargs)
-        rows = count_rows(len(state[0]), state[0].device)
+        rows = count_rows(len(rows_first(state[0], batch_dim)), state[0].device)
         with counting_into(counters):
             count(Cost(f_evals=rows))
 

@@ -16,6 +16,13 @@ import torch
 from torch import nn
 
 from jiio_plugins.equilibrium.adjoints import Adjoint, Implicit
+from jiio_plugins.equilibrium.batch import (
+    check_batch_dim,
+    check_states,
+    on_rows,
+    rows_back,
+    rows_first,
+)
 from jiio_plugins.equilibrium.cell import CellMap, initial_state
 from jiio_plugins.equilibrium.compiling import never_compiled
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
@@ -87,7 +94,21 @@ def full_precision_state(state: Any) -> Any:
 
 
 class EquilibriumLayer(nn.Module):
-    """Base of the layers that have a joint mode."""
+    """Base of the layers that have a joint mode.
+
+    Attributes:
+        batch_dim: dimension of its states, and of what is injected, that the batch is. None: they
+            are of one problem.
+        whole_batch: whether its rows belong together, so that all are called or none.
+    """
+
+    batch_dim: int | None = 0
+    whole_batch: bool = False
+
+
+def layers_of(model: nn.Module) -> list[EquilibriumLayer]:
+    """The layers of a model that have a joint mode."""
+    return [module for module in model.modules() if isinstance(module, EquilibriumLayer)]
 
 
 class Equilibrium(EquilibriumLayer):
@@ -96,18 +117,25 @@ class Equilibrium(EquilibriumLayer):
     Args:
         cell: an ``nn.Module`` with ``cell(z, *injection) -> z``, batch first, working on each row
             by itself. z is a tensor or a tuple of tensors. The cell must see its input through
-            these arguments only: rows that have converged are left out of later calls. If it has a
-            method ``initial_state(*injection)``, the solve starts there, else at zeros shaped like
-            the first injection.
+            these arguments only: rows that have converged are left out of later calls, unless
+            ``whole_batch`` says otherwise. If it has a method ``initial_state(*injection)``, the
+            solve starts there, else at zeros shaped like the first injection.
         solver: :class:`Anderson` (default), :class:`Picard` or :class:`Broyden`.
         adjoint: how gradients pass: :class:`Implicit` (default), :class:`Phantom`,
             :class:`JacobianFree` or :class:`Unrolled`.
+        batch_dim: dimension of the states and the injections that the batch is, 1 for sequences
+            ``(L, B, D)``. Input and output of the model stay batch first, and so do the states of a
+            :class:`jiio_plugins.Solution`. None: they have no batch, as the nodes of one graph.
+            The input is then optimised as one problem, and an objective has one value.
+        whole_batch: call the cell, and the model in an optimisation, on all rows or none: for a
+            mask that is drawn for the batch, statistics of the batch, nodes that see each other.
 
     Shape:
         ``forward(*injection, z0=None)`` returns a state of the shape of the initial one.
 
     Raises:
         TypeError: a cell, solver or adjoint of another type.
+        ValueError: a ``batch_dim`` that is no dimension.
 
     Example:
         >>> layer = Equilibrium(cell, solver=Anderson(tol=1e-5))
@@ -120,7 +148,13 @@ class Equilibrium(EquilibriumLayer):
     """
 
     def __init__(
-        self, cell: nn.Module, *, solver: Solver | None = None, adjoint: Adjoint | None = None
+        self,
+        cell: nn.Module,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        batch_dim: int | None = 0,
+        whole_batch: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
@@ -128,6 +162,8 @@ class Equilibrium(EquilibriumLayer):
         self.cell = cell
         self.solver = solver if solver is not None else Anderson()
         self.adjoint = adjoint if adjoint is not None else Implicit()
+        check_batch_dim(batch_dim)
+        self.batch_dim, self.whole_batch = batch_dim, whole_batch
         check_solver(solver, "solver")
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(
@@ -141,7 +177,7 @@ class Equilibrium(EquilibriumLayer):
 
         Args:
             *injection: u, what goes into the cell beside z. Tensors are ``(rows, ...)``, or one row
-                for all.
+                for all, with the rows where ``batch_dim`` says.
             z0: where to start, a tensor or tuple as the cell has it. None: :meth:`initial_state`.
 
         Returns:
@@ -149,25 +185,31 @@ class Equilibrium(EquilibriumLayer):
 
         Raises:
             ValueError: the cell's output has another shape than its state, or an injected tensor
-                has neither the state's rows nor one row for all of them.
+                has neither the state's rows nor one row for all of them, or a state has no
+                ``batch_dim``.
             TypeError: no injection is given, or none that an initial state of floating-point
                 numbers can be built from.
         """
         start = self.initial_state(*injection) if z0 is None else z0
-        start = full_precision_state(start)
-        f = CellMap(self.cell, injection, Layout.of(start))
+        start, dim = full_precision_state(start), self.batch_dim
+        check_states(start, dim)
+        start, injection = rows_first(start, dim), rows_first(injection, dim)
+        f = CellMap(on_rows(self.cell, dim), injection, Layout.of(start), whole=self.whole_batch)
         f.check_rows(len(start[0] if f.layout.is_tuple else start))
         for part in as_tensors(start):
             check_floating(part, "the initial state z0")
         mode = current_mode()
         if mode is not None:
-            return mode.on_layer(self, f, start)
-        return f.layout.unpack(self.adjoint.forward(f, f.layout.pack(start), self.solver))
+            return rows_back(mode.on_layer(self, f, start), dim)
+        z = self.adjoint.forward(f, f.layout.pack(start), self.solver)
+        return rows_back(f.layout.unpack(z), dim)
 
     def initial_state(self, *injection: Any) -> Any:
         """``cell.initial_state(*injection)`` where defined, else zeros like the first injection."""
         return initial_state(self.cell, *injection)
 
     def extra_repr(self) -> str:
-        """Solver and adjoint."""
-        return f"solver={self.solver}, adjoint={self.adjoint}"
+        """Solver and adjoint, and what is declared of the batch."""
+        declared = "" if self.batch_dim == 0 else f", batch_dim={self.batch_dim}"
+        declared += ", whole_batch=True" if self.whole_batch else ""
+        return f"solver={self.solver}, adjoint={self.adjoint}{declared}"

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from jiio_plugins.equilibrium.batch import check_states, rows_back, rows_first
 from jiio_plugins.equilibrium.cell import CellMap
 from jiio_plugins.equilibrium.hosted import counted
 from jiio_plugins.equilibrium.state import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.utils._pytree import TreeSpec
+
+    from jiio_plugins.equilibrium.layer import EquilibriumLayer
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class SolverCall:
         kwargs: the others.
         func: f.
         z0: where it starts, as f has it.
+        batch_dim: of the layer, see :class:`jiio_plugins.equilibrium.EquilibriumLayer`.
     """
 
     solver: Callable[..., Any]
@@ -35,11 +39,12 @@ class SolverCall:
     kwargs: dict[str, Any]
     func: Callable[[Any], Any]
     z0: Any
+    batch_dim: int | None = 0
 
     @property
     def state(self) -> TreeState:
         """What the states of f look like."""
-        return TreeState.of(self.z0)
+        return TreeState.of(self.z0, self.batch_dim)
 
     def cell(self) -> CellMap:
         """F on flat states."""
@@ -65,14 +70,14 @@ class SolverCall:
         state = self.state
 
         def on_parts(*parts: Tensor) -> Any:
-            return tuple(state.list(self.func(state.whole(parts))))
+            return tuple(state.rows(self.func(state.whole(parts))))
 
         report = counted(on_parts)
 
         def func(z: Any, *args: Any, **kwargs: Any) -> Any:
             if args or kwargs:
                 return self.func(z, *args, **kwargs)
-            return state.whole(report(*state.list(z)))
+            return state.whole(report(*state.rows(z)))
 
         return func
 
@@ -121,7 +126,7 @@ class _Unfolded(SolverCall):
 
 
 def read_call(
-    layer: nn.Module, solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: EquilibriumLayer, solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SolverCall:
     """The map and the start of a solver's call.
 
@@ -135,7 +140,7 @@ def read_call(
         ValueError: there is no function of a state among them, or no state.
     """
     if hasattr(solver, "single_iteration"):
-        return _read_unfolded(solver, args, kwargs)
+        return _read_unfolded(layer, solver, args, kwargs)
     given = [*args, *kwargs.values()]
     func = next((a for a in given if callable(a) and not isinstance(a, type)), None)
     rest = [a for a in given if a is not func]
@@ -147,10 +152,12 @@ def read_call(
             f"{', '.join(type(a).__name__ for a in given) or 'nothing'}. Put "
             "jiio_plugins.Equilibrium(cell) there instead"
         )
-    return SolverCall(solver, args, kwargs, func, z0)
+    return SolverCall(solver, args, kwargs, func, z0, layer.batch_dim)
 
 
-def _read_unfolded(solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SolverCall:
+def _read_unfolded(
+    layer: EquilibriumLayer, solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SolverCall:
     own = {"init", "x_gt", "compute_metrics"}  # the others are the iterator's
     rest = {name: value for name, value in kwargs.items() if name not in own}
     last = solver.max_iter - 1
@@ -163,7 +170,7 @@ def _read_unfolded(solver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     start = [kwargs.get("init")] if "init" in kwargs else []
     first = solver.init_iterate_fn(*args, *start, cost_fn=solver.iterator.cost_fn)
-    return _Unfolded(solver, args, kwargs, func, first["est"])
+    return _Unfolded(solver, args, kwargs, func, first["est"], layer.batch_dim)
 
 
 @dataclass(frozen=True)
@@ -173,32 +180,45 @@ class TreeState:
     Attributes:
         spec: its structure.
         leaves: of the first state, None where there is a tensor.
+        batch_dim: dimension of the tensors that the batch is, or None.
     """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
+    batch_dim: int | None
 
     @classmethod
-    def of(cls, state: Any) -> TreeState:
+    def of(cls, state: Any, batch_dim: int | None = 0) -> TreeState:
         """What a state looks like."""
+        check_states(state, batch_dim)
         leaves, spec = tree_flatten(state)
-        return cls(spec, tuple(None if isinstance(a, Tensor) else (a,) for a in leaves))
+        kept = tuple(None if isinstance(a, Tensor) else (a,) for a in leaves)
+        return cls(spec, kept, batch_dim)
 
     def list(self, state: Any) -> list[Tensor]:
         """The tensors of a state."""
         return [a for a in tree_leaves(state) if isinstance(a, Tensor)]
 
+    def build(self, tensors: Iterable[Tensor]) -> Any:
+        """Inverse of :meth:`list`."""
+        given = iter(tensors)
+        return tree_unflatten(
+            [next(given) if kept is None else kept[0] for kept in self.leaves], self.spec
+        )
+
+    def rows(self, state: Any) -> Any:
+        """The tensors of a state with their rows first, in a list."""
+        return rows_first(self.list(state), self.batch_dim)
+
     def parts(self, state: Any) -> Any:
-        """A state as a cell of ours has it: a tensor, or a tuple of them."""
-        tensors = tuple(self.list(state))
+        """A state as a cell of ours has it, rows first: a tensor, or a tuple of them."""
+        tensors = tuple(self.rows(state))
         return tensors if len(self.leaves) > 1 else tensors[0]
 
     def whole(self, parts: Any) -> Any:
         """Inverse of :meth:`parts`. A list or tuple of one tensor does as well."""
-        tensors = iter(parts if isinstance(parts, (tuple, list)) else (parts,))
-        return tree_unflatten(
-            [next(tensors) if kept is None else kept[0] for kept in self.leaves], self.spec
-        )
+        tensors = parts if isinstance(parts, (tuple, list)) else (parts,)
+        return self.build(rows_back([*tensors], self.batch_dim))
 
 
 def _name(solver: Any) -> str:

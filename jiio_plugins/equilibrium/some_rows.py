@@ -34,7 +34,9 @@ def warn_of_refusal(what: str, error: Exception, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{what} cannot be called on some of the rows of its batch ({reason}). All rows are called "
         "together from now on. Where they influence each other, as nodes of one graph do, or "
-        "states that are not batch first, what is said of a row is said of it in this batch",
+        "states that are not batch first, what is said of a row is said of it in this batch. "
+        "whole_batch=True, of Equilibrium or adapt, says so beforehand, and batch_dim which "
+        "dimension of the states the batch is",
         stacklevel=stacklevel,
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jiio_plugins.constraints import check_constraint
+from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.utils.checks import check_floating, outside_inference
@@ -60,9 +61,10 @@ def problem_of(
     x = check_input(x)
     if isinstance(variables, str):
         raise TypeError(f"variables must be a list of names, got the string {variables!r}")
-    given = check_given(given, len(x))
+    one = any(layer.batch_dim is None for layer in layers_of(model))
+    given = check_given(given, None if one else len(x))
     if groups is not None:
-        groups = check_groups(groups, variables, len(x))
+        groups = check_groups(groups, variables, 1 if one else len(x))
     parts = model.modules()
     if training_mode and any(m.training and isinstance(m, _BatchNorm) for m in parts):
         warnings.warn(
@@ -71,10 +73,13 @@ def problem_of(
             stacklevel=3,
         )
     if variables is None:
-        variable = Variable(model, x, given, repeatable=training_mode)
+        variable = Variable(model, x, given, repeatable=training_mode, one=one)
+        start = start[None] if one and start is not None else start
     else:
         names = list(variables)
-        variable = ParameterVariable(model, x, names, groups, given, repeatable=training_mode)
+        variable = ParameterVariable(
+            model, x, names, groups, given, repeatable=training_mode, one=one
+        )
     with torch.no_grad():
         return Problem(variable, objective, constraint, start=start, state=state, share_start=True)
 
@@ -140,12 +145,12 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
     return outside_inference(x)
 
 
-def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
+def check_given(given: Any, rows: int | None) -> tuple[Tensor, ...]:
     """What else the model takes.
 
     Args:
         given: tensors ``(rows, ...)``, in a tuple or a list.
-        rows: rows of the batch.
+        rows: rows of the batch. None: there is no batch, and any shape will do.
 
     Raises:
         TypeError: anything but tensors in a tuple or a list.
@@ -156,7 +161,7 @@ def check_given(given: Any, rows: int) -> tuple[Tensor, ...]:
             f"given must be a tuple or list of tensors, model(x, *given), got {given!r}"
         )
     for t in given:
-        if t.shape[:1] != (rows,):
+        if rows is not None and t.shape[:1] != (rows,):
             raise ValueError(
                 f"each tensor of given must have a row per sample, ({rows}, ...), got "
                 f"{tuple(t.shape)}: expand what is the same for all"

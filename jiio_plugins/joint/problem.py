@@ -24,7 +24,7 @@ from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
-from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.layer import layer_mode, layers_of
 from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
@@ -82,7 +82,8 @@ class Problem:
         v_start: ``(problems, d)``, in C.
         state: as given. None where the layers are fixed.
         cost: that of all layers together, ``(rows,)`` each.
-        whole: whether the model has been seen to fail on some of the rows.
+        whole: whether all rows must be called together: a layer says so, or the model has been seen
+            to fail on some.
 
     Raises:
         ValueError: a state of another number of rows.
@@ -107,7 +108,7 @@ class Problem:
         self.share_start, self.fixed = share_start, fixed
         self._precision: torch.dtype | None = None
         self._trying = False  # to call the model on some of the rows
-        self.whole = False
+        self.whole = any(layer.whole_batch for layer in layers_of(variable.model))
         self._layout = None if state is None else state.layout
         if fixed is not None:
             self._layout = StateLayout(())
@@ -260,6 +261,13 @@ class Problem:
         value = self.objective(output)
         if not isinstance(value, Tensor) or value.shape != (self.rows,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if self.variable.one:
+                raise ValueError(
+                    "a layer has batch_dim=None, so its states are of one problem, and "
+                    f"objective(output) must return one value, shape (1,), got {got}: sum over "
+                    "what is in it, .sum().reshape(1). With whole_batch=True instead each row is "
+                    "a problem"
+                )
             raise ValueError(
                 f"objective(output) must return one value per row, shape ({self.rows},), "
                 f"got {got}; use reduction='none'"
@@ -295,8 +303,10 @@ class Problem:
         if any(len(z) != wanted for z in mode.z):
             raise ValueError(
                 f"states must be batch first: the model was called on {wanted} rows, the states of "
-                f"its layers have {[len(z) for z in mode.z]}. Transpose them in the cell, or "
-                "flatten what belongs to one sample"
+                f"its layers have {[len(z) for z in mode.z]}. Say which dimension of them the "
+                "batch is, Equilibrium(cell, batch_dim=1) or adapt(model, batch_dim=1), or None "
+                "for all layers where x is one problem, as the nodes of one graph. Flatten what "
+                "belongs to one sample"
             )
         if self._layout is None:
             self._layout = StateLayout(mode.layouts)

@@ -122,6 +122,8 @@ class Variable:
         given: what else it is called with, tensors ``(rows, ...)``.
         repeatable: draw the same random numbers at every call, one dropout mask for all. The model
             is then always called on all rows: fewer would draw another mask.
+        one: x is of one problem, whose one row is all of it, as the nodes of one graph. ``given``
+            is then of any shape.
 
     Attributes:
         rows: of the batch.
@@ -132,13 +134,22 @@ class Variable:
     """
 
     rows_see_v_alone = True
+    one = False
 
     def __init__(
-        self, model: nn.Module, x: Tensor, given: Sequence[Tensor] = (), *, repeatable: bool = False
+        self,
+        model: nn.Module,
+        x: Tensor,
+        given: Sequence[Tensor] = (),
+        *,
+        repeatable: bool = False,
+        one: bool = False,
     ) -> None:
-        self._set(model, len(x), given, repeatable)
-        self.shape, self.groups = x.shape, Groups(len(x))
-        self.origin, self.start = x, x.detach()
+        self.one = one
+        self._set(model, 1 if one else len(x), given, repeatable)
+        self.shape, self.groups = x.shape, Groups(self.rows)
+        self.origin = x[None] if one else x
+        self.start = self.origin.detach()
 
     def _set(self, model: nn.Module, rows: int, given: Sequence[Tensor], repeatable: bool) -> None:
         self.model, self.rows, self.repeatable = model, rows, repeatable
@@ -171,7 +182,7 @@ class Variable:
             return self._call(v, rows)
 
     def _call(self, v: Tensor, rows: Tensor | None) -> Any:
-        if rows is None:
+        if rows is None or self.one:
             return self.model(*_own(v.reshape(self.shape), *self.given))
         given = [t[rows] for t in self.given]
         return self.model(*_own(v[rows].reshape(len(rows), *self.shape[1:])), *given)
@@ -191,6 +202,7 @@ class ParameterVariable(Variable):
         groups: problem of each row, integers ``0 … P−1``, ``(rows,)``. None: one for all.
         given: what else it is called with, tensors ``(rows, ...)``.
         repeatable: draw the same random numbers at every call.
+        one: x is of one problem, as of :class:`Variable`.
 
     Raises:
         ValueError: an unknown name, or a parameter without a leading dimension of 1 for several
@@ -208,6 +220,7 @@ class ParameterVariable(Variable):
         given: Sequence[Tensor] = (),
         *,
         repeatable: bool = False,
+        one: bool = False,
     ) -> None:
         parameters = dict(model.named_parameters())
         missing = [name for name in names if name not in parameters]
@@ -216,11 +229,12 @@ class ParameterVariable(Variable):
                 f"variables must name parameters of the model; {missing or 'an empty list'} given, "
                 f"there are {', '.join(parameters)}"
             )
-        self._set(model, len(x), given, repeatable)
+        self.one = one
+        self._set(model, 1 if one else len(x), given, repeatable)
         self.x, self.names = x, tuple(names)
         if groups is None:
-            groups = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.groups = Groups(len(x), groups)
+            groups = torch.zeros(self.rows, dtype=torch.long, device=x.device)
+        self.groups = Groups(self.rows, groups)
         chosen = [parameters[name] for name in self.names]
         problems = self.groups.problems
         if problems > 1:
@@ -247,7 +261,7 @@ class ParameterVariable(Variable):
 
     def _call(self, v: Tensor, rows: Tensor | None) -> Any:
         spread = self.groups.spread(v) if self.groups.problems > 1 else v
-        if rows is None:
+        if rows is None or self.one:
             inputs = _own(self.x, *self.given)
         else:
             spread = spread[rows] if self.groups.problems > 1 else v
