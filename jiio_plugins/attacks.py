@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium.counting import Cost, count
-from jiio_plugins.joint.inputs import check_input
+from jiio_plugins.equilibrium.counting import Cost, count, counting_into
+from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.solvers import Solver
+from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
+from jiio_plugins.joint.inputs import check_input, problem_of
 from jiio_plugins.losses import attack_objective, hit
 from jiio_plugins.methods.joint import check_method
 from jiio_plugins.optimize import optimize_input
-from jiio_plugins.solution import Solution, Stats
+from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checks import is_count, outside_inference
+from jiio_plugins.utils.trees import map_leaves
+from jiio_plugins.verification import Judge, default_verifier
 
 if TYPE_CHECKING:
-    from jiio_plugins.equilibrium.solvers import Solver
+    from jiio_plugins.joint.problem import Problem
     from jiio_plugins.losses import Loss
     from jiio_plugins.methods.base import Callback, Method
 
@@ -135,13 +140,70 @@ def attack(
         return search(x, method)
     (start, how), *later = attempts
     best = search(start(), how)
+    whole = isinstance(model, nn.Module) and any(m.whole_batch for m in layers_of(model))
     for start, how in later:
         drawn = start()
         rows = (~is_adversarial(best, labels, targeted)).nonzero().squeeze(1)
         if not len(rows):
             break
-        best = _better(best, search(drawn, how, rows), rows, labels, targeted)
+        found = None
+        if not whole:
+            try:
+                found = search(drawn, how, rows)
+            except REFUSALS as error:  # what has been found so far must not be lost for that
+                warn_of_refusal("the model", error, stacklevel=2)
+                whole = True
+        if found is None:
+            found = _of_rows(search(drawn, how), rows)
+        best = _better(best, found, rows, labels, targeted)
+        if whole:
+            objective = attack_objective(loss, labels, targeted)
+            assert isinstance(best.x, Tensor)
+            problem = problem_of(model, best.x, objective, training_mode=training_mode)
+            best = _judged_together(problem, best, verify)
     return best
+
+
+def _of_rows(found: Solution, rows: Tensor) -> Solution:
+    """Some rows of a solution."""
+
+    def some(t: Tensor) -> Tensor:
+        return t[rows]
+
+    stats = map_leaves(found.stats, Tensor, some)
+    parts = {f.name: map_leaves(getattr(found, f.name), Tensor, some) for f in fields(found)}
+    return replace(found, **{**parts, "stats": stats})
+
+
+def _judged_together(problem: Problem, best: Solution, verify: bool | Solver | None) -> Solution:
+    """The solution, whose rows come from several batches, by what the model says of them in one.
+
+    Args:
+        problem: at the x of the solution.
+        best: the solution.
+        verify: of the attack.
+    """
+    v = problem.v_start
+    judge = Judge(problem, verify if isinstance(verify, Solver) else default_verifier(v.dtype))
+    with problem.variable.guarded(), counting_into(()):
+        found = judge.everything(v)
+    count(Cost(f_evals=judge.f_evals))
+    status = best.status.masked_fill(~found.converged, Status.NOT_VERIFIED)
+    stats = replace(
+        best.stats,
+        f_evals=best.stats.f_evals + judge.f_evals,
+        z_residual=found.residual,
+        model_value=found.model_value,
+        model_output=found.model_output,
+    )
+    return replace(
+        best,
+        z=problem.layout.unpack(found.z),
+        value=found.value,
+        output=found.output,
+        status=status.masked_fill(~torch.isfinite(found.value), Status.NONFINITE),
+        stats=stats,
+    )
 
 
 def _with_verification_paid(found: Solution) -> Solution:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, Status, adapt, optimize_input
+from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, Status, adapt, attack, optimize_input
 from tests.equilibrium.specimens import Hooked, Model, iterate, objective
 from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
 
@@ -123,6 +123,30 @@ def test_a_cell_that_wants_its_batch_gets_it(rows: int | None, method: Any) -> N
     assert torch.allclose(held.value, free.value, rtol=0, atol=1e-12)
     assert torch.equal(held.stats.f_evals, free.stats.f_evals) or isinstance(method, Nested)
     assert torch.equal(held.status, free.status)
+
+
+@pytest.mark.filterwarnings("ignore:the (cell|model) cannot be called on some")
+@pytest.mark.parametrize("kind", ["cached", "declared", "graph"])
+def test_a_second_attempt_does_not_lose_the_first(kind: str) -> None:
+    def attacked(model: nn.Module, **settings: Any) -> Any:
+        x, y = rand(6, 5, seed=4), torch.arange(6) % 3
+        return attack(
+            model, x, y, norm=2, eps=0.6, method=Joint(max_iter=4), random_starts=2, **settings
+        )
+
+    if kind == "graph":
+        model: nn.Module = Net("graph", 6)
+        model.deq = Equilibrium(Graph(6), solver=TIGHT, whole_batch=True)
+    else:
+        model = Net("cached" if kind == "cached" else "plain", 6)
+        model.deq.whole_batch = kind == "declared"
+    found = attacked(model, retry=Joint(max_iter=8))
+    assert torch.allclose(found.stats.model_output, model(found.x), atol=1e-9)
+    assert torch.allclose(found.output, model(found.x), atol=1e-6)
+    if kind != "graph":
+        free = attacked(Net("plain", 6), retry=Joint(max_iter=8))
+        assert torch.allclose(found.x, free.x, atol=1e-9)
+        assert torch.allclose(found.value, free.value, atol=1e-6)
 
 
 def test_outside_an_optimisation_as_well() -> None:
