@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from jiio_plugins.utils.checks import outside_inference
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 Loss = Literal["cross-entropy", "dlr", "margin"]
+Output = str | int | Callable[[Any], Tensor] | None
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "dlr", "margin")
 
 
@@ -121,6 +120,79 @@ def hit(output: Any, labels: Tensor, targeted: bool) -> Tensor:
     return right if targeted else ~right
 
 
+def logits_of(output: Any, which: Output = None) -> Any:
+    """The logits in what a classifier returned.
+
+    Args:
+        output: what it returned.
+        which: a key or an attribute, an index, or a function of it. None: a tensor is them, else
+            what is called ``logits``, as attribute or key, else the first of a tuple or list. What
+            is none of these stays as it is.
+
+    Raises:
+        ValueError: what ``which`` names is not there, or is no tensor.
+    """
+    if which is None:
+        return _by_rule(output)
+    if callable(which):
+        found = which(output)
+    else:
+        try:
+            if isinstance(output, (tuple, list)) and str(which).lstrip("-").isdigit():
+                found = output[int(which)]
+            elif isinstance(output, Mapping) and which in output:
+                found = output[which]
+            else:
+                found = getattr(output, str(which))
+        except (AttributeError, IndexError) as error:
+            raise ValueError(
+                f"output={which!r} is not in what the model returned, {_described(output)}: give a "
+                "key, an attribute, an index, or a function of it"
+            ) from error
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"output={which!r} must be the logits, a tensor, got {type(found).__name__} of "
+            f"{_described(output)}"
+        )
+    return found
+
+
+def check_output(which: object) -> None:
+    """Raise unless it says which of a model's outputs are the logits.
+
+    Raises:
+        TypeError: it is no key, attribute, index, function or None.
+    """
+    plain = isinstance(which, (str, int)) and not isinstance(which, bool)
+    if not (which is None or plain or callable(which)):
+        raise TypeError(
+            "output must be a key, an attribute, an index or a function of what the model returns, "
+            f"or None, got {which!r}"
+        )
+
+
+def _by_rule(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]
+    if isinstance(output, (tuple, list)) and output:
+        return _by_rule(output[0])
+    return output
+
+
+def _described(output: Any) -> str:
+    """What a model returned, in a few words."""
+    kind = type(output).__name__
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"{kind} with {', '.join(map(repr, output)) or 'nothing'}"
+    return f"{kind} of {len(output)}" if isinstance(output, (tuple, list)) else kind
+
+
 def check_logits(output: Any, rows: int) -> Tensor:
     """What a model returned, if it is logits ``(rows, classes)``.
 
@@ -133,8 +205,14 @@ def check_logits(output: Any, rows: int) -> Tensor:
     """
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == rows:
         return output
-    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if isinstance(output, Tensor) and output.shape == (rows,):
+        raise ValueError(
+            f"the model must return logits of shape ({rows}, classes), 2 classes or more, got "
+            f"{(rows,)}, one value per sample: of one logit a, which is for the second of two "
+            "classes, make torch.stack((torch.zeros_like(a), a), 1)"
+        )
     raise ValueError(
-        f"the model must return logits of shape ({rows}, classes), got {got}: wrap it in a module "
-        "whose forward returns them alone"
+        f"the model must return logits of shape ({rows}, classes), got {_described(output)}: wrap "
+        "it in a module whose forward returns them alone, jiio_plugins.models.LogitsOf(model, "
+        "output) with the key, the attribute or the index that they have"
     )

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 from torch import Tensor, nn
 
+from jiio_plugins.losses import logits_of
+
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
+
+    from jiio_plugins.losses import Output
 
 
 class RawInput(nn.Module):
@@ -19,10 +23,19 @@ class RawInput(nn.Module):
     Args:
         classifier: whose preprocessing and model.
         keep_wrapper: call the DistributedDataParallel around the model, if there is one.
+        output: which of the model's outputs the logits are, see
+            :func:`jiio_plugins.losses.logits_of`.
     """
 
-    def __init__(self, classifier: PyTorchClassifier, *, keep_wrapper: bool = False) -> None:
+    def __init__(
+        self,
+        classifier: PyTorchClassifier,
+        *,
+        keep_wrapper: bool = False,
+        output: Output = None,
+    ) -> None:
         super().__init__()
+        self.output = output
         model = classifier.model
         if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_wrapper:
             model = model.module  # the loop makes no parameter gradients
@@ -46,7 +59,7 @@ class RawInput(nn.Module):
                     "expectation over transformation does: JIIO needs one state per image. Use "
                     "nb_samples=1, or attack the classifier without that preprocessing"
                 )
-        return self.model(seen)
+        return logits_of(self.model(seen), self.output)
 
 
 def _does_nothing(step: object) -> bool:

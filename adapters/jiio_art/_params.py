@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jiio_plugins.equilibrium import check_solver
-from jiio_plugins.losses import LOSSES, too_few_classes
+from jiio_plugins.losses import LOSSES, check_output, too_few_classes
 from jiio_plugins.methods import Method
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def check_params(attack: Any) -> None:
         value = getattr(attack, name)
         if value is not None and not isinstance(value, Method):
             raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
+    check_output(attack.output)
     if not isinstance(attack.verify, bool):
         check_solver(attack.verify, "verify")
     if attack.autocast not in (None, torch.bfloat16, torch.float16):

@@ -22,6 +22,7 @@ from jiio_art._params import check_params
 from jiio_art.record import AttackRecord
 from jiio_plugins import Joint, attack
 from jiio_plugins.joint import guarded
+from jiio_plugins.losses import check_logits
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from art.summary_writer import SummaryWriter
 
     from jiio_plugins.equilibrium import Solver
-    from jiio_plugins.losses import Loss
+    from jiio_plugins.losses import Loss, Output
     from jiio_plugins.methods import Callback, Method, Progress
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ class JIIOAttack(EvasionAttack):
         summary_writer: as in ART: True, a folder, or a ``SummaryWriter``. It is updated at every
             step.
         verbose: show a progress bar over batches.
+        output: where the model returns more than logits: which of it they are, a key, an attribute,
+            an index or a function. None: what is called ``logits``, or the first. (ART's own
+            ``predict`` takes no such model.)
 
     Attributes:
         solution: an :class:`AttackRecord` of the last :meth:`generate`: success, costs, residuals
@@ -119,6 +123,7 @@ class JIIOAttack(EvasionAttack):
         "autocast",
         "seed",
         "verbose",
+        "output",
     ]
     _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin, PyTorchEstimator)
 
@@ -143,6 +148,7 @@ class JIIOAttack(EvasionAttack):
         seed: int = 0,
         summary_writer: str | bool | SummaryWriter = False,
         verbose: bool = True,
+        output: Output = None,
     ) -> None:
         super().__init__(estimator=estimator, summary_writer=summary_writer)
         self.norm = norm
@@ -161,6 +167,7 @@ class JIIOAttack(EvasionAttack):
         self.autocast = autocast
         self.seed = seed
         self.verbose = verbose
+        self.output = output
         self.solution: AttackRecord | None = None
         self._check_params()
 
@@ -228,9 +235,14 @@ class JIIOAttack(EvasionAttack):
             return _inputs.class_indices(y, len(x), self.estimator.nb_classes)
         if self.targeted:
             raise ValueError("a targeted attack needs the wanted classes: generate(x, y=targets)")
-        predicted = self.estimator.predict(x, batch_size=self.batch_size)
-        own: npt.NDArray[np.int64] = predicted.argmax(axis=1)
-        return own
+        model, own = RawInput(self.estimator, output=self.output), []
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(x), self.batch_size):
+                images = torch.tensor(x[start : start + self.batch_size])
+                logits = check_logits(model(images.to(self.estimator.device)), len(images))
+                own.append(logits.argmax(1).cpu().numpy())
+        return np.concatenate(own)
 
     def _batch(
         self,
@@ -244,7 +256,7 @@ class JIIOAttack(EvasionAttack):
         def tensor(array: npt.NDArray[Any] | None) -> Tensor | None:
             return None if array is None else torch.tensor(np.ascontiguousarray(array)).to(device)
 
-        module = RawInput(self.estimator)
+        module = RawInput(self.estimator, output=self.output)
         method = self.method or Joint()
         if self.max_iter is not None:
             method = replace(method, max_iter=self.max_iter)

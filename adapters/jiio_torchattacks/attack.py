@@ -14,13 +14,13 @@ from torchattacks.attack import Attack
 from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.joint import guarded
-from jiio_plugins.losses import check_logits, too_few_classes
+from jiio_plugins.losses import check_logits, check_output, logits_of, too_few_classes
 from jiio_plugins.methods import Joint, Method
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
     from jiio_plugins.equilibrium import Solver
-    from jiio_plugins.losses import Loss
+    from jiio_plugins.losses import Loss, Output
     from jiio_plugins.solution import Solution
 
 NORMS = {"L2": 2.0, "Linf": math.inf}
@@ -60,6 +60,8 @@ class JIIO(Attack):
             not succeeded. ``steps`` is ``method``'s. None: there is no second run.
         verify: solver of the final check. None or True: the engine's own. False: leave it out, as
             fits where the images are judged anyway. It is needed by several starts and a retry.
+        output: where the model returns more than logits: which of it they are, a key, an attribute,
+            an index or a function. None: what is called ``logits``, or the first.
 
     Shape:
         - images ``(rows, C, H, W)`` in [0, 1], or normalised after ``set_normalization_used``. They
@@ -96,6 +98,7 @@ class JIIO(Attack):
         method: Method | None = None,
         retry: Method | None = None,
         verify: bool | Solver | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__("JIIO", model)
         self.supported_mode = ["default", "targeted"]
@@ -109,6 +112,7 @@ class JIIO(Attack):
         self.method = method
         self.retry = retry
         self.verify = verify
+        self.output = output
         self._target_generator = torch.Generator().manual_seed(seed)
         self._solution: Solution | None = None
         self._check_settings()
@@ -182,14 +186,12 @@ class JIIO(Attack):
         self._check_settings()
         self._check_images(images)
         images = images.detach().to(self.device)
-        model = self.model
         if self._normalization_applied is False:
             clipped = images.clamp(0, 1)
             images = torch.where((images - clipped).abs() <= ROUNDING, clipped, images)
-            model = _Normalized(self)
         method = self.method if self.method is not None else Joint()
         self._solution = attack(
-            model,
+            _Classifier(self),
             images,
             self._goal(images, labels),
             norm=NORMS[self.norm],
@@ -234,6 +236,19 @@ class JIIO(Attack):
         if problem:
             raise ValueError(problem)
         return logits
+
+    def get_logits(
+        self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model's logits, as the base class has them, by ``output``.
+
+        Args:
+            inputs: images ``(rows, C, H, W)`` in [0, 1].
+            labels: not used.
+            *args: of the base class.
+            **kwargs: of the base class.
+        """
+        return logits_of(super().get_logits(inputs, labels, *args, **kwargs), self.output)
 
     # The base class draws random targets from the global generator, and looks for both kinds of
     # target image by image, which makes the host wait for an accelerator each time.
@@ -307,6 +322,7 @@ class JIIO(Attack):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Method):
                 raise TypeError(f"{name} must be Joint(...) or Nested(...), got {value!r}")
+        check_output(self.output)
         if not isinstance(self.verify, bool):
             check_solver(self.verify, "verify")
 
@@ -340,17 +356,19 @@ class JIIO(Attack):
             )
 
 
-class _Normalized(nn.Module):
-    """The attacked model as a function of images in [0, 1]."""
+class _Classifier(nn.Module):
+    """The attacked model as a function of images in [0, 1], which returns its logits alone."""
 
     def __init__(self, attack: JIIO) -> None:
         super().__init__()
         parallel = isinstance(attack.model, nn.parallel.DistributedDataParallel)
         self.model = attack.model.module if parallel else attack.model
-        self.normalize = attack.normalize
+        self.normalize = attack.normalize if attack._normalization_applied is False else None
+        self.output = attack.output
 
     def forward(self, images: Tensor) -> Any:
-        return self.model(self.normalize(images))
+        seen = images if self.normalize is None else self.normalize(images)
+        return logits_of(self.model(seen), self.output)
 
 
 def _check_labels(name: str, labels: Tensor, images: Tensor) -> None:

@@ -48,6 +48,9 @@ class OnImages:
     normalize: tuple[float, ...] = ()
     """what the model is to see: means, then standard deviations, one a channel or one for all, of
     pixels in [0, 1]; images, radius and box stay in pixels"""
+    output: str | None = None
+    """where the model returns more than logits: which of it they are, a key, an attribute or an
+    index; default: what is called logits, or the first"""
     images: int = 128
     """test images, from the first on; of a folder, drawn by a fixed permutation"""
 

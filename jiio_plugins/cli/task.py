@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from jiio_plugins.cli.commands import OnClassifier, OnImages
 from jiio_plugins.data import DATASETS, LabelledImages, load_labelled
-from jiio_plugins.models import CLASSIFIERS, Normalized, load_pretrained
+from jiio_plugins.losses import logits_of, too_few_classes
+from jiio_plugins.models import CLASSIFIERS, LogitsOf, Normalized, load_pretrained
 from jiio_plugins.utils.factory import build_network
 
 
@@ -51,8 +52,9 @@ def load_task(settings: OnClassifier, device: str = "cpu") -> Task:
         ValueError: see :func:`load_pair`, or images or labels that do not fit the model.
     """
     found = load_pair(settings, device)
-    model, images = found.model, LabelledImages(found.x, found.y, found.names)
-    return replace(found, classes=_classes(model, images, found.name, found.dataset))
+    images = LabelledImages(found.x, found.y, found.names)
+    model, classes = _tried(found.model, images, found.name, found.dataset)
+    return replace(found, model=model, classes=classes)
 
 
 def load_pair(settings: OnImages, device: str = "cpu") -> Task:
@@ -89,18 +91,25 @@ def load_pair(settings: OnImages, device: str = "cpu") -> Task:
     if settings.normalize:
         half = len(settings.normalize) // 2
         model = Normalized(model, settings.normalize[:half], settings.normalize[half:])
+    if settings.output is not None:
+        model = LogitsOf(model, settings.output)
     model, name = model.eval().to(device), factory or str(weights)
     x, y = images.x.to(device), images.y.to(device)
     return Task(model, name, weights, dataset, x, y, images.classes)
 
 
 @torch.no_grad()
-def _classes(model: nn.Module, images: LabelledImages, name: str, dataset: str) -> int:
-    """How many classes the model tells apart, once images and labels are known to fit."""
+def _tried(
+    model: nn.Module, images: LabelledImages, name: str, dataset: str
+) -> tuple[nn.Module, int]:
+    """The model, which returns logits, and how many classes, once images and labels fit it."""
     x, y, names = images
     given = f"images of {dataset}, which are {tuple(x.shape[1:])}"
     try:
         logits = model(x[:2])
+        if not isinstance(logits, Tensor):
+            model = LogitsOf(model)
+            logits = logits_of(logits)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"{name} cannot be called on {given} in [0, 1]: {error}. Give images of the size and "
@@ -109,9 +118,12 @@ def _classes(model: nn.Module, images: LabelledImages, name: str, dataset: str) 
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x[:2]):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{name} must return logits (images, classes) of {given}; it returns {got}"
+            f"{name} must return logits (images, classes) of {given}; it returns {got}. Where they "
+            "are a part of that, --output says which"
         )
     classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError(f"{name}: {too_few_classes('cross-entropy', classes)}")
     if int(y.max()) >= classes:
         raise ValueError(
             f"labels out of range: {dataset} has label {int(y.max())}, {name} tells {classes} "
@@ -124,7 +136,7 @@ def _classes(model: nn.Module, images: LabelledImages, name: str, dataset: str) 
             "so the others would be taken for the wrong ones. Add them, or give labels of your own "
             "in an .npz file"
         )
-    return classes
+    return model, classes
 
 
 def load_model(weights: str | None, factory: str | None) -> tuple[nn.Module, str | None]:

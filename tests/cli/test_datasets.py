@@ -24,6 +24,17 @@ def build(classes=12):
     torch.manual_seed(0)
     return ConvDEQClassifier(in_channels=3, channels=4, classes=classes)
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x):
+        return {"hidden": x, "out": self.net(x)}
+
+def one():
+    return build(classes=1)
+
 def flat():
     return nn.Flatten(0)
 """
@@ -46,7 +57,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_evaluate_on_a_folder(folder: Path) -> None:
     colour = ["0.5", "0.4", "0.3", "0.2", "0.2", "0.2"]
     quick = ["--suite", "quick", "--audit", "0", "--eps", "0.1", "--normalize", *colour]
-    main(["evaluate", *QUICK, "--dataset", "images", "--out", "out", *quick])
+    named = ["--images", "6", "--model", "my_colour_deq:Named", "--output", "out"]
+    main(["evaluate", *named, "--dataset", "images", "--out", "out", *quick])
     record = json.loads((folder / "out" / "robustness.json").read_text())
     assert (record["dataset"], record["weights"]) == ("images", None)
     assert record["normalize"] == [float(c) for c in colour]
@@ -80,6 +92,10 @@ def test_what_does_not_fit(folder: Path) -> None:
     refused("2 means, the images have 3", *on_images, "--normalize", "0", "0", "1", "1")
     refused("as many standard deviations", *on_images, "--normalize", "0", "0", "1")
     refused("must return logits", "--model", "my_colour_deq:flat", "--dataset", "images")
+    named = ["--model", "my_colour_deq:Named", "--dataset", "images"]
+    refused("returns dict. .*, --output says which", *named)
+    refused("output='y' is not in .* dict with 'hidden', 'out'", *named, "--output", "y")
+    refused("2 classes or more, got 1", "--model", "my_colour_deq:one", "--dataset", "images")
     (folder / "images" / "05" / "a.png").unlink()
     refused("no images in the class folders 05", *on_images)
     (folder / "images" / "05").rmdir()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jiio_plugins import Status
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 from tests.adapters.art.helpers import EPS, Digits, assert_inside, attack_on, sizes
+from tests.adapters.outputs import FORMS, Returning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,25 @@ class Normalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model((x - self.mean) / self.std)
         return logits
+
+
+def one(logits: Tensor) -> Tensor:
+    return logits[:, 0]
+
+
+@pytest.mark.parametrize("name", ["tuple", "object", "key"])
+def test_where_the_logits_are(
+    name: str, make_classifier: Callable[..., PyTorchClassifier], digits: Digits
+) -> None:
+    (form, output), x = FORMS[name], digits[0][:3]
+    wrapped = make_classifier(Returning(load_pretrained("digits"), form))
+    plain = attack_on(make_classifier(load_pretrained("digits")), max_iter=2)
+    found = attack_on(wrapped, max_iter=2, output=output)
+    np.testing.assert_array_equal(found.generate(x), plain.generate(x))
+    with pytest.raises(ValueError, match=r"got \(3,\), one value per sample: of one logit a"):
+        attack_on(make_classifier(Returning(load_pretrained("digits"), one))).generate(x)
+    with pytest.raises(TypeError, match="output must be a key"):
+        attack_on(wrapped, output=1.5)
 
 
 def test_eps_is_in_the_units_of_the_image(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_torchattacks import JIIO
+from tests.adapters.outputs import FORMS, Returning
 from tests.adapters.torchattacks.helpers import CLASSES, MEAN, SHAPE, STD, batch, net
 
 
@@ -50,29 +51,18 @@ def test_bad_calls(case: str, random_starts: int) -> None:
         atk(*spoil(images, labels))
 
 
-class Returning(nn.Module):
-    """The logits in another form."""
-
-    def __init__(self, form: Any) -> None:
-        super().__init__()
-        self.net, self.form = net(), form
-
-    def forward(self, images: Tensor) -> Any:
-        return self.form(self.net(images))
-
-
 @pytest.mark.parametrize(
     ("form", "message"),
     [
         (lambda y: y[:, :1], r"logits of 2 classes or more, got 1: of one logit a, .*torch\.cat"),
-        (lambda y: y[:, 0], r"shape \(3, classes\), got \(3,\): wrap it"),
-        (lambda y: {"logits": y}, "got dict: wrap it in a module whose forward returns them alone"),
-        (lambda y: (y, y), "got tuple: wrap it"),
+        (lambda y: y[:, 0], r"2 classes or more, got \(3,\), one value .*torch\.stack"),
+        (lambda y: {"out": y}, "got dict with 'out': wrap it .* alone, .*LogitsOf"),
+        (lambda y: (), "got tuple of 0: wrap it"),
     ],
 )
 def test_what_a_model_returns_must_be_logits(form: Any, message: str) -> None:
     images, labels = batch(3)
-    atk = JIIO(Returning(form), steps=1)
+    atk = JIIO(Returning(net(), form), steps=1)
     for given in (None, labels.clamp(max=0)):
         with pytest.raises(ValueError, match=message):
             atk(images, given)
@@ -80,6 +70,33 @@ def test_what_a_model_returns_must_be_logits(form: Any, message: str) -> None:
         getattr(atk, f"set_mode_targeted_{mode}")(quiet=True)
         with pytest.raises(ValueError, match=message):
             atk(images)
+
+
+@pytest.mark.parametrize(("form", "output"), FORMS.values(), ids=FORMS)
+def test_where_the_logits_are(form: Any, output: Any) -> None:
+    images, _ = batch(3)
+    plain, wrapped = JIIO(net(), steps=2), JIIO(Returning(net(), form), steps=2, output=output)
+    for atk in (plain, wrapped):
+        atk.set_mode_targeted_random(quiet=True)
+    assert torch.equal(wrapped(images), plain(images))
+    for atk in (plain, wrapped):
+        atk.set_normalization_used(MEAN, STD)
+        atk.set_mode_default()
+    normalised = wrapped.normalize(images)
+    assert torch.equal(wrapped(normalised), plain(normalised))
+
+
+def test_logits_that_are_not_there() -> None:
+    images, labels = batch(3)
+    for form, output, message in (
+        (FORMS["dict"][0], "out", r"output='out' is not in .* dict with 'loss', 'logits'"),
+        (FORMS["tuple"][0], 2, "output=2 is not in what the model returned, tuple of 2"),
+        (FORMS["nested"][0], 1, "output=1 must be the logits, a tensor, got int of list of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            JIIO(Returning(net(), form), steps=1, output=output)(images, labels)
+    with pytest.raises(TypeError, match=r"output must be a key, .* got 1\.5"):
+        JIIO(net(), output=1.5)  # type: ignore[arg-type]
 
 
 def test_a_function_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
