@@ -7,6 +7,7 @@ goes on.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from jiio_plugins.equilibrium.adjoints import Implicit
-from jiio_plugins.equilibrium.counting import RowCounter, counting_into
+from jiio_plugins.equilibrium.counting import Counter, RowCounter, counting_into
 from jiio_plugins.equilibrium.foreign import adapt, unadapt
 from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.equilibrium.recognition import no_layer, recognise, servable
 from jiio_plugins.equilibrium.solvers import Anderson, iterate
 from jiio_plugins.equilibrium.some_rows import REFUSALS
 from jiio_plugins.equilibrium.state import relative, row_norm
+from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.inputs import problem_of
 from jiio_plugins.joint.modes import SolveMode, layers_as
+from jiio_plugins.solution import ConvergenceWarning
 from jiio_plugins.utils.trees import leaves
 from jiio_plugins.verification import default_verifier
 
@@ -40,6 +43,8 @@ _POWER = 20  # products of the estimate of ρ
 _EASY, _SLOW = 0.9, 1.0  # ρ up to which the defaults do, and up to which plain iteration converges
 _NEAR = 1e-3  # relative: two answers are one
 _GOOD = 0.95  # cosine of a gradient that may be trusted
+_TIGHT = 400  # evaluations, and products, that the exact gradient may take
+_SETTLED = 1e-2  # residual of an adjoint that it may be read off
 
 Curve = list[tuple[float, float]]
 
@@ -154,7 +159,13 @@ def check(
     try:
         if adapted:
             adapt(model)
-        with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
+        with (
+            torch.enable_grad(),
+            problem.variable.guarded(),
+            counting_into(()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a sentence says it
             _look(problem, found)
     except REFUSALS as error:
         found.sentences.append(f"The rest could not be looked at, as the model raises: {error}")
@@ -214,26 +225,44 @@ def _look(problem: Problem, found: Diagnosis) -> None:
         )
     tight = problem.solve(v, default_verifier(v.dtype))
     if not problem.variable.one:
-        _rows(problem, found, first)
+        _rows(problem, found, tight.z)
     _contraction(problem, found, tight.z)
     _gradient(problem, found)
     _settings(found, bool(tight.converged.all()))
 
 
-def _rows(problem: Problem, found: Diagnosis, whole: Tensor) -> None:
+def _rows(problem: Problem, found: Diagnosis, z: Tensor) -> None:
+    """Whether rows are independent, and may be called without the others.
+
+    One evaluation at one state tells. Two solves need not end at the same state, where the cell
+    hardly contracts.
+    """
     say, v = found.sentences.append, problem.v_start
     some = torch.tensor([0, problem.rows - 1], device=v.device)
-    some = some if problem.rows > 2 else some[:1]
-    other = v.clone()
-    other[1:] = v[:1] if problem.rows == 2 else v[1:].roll(1, 0)
-    if problem.rows == 2:
-        other[1:] = 0.5 * (v[:1] + v[1:])
-    moved = _first(problem.solve(other).output)
-    if len(moved) == len(whole):
-        found.independent = _apart(moved[:1], whole[:1]) < _NEAR
+    some, replay = some if problem.rows > 2 else some[:1], Replay()
+
+    def seen(v: Tensor, z: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with replay():
+            at = problem.linearize(v, z, rows)
+        return at.fz, _first(at.output)
+
+    def apart(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], rows: Tensor) -> float:
+        pairs = zip(one, two, strict=True)
+        return max(_apart(a[: len(rows)], b[rows]) for a, b in pairs)
+
+    def others(t: Tensor) -> Tensor:
+        other = t.clone()
+        other[1:] = t[1:].roll(1, 0) if len(t) > 2 else 0.5 * (t[:1] + t[1:])
+        return other
+
+    whole = seen(v, z)
+    if len(whole[1]) == problem.rows:
+        found.independent = apart(seen(others(v), others(z)), whole, some[:1]) < _NEAR
     try:
-        part = problem.run_layers(SolveMode(), v, some)
-        found.on_some_rows = _apart(_first(part), whole[some]) < _NEAR
+        if problem.whole:
+            raise ValueError("whole_batch=True says so")
+        problem.run_layers(SolveMode(), v, some)  # its own solver may refuse them too
+        found.on_some_rows = apart(seen(v, z[some], some), whole, some) < _NEAR
         reason = "what it says of a row changes"
     except REFUSALS as error:
         found.on_some_rows, reason = False, str(error).partition("\n")[0]
@@ -292,18 +321,19 @@ def _contraction(problem: Problem, found: Diagnosis, z: Tensor) -> None:
         mu = mu / size.clamp(min=torch.finfo(z.dtype).tiny)[:, None]
     # a pair of complex eigenvalues turns, so the mean of several products
     rate = torch.stack(sizes[_POWER // 2 :]).log().mean(0).exp()
-    found.rate = float(rate.max())
+    found.rate, median = float(rate.max()), float(rate.median())
     kind = (
         "contracts well"
         if found.rate <= _EASY
         else "contracts slowly"
         if found.rate < _SLOW
-        else "does not contract: plain iteration runs away from the fixed point"
+        else "does not contract in the worst row: plain iteration leaves its fixed point"
     )
     found.sentences.append(
-        f"f {kind}: ρ is about {found.rate:.2f}. After {len(found.plain)} evaluations plain "
-        f"iteration is at a residual of {found.plain[-1][1]:.1e} in the worst row, after "
-        f"{len(found.anderson)} Anderson's method at {found.anderson[-1][1]:.1e}."
+        f"f {kind}: ρ is about {found.rate:.2f} in the worst row, {median:.2f} in the median. "
+        f"After {len(found.plain)} evaluations plain iteration is at a residual of "
+        f"{found.plain[-1][1]:.1e} in the worst row, after {len(found.anderson)} "
+        f"Anderson's method at {found.anderson[-1][1]:.1e}."
     )
 
 
@@ -315,9 +345,17 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
         value = problem.loss(problem.call(leaf)).sum()
         return torch.autograd.grad(value, leaf)[0]
 
-    solver = default_verifier(v.dtype)
-    with layers_as(solver=solver, adjoint=Implicit(solver=solver)):
+    solver = Anderson(max_iter=_TIGHT, memory=20, tol=default_verifier(v.dtype).tol)
+    counter, exact_rule = Counter(), layers_as(solver=solver, adjoint=Implicit(solver=solver))
+    with exact_rule, counting_into((counter,)):
         exact = gradient()
+    worst_adjoint = counter.worst_adjoint_residual
+    if not worst_adjoint < _SETTLED:
+        found.sentences.append(
+            f"How good the model's own gradient is cannot be said: in {_TIGHT} products the exact "
+            f"adjoint is still at a residual of {worst_adjoint:.0e}."
+        )
+        return
     try:
         own = gradient()
     except RuntimeError as error:
@@ -337,13 +375,18 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
 def _settings(found: Diagnosis, solved: bool) -> None:
     rate = found.rate if found.rate is not None else 0.0
     if not solved:
-        found.settings, why = (
-            "Nested()",
-            (
-                "even a tight solve does not converge. See docs/cells-that-do-not-contract.md for "
-                "another cell with the same fixed points (Damped)"
-            ),
+        found.settings = "Nested()"
+        why = (
+            f"a tight solve has not converged in {default_verifier(torch.float32).max_iter} "
+            "evaluations. Compare with Joint(max_iter=80), which costs a fraction. What is "
+            "found may not be verified: give that more, "
+            "verify=Anderson(max_iter=1000, memory=20, tol=1e-5)"
         )
+        if rate >= _SLOW:
+            why += (
+                ", or damp the cell (Damped), see docs/cells-that-do-not-contract.md for others "
+                "with the same fixed points"
+            )
     elif rate <= _EASY:
         found.settings, why = "Joint()", "the defaults"
     elif rate < _SLOW:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Phantom, check
+from jiio_plugins import Anderson, Equilibrium, Phantom, check, diagnosis
 from jiio_plugins.cli.main import main
 from tests.equilibrium.specimens import Hooked, Model, iterate
 from tests.helpers import TIGHT, Affine, TanhCell, contraction, linear, rand, rotation
@@ -105,6 +105,28 @@ def test_nodes_of_a_graph_and_random_starts() -> None:
 
     found = check(Around(Noisy(6, 0.7, seed=2)), X)
     assert any("cell is random" in line for line in found.sentences)
+
+
+def test_rows_that_are_declared_to_belong_together() -> None:
+    model = Around(TanhCell(6, 0.7, seed=2), whole_batch=True)
+    found = check(model, X)
+    assert (found.independent, found.on_some_rows) == (True, False)
+    assert "whole_batch=True says so" in str(found)
+
+
+def test_a_cell_that_hardly_contracts() -> None:
+    """Its solves end anywhere, and its rows are independent nevertheless."""
+    matrix = rotation([0.001, 0.01, 0.1], 0.9999)
+    found = check(Around(Affine(matrix), solver=Anderson(max_iter=3)), X)
+    assert found.independent
+    assert found.on_some_rows
+
+
+def test_an_adjoint_that_does_not_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "_TIGHT", 2)
+    found = check(Around(Affine(rotation([0.1, 0.2, 0.3], 0.999))), X)
+    assert found.gradient_cosine is None
+    assert "cannot be said: in 2 products" in str(found)
 
 
 def test_states_that_are_not_batch_first() -> None:
