@@ -114,7 +114,10 @@ def with_state(result: Any, found: Any) -> Callable[[Any], Any]:
 
 
 class _Unfolded(SolverCall):
-    """deepinv's fixed-point iteration, whose state is the ``est`` of a dict."""
+    """deepinv's fixed-point iteration. Its state is the first of the ``est`` of a dict.
+
+    deepinv takes the Jacobian of that alone. What else is there an iteration does not go on from.
+    """
 
     def solve(self, start: Any = None) -> Any:
         """See :class:`SolverCall`. It starts where its own settings say."""
@@ -122,7 +125,7 @@ class _Unfolded(SolverCall):
 
     def found(self, result: Any) -> Any:
         """See :class:`SolverCall`."""
-        return result[0]["est"]
+        return result[0]["est"][0]
 
 
 def read_call(
@@ -165,12 +168,12 @@ def _read_unfolded(
     updates = [getattr(solver, name) for name in names]
     settings = [None if update is None else update(last) for update in updates]
 
-    def func(est: Any) -> Any:
-        return solver.iterator({"est": est, "cost": None}, *settings, *args, **rest)["est"]
+    def func(x: Any) -> Any:
+        return solver.iterator({"est": (x,), "cost": None}, *settings, *args, **rest)["est"][0]
 
     start = [kwargs.get("init")] if "init" in kwargs else []
     first = solver.init_iterate_fn(*args, *start, cost_fn=solver.iterator.cost_fn)
-    return _Unfolded(solver, args, kwargs, func, first["est"], layer.batch_dim)
+    return _Unfolded(solver, args, kwargs, func, first["est"][0], layer.batch_dim)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import deepinv as dinv
+import pytest
 import torch
 from torch import Tensor, nn
 
 from jiio_plugins import L2Ball, Nested, Status, adapt, optimize_input, unadapt
+from tests.helpers import ROOT
 
 
 class Denoiser(nn.Module):
@@ -43,6 +46,43 @@ class Seen(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.model(y, self.physics)
+
+
+@pytest.mark.parametrize("kind", ["GD", "HQS", "MD", "PMD"])
+def test_other_iterations(kind: str) -> None:
+    model = Seen().eval().requires_grad_(False)
+    model.model = getattr(dinv.optim, kind)(
+        data_fidelity=dinv.optim.data_fidelity.L2(),
+        prior=dinv.optim.prior.Tikhonov(),
+        stepsize=0.5,
+        lambda_reg=0.5,
+        sigma_denoiser=0.1,
+        max_iter=60,
+        unfold=True,
+        DEQ=True,
+    )
+    y = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+    before = model(y)
+    assert torch.equal(adapt(model)(y), before)
+    found = optimize_input(
+        model, y, lambda out: -out.square().flatten(1).sum(1), constraint=L2Ball(0.5)
+    )
+    assert bool((found.status == Status.CONVERGED).all())
+    assert torch.allclose(found.output, model(found.x), atol=1e-4)
+
+
+def test_the_page_runs() -> None:
+    text = (ROOT / "docs" / "deepinv.md").read_text()
+    section = text.split("## deepinv's own DEQ")[1].split("\n## ")[0]
+    names: dict[str, Any] = {"__name__": "page"}
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 3
+    with torch.random.fork_rng():
+        for block in blocks:
+            exec(compile(block, "deepinv.md", "exec"), names)
+    again = -names["nearness"](names["net"](names["found"].x)).mean().detach()
+    assert bool((names["found"].status == Status.CONVERGED).all())
+    assert float(again) < 0.9 * float(-names["found"].value.mean())
 
 
 def test_a_model_with_deq_is_attacked_as_it_is() -> None:
