@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import TYPE_CHECKING
+import zipfile
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+MOST_BYTES = 4 << 30  # of one array in an npz file, unpacked
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 MOST_PIXELS = 50_000_000  # of one image: 150 MB as RGB
 
@@ -66,6 +69,49 @@ def read_files(
             )
     wide = channels or max(3 if a.ndim == 3 else 1 for _, a in arrays)
     return torch.stack([as_channels(a, wide) for _, a in arrays]), skipped
+
+
+def read_arrays(path: Path, names: tuple[str, ...]) -> list[NDArray[Any] | None]:
+    """Plain arrays of an npz file, None for each that is not there.
+
+    What an array would take is read off its header: a small file may unpack to any size, or say so.
+
+    Args:
+        path: of the file.
+        names: of the arrays.
+
+    Raises:
+        OSError, ValueError, EOFError, zipfile.BadZipFile, ...: it is no whole npz file, or an array
+            holds objects, or more than 4 GiB.
+    """
+    with path.open("rb") as raw:
+        with zipfile.ZipFile(raw) as archive:
+            inside = archive.namelist()
+            for name in names:
+                if f"{name}.npy" in inside:
+                    with archive.open(f"{name}.npy") as member:
+                        _check_header(name, member)
+        raw.seek(0)
+        with np.load(raw, allow_pickle=False) as file:
+            return [file.get(name) for name in names]
+
+
+def _check_header(name: str, member: IO[bytes]) -> None:
+    npy: Any = np.lib.format
+    first = npy.read_magic(member) == (1, 0)
+    read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds objects of Python, which nothing here unpickles")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    size = math.prod(shape) * dtype.itemsize
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"{name}, {dtype} of shape {shape}, takes {size / 2**30:.1f} GiB unpacked, more than "
+            f"{MOST_BYTES >> 30} GiB: store bytes instead of floats or fewer images, or let "
+            "module:function return the arrays"
+        )
 
 
 def to_bytes(image: Image, resize: int | None = None) -> NDArray[np.uint8]:

@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,6 +17,7 @@ from jiio_plugins.data.files import (
     SUFFIXES,
     as_channels,
     image_files,
+    read_arrays,
     read_files,
     to_bytes,
 )
@@ -36,6 +36,7 @@ _TORCHVISION: Mapping[str, tuple[str, Mapping[str, dict[str, Any]]]] = {
 }
 DATASETS = ("digits", "fashion-mnist", *_TORCHVISION)
 _SPLITS = frozenset({"train", "test", "val"})
+_MOST_CLASSES = 10**6  # more are no classes, but pixels or hashes
 _ATTRIBUTE = "Smiling"  # CelebA has forty labels of two classes each
 
 
@@ -228,13 +229,13 @@ def _from_npz(path: Path) -> tuple[Any, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, or it is no regular one")
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return file.get("x"), file.get("y")
+        x, y = read_arrays(path, ("x", "y"))
     except (OSError, ValueError, EOFError, TypeError, AttributeError, *_DAMAGED) as error:
         raise ValueError(
             f"{path} is no whole npz file with plain arrays x and y (numpy.savez(path, x=x, y=y)): "
             f"{error}"
         ) from error
+    return x, y
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -258,10 +259,20 @@ def _arrays(x: Any, y: Any, data: str, *, labels: bool) -> LabelledImages:
         return LabelledImages(images, torch.zeros(0, dtype=torch.int64))
     targets = torch.as_tensor(y)
     whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if targets.dtype in (
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ):  # torch has few functions of them
+        targets = targets.to(torch.int64)
     if not whole or targets.shape != (len(images),):
         raise ValueError(
             f"y of {data} must be integers, one for each of {len(images)} images, got "
             f"{targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    if targets.numel() and int(targets.max()) > _MOST_CLASSES:
+        raise ValueError(
+            f"y of {data} has the label {int(targets.max())}: labels are classes, counted from 0"
         )
     if int(targets.min()) < 0:
         raise ValueError(f"y of {data} has a negative label, {int(targets.min())}: count from 0")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import tracemalloc
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,6 +127,8 @@ def test_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"y": np.zeros(5, int)}, r"y of .* must be integers, one for each of 6 images, got"),
         ({"y": np.zeros(6)}, r"must be integers, .* got torch.float64"),
         ({"y": np.arange(6) - 1}, "has a negative label, -1: count from 0"),
+        ({"y": np.full(6, 2**40)}, "has the label 1099511627776: labels are classes"),
+        ({"y": np.full(6, 2**31, np.uint32)}, "has the label 2147483648"),
         ({"x": np.zeros((6, 5, 8, 7))}, r"with 1 or 3 channels, .* got \(6, 5, 8, 7\)"),
         ({"x": np.zeros((0, 3, 8, 8)), "y": np.zeros(0, int)}, "one image at least"),
         ({"x": np.full((6, 3, 8, 8), 2.5)}, r"floats in \[0, 1\]: got torch.float64 from 2.5"),
@@ -155,6 +160,38 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(FileNotFoundError, match="it is no regular one"):
         load_labelled(str(tmp_path / "pipe.npz"))
+
+
+HEADERS: dict[str, tuple[Any, str, str]] = {
+    "lies": ((10**7, 3, 1024, 1024), "|u1", "takes 29296.9 GiB unpacked, more than 4 GiB"),
+    "text": ((3, 8, 8), "<U100000000", "takes 71.5 GiB unpacked"),
+    "objects": ((3,), "|O", "holds objects of Python"),
+    "negative": ((-3, 8, 8), "|u1", r"x has the shape \(-3, 8, 8\)"),
+    "cut": ((3, 1024, 1024), "|u1", "is no whole npz file"),
+    "header": (None, "", "is no whole npz file"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_what_an_npz_says_of_itself_is_not_believed(tmp_path: Path, kind: str) -> None:
+    shape, dtype, message = HEADERS[kind]
+    header, labels = io.BytesIO(), io.BytesIO()
+    if shape is None:  # two gigabytes of header
+        header.write(b"\x93NUMPY\x02\x00" + (1 << 31).to_bytes(4, "little"))
+    else:
+        about = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, about)
+    np.save(labels, np.arange(3))
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(1000))
+        archive.writestr("y.npy", labels.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_labelled(str(tmp_path / "bad.npz"))
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar-10", "cifar-100", "svhn", "celeba"])
