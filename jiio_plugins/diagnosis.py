@@ -327,7 +327,7 @@ def _contraction(problem: Problem, found: Diagnosis, z: Tensor) -> None:
         if found.rate <= _EASY
         else "contracts slowly"
         if found.rate < _SLOW
-        else "does not contract in the worst row: plain iteration leaves its fixed point"
+        else "does not contract in the worst row, where plain iteration leaves the fixed point"
     )
     found.sentences.append(
         f"f {kind}: ρ is about {found.rate:.2f} in the worst row, {median:.2f} in the median. "
@@ -368,18 +368,19 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
     good = "good" if found.gradient_cosine >= _GOOD else "not to be trusted"
     found.sentences.append(
         f"The model's own gradient is {good}: its cosine with the exact one is "
-        f"{found.gradient_cosine:.3f} at worst, its length {found.gradient_ratio:.2f} of it."
+        f"{found.gradient_cosine:.3f} at worst, where its length is {found.gradient_ratio:.2f} of "
+        f"that, and {float(cosine.median()):.3f} in the median."
     )
 
 
 def _settings(found: Diagnosis, solved: bool) -> None:
     rate = found.rate if found.rate is not None else 0.0
     if not solved:
-        found.settings = "Nested()"
+        found.settings = "Joint(max_iter=80)"
         why = (
             f"a tight solve has not converged in {default_verifier(torch.float32).max_iter} "
-            "evaluations. Compare with Joint(max_iter=80), which costs a fraction. What is "
-            "found may not be verified: give that more, "
+            "evaluations. Compare with Nested(solver=Anderson(max_iter=200, memory=10, "
+            "tol=1e-4)), which costs far more. What is found may not be verified: give that more, "
             "verify=Anderson(max_iter=1000, memory=20, tol=1e-5)"
         )
         if rate >= _SLOW:
