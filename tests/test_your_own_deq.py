@@ -15,10 +15,10 @@ def test_every_block_runs() -> None:
     text = (ROOT / "docs" / "your-own-deq.md").read_text()
     names: dict[str, Any] = {"__name__": "page"}
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "your-own-deq.md", "exec"), names)
-    for name in ("found", "worse", "found_there", "found_here"):
+    for name in ("found", "worse", "found_there", "found_here", "found_in_order", "found_by_key"):
         solution = names[name]
         assert isinstance(solution, Solution)
         assert not set(solution.status.tolist()) & {Status.NONFINITE, Status.NOT_VERIFIED}
