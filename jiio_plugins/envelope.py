@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import count
-from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.solvers import Anderson, Solver
 from jiio_plugins.joint.inputs import check_gradients_possible, check_input, problem_of
 from jiio_plugins.joint.modes import EnvelopeMode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from jiio_plugins.envelope import JointSolution, Refine, envelope_pass, joint_solution, refiner
-from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.state import StateLayout
 from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 from jiio_plugins.joint.problem import FlatState

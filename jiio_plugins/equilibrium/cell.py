@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jiio_plugins.equilibrium.mode import inside_a_cell
 from jiio_plugins.equilibrium.state import Layout, as_tensors
 from jiio_plugins.utils.trees import leaves, map_leaves
 
@@ -72,7 +73,8 @@ class CellMap:
             state = map_leaves(state, Tensor, Tensor.clone)
         versions = _versions((state, self.injection))
         try:
-            out = self.cell(state, *self.injection)
+            with inside_a_cell():
+                out = self.cell(state, *self.injection)
         except RuntimeError as error:
             if "inplace" in str(error).replace("-", ""):  # torch writes it both ways
                 error.add_note(f"(perhaps {_IN_PLACE.format(name)})")

@@ -33,12 +33,8 @@ from jiio_plugins.equilibrium.hosted import (
     take_in,
     with_gradient,
 )
-from jiio_plugins.equilibrium.layer import (
-    current_mode,
-    full_precision_state,
-    layer_mode,
-    layers_of,
-)
+from jiio_plugins.equilibrium.layer import full_precision_state, layers_of
+from jiio_plugins.equilibrium.mode import current_mode, layer_mode
 from jiio_plugins.equilibrium.recognition import SOLVERS, no_layer, recognise
 from jiio_plugins.equilibrium.solver_calls import SolverCall, read_call, with_state
 from jiio_plugins.equilibrium.solvers import Anderson
@@ -237,7 +233,7 @@ class ForeignLayer(HostedLayer):
         ways = self.__dict__.setdefault(WAYS, {})
         if self.training not in ways:
             inputs = tree_map_only(Tensor, _as_input, (args, kwargs))
-            with layer_mode(None), counting_into(()), torch.enable_grad():  # type: ignore[arg-type]
+            with layer_mode(None), counting_into(()), torch.enable_grad():
                 ways[self.training] = self._look(partial(forward, *inputs[0], **inputs[1]))
         way = ways[self.training]
         answers: list[Any] = []

@@ -19,6 +19,7 @@ from jiio_plugins.equilibrium.batch import rows_first
 from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows, counting_into, open_counters
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
+from jiio_plugins.equilibrium.mode import inside_a_cell
 from jiio_plugins.equilibrium.state import as_tensors
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def counted(func: Callable[..., Any], batch_dim: int | None = 0) -> Callable[...
     counters = open_counters()  # backward may run in another thread
 
     def call(*state: Any, **kwargs: Any) -> Any:
-        out = func(*state, **kwargs)
+        with inside_a_cell():
+            out = func(*state, **kwargs)
         rows = count_rows(len(rows_first(state[0], batch_dim)), state[0].device)
         with counting_into(counters):
             count(Cost(f_evals=rows))

@@ -8,9 +8,7 @@ another library has a joint mode as soon as it asks :func:`current_mode` too.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,12 +23,10 @@ from jiio_plugins.equilibrium.batch import (
 )
 from jiio_plugins.equilibrium.cell import CellMap, initial_state
 from jiio_plugins.equilibrium.compiling import never_compiled
+from jiio_plugins.equilibrium.mode import current_mode
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.state import Layout, as_tensors
 from jiio_plugins.utils.checks import check_floating
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class LayerDefaults(Protocol):
@@ -59,24 +55,6 @@ class Mode(Protocol):
         Returns:
             A state as the cell has it.
         """
-
-
-_mode: ContextVar[Mode | None] = ContextVar("jiio_mode", default=None)
-
-
-@contextmanager
-def layer_mode(mode: Mode) -> Iterator[None]:
-    """Put every equilibrium layer called in this block (and thread) into joint mode."""
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
-
-
-def current_mode() -> Mode | None:
-    """The mode that decides here what equilibrium layers do. None outside an optimisation."""
-    return _mode.get()
 
 
 def full_precision_state(state: Any) -> Any:

@@ -12,7 +12,8 @@ If there is one, it answers with ``mode.on_layer(layer, f, z0)``, where f is its
 :class:`jiio_plugins.equilibrium.CellMap`.
 """
 
-from jiio_plugins.equilibrium.layer import LayerDefaults, Mode, current_mode, layer_mode
+from jiio_plugins.equilibrium.layer import LayerDefaults, Mode
+from jiio_plugins.equilibrium.mode import current_mode, layer_mode
 from jiio_plugins.equilibrium.recognition import no_layer
 from jiio_plugins.joint.guard import Replay, buffers_kept, flags_kept, guarded
 from jiio_plugins.joint.inputs import check_gradients_possible, check_input, problem_of, unwrap

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.compiling import uncompiled
-from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.state import flatten
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor
 from jiio_plugins.equilibrium.adjoints import Adjoint, implicit_gate, solve_counted
 from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost, count, count_rows
-from jiio_plugins.equilibrium.layer import layer_mode
+from jiio_plugins.equilibrium.mode import inside_a_cell, layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
 from jiio_plugins.equilibrium.state import Layout, as_tensors, relative, row_norm
@@ -336,9 +336,10 @@ class PenaltyMode:
         """
         state = f.layout.unpack(self.z[self.calls])
         self.calls += 1
-        penalty = jacobian_penalty(
-            f.cell, state, *f.injection, probes=self.probes, generator=self.generator
-        )
+        with inside_a_cell():
+            penalty = jacobian_penalty(
+                f.cell, state, *f.injection, probes=self.probes, generator=self.generator
+            )
         self.value = self.value + penalty
         rows = count_rows(len(self.z[0]), self.z[0].device)
         # the gradient of a probe's VJP costs about one more

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.counting import Cost
-from jiio_plugins.equilibrium.layer import layer_mode, layers_of
+from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal

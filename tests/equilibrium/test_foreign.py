@@ -24,7 +24,7 @@ from jiio_plugins import (
     unadapt,
 )
 from jiio_plugins.evaluation import layers_as
-from tests.equilibrium.specimens import Hooked, Model, Named, iterate, objective
+from tests.equilibrium.specimens import ByFunction, Hooked, Model, Named, iterate, objective
 from tests.helpers import TanhCell, linear, rand
 
 FORMS = ("hook", "function", "scales", "dict", "list", "tuple")
@@ -140,6 +140,53 @@ def test_layers_of_two_kinds_and_a_layer_used_twice() -> None:
     assert float(found.value.mean()) <= 0.97 * float(nested.value.mean())
     assert isinstance(unadapt(model).third, Equilibrium)
     assert type(model.first) is Hooked
+
+
+class Within(nn.Module):
+    """A cell that holds a layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.inner = TanhCell(6, 0.5, seed=2), inner
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.5 * self.cell(z, x) + 0.2 * self.inner(x + 0.1 * z)
+
+
+@pytest.mark.parametrize("outer", ["ours", "theirs"])
+@pytest.mark.parametrize("inner", ["ours", "theirs"])
+def test_layers_within_layers(outer: str, inner: str) -> None:
+    def layer(kind: str, cell: nn.Module) -> nn.Module:
+        ours = kind == "ours"
+        return Equilibrium(cell, solver=Anderson(tol=1e-8)) if ours else ByFunction(cell, iterate)
+
+    model = Model("hook")
+    model.deq = layer(outer, Within(layer(inner, TanhCell(6, 0.5, seed=4))))
+    x = rand(6, 5, seed=4)
+    before = model(x)
+    assert torch.equal(adapt(model)(x), before)
+    found, nested = (
+        optimize_input(model, x, objective, constraint=L2Ball(0.5), method=method)
+        for method in (Joint(max_iter=6), Nested(max_iter=2))
+    )
+    assert bool((found.status == Status.CONVERGED).all())
+    assert torch.allclose(found.value, objective(model(found.x)), atol=1e-5)
+    assert float(found.value.mean()) <= 0.99 * float(nested.value.mean())
+
+
+def test_a_layer_whose_calls_change() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deq, self.calls = Equilibrium(TanhCell(5, 0.5, seed=2)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = self.deq(x)
+            return self.deq(x) if self.calls % 2 else x
+
+    with pytest.raises(RuntimeError, match="layers where its first pass called 2"):
+        optimize_input(Changes(), rand(4, 5, seed=4), objective, constraint=L2Ball(0.5))
 
 
 def test_a_solver_that_ignores_its_start() -> None:
