@@ -302,6 +302,13 @@ class Problem:
             raise ValueError(no_layer(self.variable.model))
         wanted = self.rows if rows is None else len(rows)
         if any(len(z) != wanted for z in mode.z):
+            of_one = any(layer.batch_dim is None for layer in layers_of(self.variable.model))
+            if of_one and not self.variable.one:
+                raise ValueError(
+                    "a layer has batch_dim=None, so x is one problem, which is not to be judged "
+                    "sample by sample: use optimize_input, with an objective of one value. With "
+                    "whole_batch=True instead each row is a problem"
+                )
             raise ValueError(
                 f"states must be batch first: the model was called on {wanted} rows, the states of "
                 f"its layers have {[len(z) for z in mode.z]}. Say which dimension of them the "

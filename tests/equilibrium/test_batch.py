@@ -24,6 +24,7 @@ from jiio_plugins import (
     optimize_input,
     unadapt,
 )
+from jiio_plugins.verification import judge
 from tests.equilibrium.specimens import Hooked, iterate, objective
 from tests.helpers import TIGHT, TanhCell, linear, rand
 from tests.test_whole_batches import Graph, Sequences
@@ -220,6 +221,8 @@ def test_bad_declarations() -> None:
     graph = Whole(Equilibrium(Graph(6), batch_dim=None))
     with pytest.raises(ValueError, match=r"of one problem, .* one value, shape \(1,\), got \(6,\)"):
         optimize_input(graph, X, objective)
+    with pytest.raises(ValueError, match="not to be judged sample by sample: use optimize_input"):
+        judge(graph, X, torch.arange(6) % 3, TIGHT)
     several = nn.Sequential(Equilibrium(TanhCell(5, 0.5, seed=1)), graph)
     with pytest.raises(ValueError, match="None for all layers where x is one problem"):
         optimize_input(several, X, of_all)
