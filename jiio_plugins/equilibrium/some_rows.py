@@ -8,6 +8,7 @@ evaluated in its place, and those asked for are taken.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ def warn_of_refusal(what: str, error: Exception, stacklevel: int = 3) -> None:
         error: that it raised.
         stacklevel: as of :func:`warnings.warn`.
     """
-    reason = str(error).partition("\n")[0]
+    # without numbers it is one text for all numbers of rows, which Python shows once
+    reason = re.sub(r"\d+", "…", str(error).partition("\n")[0])
     warnings.warn(
         f"{what} cannot be called on some of the rows of its batch ({reason}). All rows are called "
         "together from now on. Where they influence each other, as nodes of one graph do, or "
