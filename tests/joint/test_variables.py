@@ -172,7 +172,7 @@ def conditions(rows: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "method", [Joint(max_iter=100, tol=1e-10), Nested(max_iter=300, step_size=0.05)]
+    "method", [Joint(max_iter=100, tol=1e-10), Nested(max_iter=20, step_size=0.05)]
 )
 def test_what_else_the_model_is_given_stands_still(method: Any) -> None:
     model, x, more = Conditional(), torch.zeros(4, 5).double(), conditions(4)
