@@ -131,7 +131,7 @@ def test_a_second_attempt_does_not_lose_the_first(kind: str) -> None:
     def attacked(model: nn.Module, **settings: Any) -> Any:
         x, y = rand(6, 5, seed=4), torch.arange(6) % 3
         return attack(
-            model, x, y, norm=2, eps=0.6, method=Joint(max_iter=4), random_starts=2, **settings
+            model, x, y, norm=2, eps=0.6, method=Joint(max_iter=3), random_starts=1, **settings
         )
 
     if kind == "graph":
@@ -140,11 +140,11 @@ def test_a_second_attempt_does_not_lose_the_first(kind: str) -> None:
     else:
         model = Net("cached" if kind == "cached" else "plain", 6)
         model.deq.whole_batch = kind == "declared"
-    found = attacked(model, retry=Joint(max_iter=8))
+    found = attacked(model, retry=Joint(max_iter=5))
     assert torch.allclose(found.stats.model_output, model(found.x), atol=1e-9)
     assert torch.allclose(found.output, model(found.x), atol=1e-6)
     if kind != "graph":
-        free = attacked(Net("plain", 6), retry=Joint(max_iter=8))
+        free = attacked(Net("plain", 6), retry=Joint(max_iter=5))
         assert torch.allclose(found.x, free.x, atol=1e-9)
         assert torch.allclose(found.value, free.value, atol=1e-6)
 

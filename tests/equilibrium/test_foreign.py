@@ -153,12 +153,13 @@ class Within(nn.Module):
         return 0.5 * self.cell(z, x) + 0.2 * self.inner(x + 0.1 * z)
 
 
-@pytest.mark.parametrize("outer", ["ours", "theirs"])
-@pytest.mark.parametrize("inner", ["ours", "theirs"])
+@pytest.mark.parametrize(
+    ("outer", "inner"), [("ours", "ours"), ("ours", "theirs"), ("theirs", "ours")]
+)
 def test_layers_within_layers(outer: str, inner: str) -> None:
     def layer(kind: str, cell: nn.Module) -> nn.Module:
         ours = kind == "ours"
-        return Equilibrium(cell, solver=Anderson(tol=1e-8)) if ours else ByFunction(cell, iterate)
+        return Equilibrium(cell, solver=Anderson(tol=1e-6)) if ours else ByFunction(cell, iterate)
 
     model = Model("hook")
     model.deq = layer(outer, Within(layer(inner, TanhCell(6, 0.5, seed=4))))
@@ -167,7 +168,7 @@ def test_layers_within_layers(outer: str, inner: str) -> None:
     assert torch.equal(adapt(model)(x), before)
     found, nested = (
         optimize_input(model, x, objective, constraint=L2Ball(0.5), method=method)
-        for method in (Joint(max_iter=6), Nested(max_iter=2))
+        for method in (Joint(max_iter=6), Nested(max_iter=1))
     )
     assert bool((found.status == Status.CONVERGED).all())
     assert torch.allclose(found.value, objective(model(found.x)), atol=1e-5)

@@ -40,7 +40,7 @@ def one(logits: Tensor) -> Tensor:
     return logits[:, 0]
 
 
-@pytest.mark.parametrize("name", ["tuple", "object", "key"])
+@pytest.mark.parametrize("name", ["object", "key"])
 def test_where_the_logits_are(
     name: str, make_classifier: Callable[..., PyTorchClassifier], digits: Digits
 ) -> None:
