@@ -103,6 +103,13 @@ def attack(
     attack_objective(loss, labels, targeted)  # its errors first
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
+    layers = layers_of(model) if isinstance(model, nn.Module) else []
+    if any(layer.batch_dim is None for layer in layers):
+        raise ValueError(
+            "a layer has batch_dim=None, so x is one problem, where an attack has one for each "
+            "label: use optimize_input with an objective of one value, such as "
+            "attack_objective(...)(output).sum().reshape(1), or whole_batch=True in its place"
+        )
     labels = outside_inference(labels)
     feasible = threat.around(x).bind(x)  # its errors first, also for an empty batch
 
@@ -140,7 +147,7 @@ def attack(
         return search(x, method)
     (start, how), *later = attempts
     best = search(start(), how)
-    whole = isinstance(model, nn.Module) and any(m.whole_batch for m in layers_of(model))
+    whole = any(layer.whole_batch for layer in layers)
     for start, how in later:
         drawn = start()
         rows = (~is_adversarial(best, labels, targeted)).nonzero().squeeze(1)

@@ -194,7 +194,7 @@ def _look(problem: Problem, found: Diagnosis) -> None:
         if "batch first" not in str(error):
             raise
         found.batch_first = False
-        say(f"Not batch first: {error}.")
+        say(f"Not batch first: {str(error).partition(': ')[2]}.")
         return
     found.batch_first = True
     if problem.variable.one:

@@ -17,6 +17,7 @@ from jiio_plugins import (
     Nested,
     Status,
     adapt,
+    attack,
     check,
     count_evaluations,
     envelope_loss,
@@ -221,6 +222,8 @@ def test_bad_declarations() -> None:
     graph = Whole(Equilibrium(Graph(6), batch_dim=None))
     with pytest.raises(ValueError, match=r"of one problem, .* one value, shape \(1,\), got \(6,\)"):
         optimize_input(graph, X, objective)
+    with pytest.raises(ValueError, match="one problem, where an attack has one for each label"):
+        attack(graph, X, torch.arange(6) % 3, norm=2, eps=0.1)
     with pytest.raises(ValueError, match="not to be judged sample by sample: use optimize_input"):
         judge(graph, X, torch.arange(6) % 3, TIGHT)
     several = nn.Sequential(Equilibrium(TanhCell(5, 0.5, seed=1)), graph)
