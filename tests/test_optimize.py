@@ -68,6 +68,20 @@ def test_x_of_another_precision_than_the_model(make: Any, dtype: torch.dtype) ->
             call(make(), x, squared)
 
 
+def test_inputs_of_another_precision_beside_what_is_optimised() -> None:
+    """x where parameters are optimised, and what is given."""
+    with pytest.raises(TypeError, match=r"the input is torch.float32 .* x.to\(torch.float64\)"):
+        optimize_input(Net(), rand(2, 5, seed=1).float(), squared, variables=["encoder.bias"])
+
+    class Conditioned(Net):
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            return super().forward(x) + self.head(condition)
+
+    given = [rand(2, 8, seed=2).float()]
+    with pytest.raises(TypeError, match=r"given\[0\] is torch.float32 .*given\[0\].to\(.*64\)$"):
+        optimize_input(Conditioned(), rand(2, 5, seed=1), squared, given=given)
+
+
 def test_a_model_may_convert_its_input() -> None:
     class Converting(nn.Module):
         def __init__(self) -> None:

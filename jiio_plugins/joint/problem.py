@@ -166,7 +166,7 @@ class Problem:
             try:
                 return self.variable(v, rows)
             except RuntimeError as error:
-                self._explain_dtype(v, error)
+                self._explain_dtype(error)
                 raise
         with torch.autocast(v.device.type, dtype=self._precision):
             output = self.variable(v, rows)
@@ -174,18 +174,25 @@ class Problem:
         halves = (torch.float16, torch.bfloat16)
         return map_leaves(output, Tensor, lambda t: t.float() if t.dtype in halves else t)
 
-    def _explain_dtype(self, v: Tensor, error: RuntimeError) -> None:
+    def _explain_dtype(self, error: RuntimeError) -> None:
         """Say what does not fit together, where torch has refused the dtypes of input and model.
 
         Some models convert their input, so this cannot be told before they are called.
         """
-        own = {p.dtype for p in self.variable.model.parameters() if p.is_floating_point()}
+        variable = self.variable
+        own = {p.dtype for p in variable.model.parameters() if p.is_floating_point()}
         refused = any(words in str(error) for words in ("dtype", "scalar type", "type ("))
-        if refused and len(own) == 1 and v.dtype not in own:
-            (dtype,) = own
+        others = [
+            (name, dtype)
+            for name, dtype in variable.dtypes
+            if dtype.is_floating_point and dtype not in own
+        ]
+        if refused and len(own) == 1 and others:
+            (dtype,), (name, other) = own, others[0]
+            model = f" or model.to({other})" if name == "x" else ""
             raise TypeError(
-                f"the input is {v.dtype} and the model's parameters are {dtype}: convert one of "
-                f"them, with x.to({dtype}) or model.to({v.dtype})"
+                f"{'the input' if name == 'x' else name} is {other} and the model's parameters are "
+                f"{dtype}: convert one of them, with {name}.to({dtype}){model}"
             ) from error
 
     @property

@@ -158,6 +158,12 @@ class Variable:
         self._live_given = tuple(given)
         self.given = tuple(t.detach() for t in given)  # no graph of theirs in every iteration
 
+    @property
+    def dtypes(self) -> list[tuple[str, torch.dtype]]:
+        """What the model is called with, by the caller's names."""
+        given = [(f"given[{k}]", t.dtype) for k, t in enumerate(self.given)]
+        return [("x", self.start.dtype), *given]
+
     def live(self) -> Self:
         """The same with the graphs of what was given."""
         other = copy.copy(self)
@@ -250,6 +256,11 @@ class ParameterVariable(Variable):
         self.shapes = [p.shape[1:] if problems > 1 else p.shape for p in chosen]
         self.origin = torch.cat([p.reshape(1, -1) for p in chosen], dim=1).repeat(problems, 1)
         self.start = self.origin.detach()
+
+    @property
+    def dtypes(self) -> list[tuple[str, torch.dtype]]:
+        """See :class:`Variable`."""
+        return [("x", self.x.dtype), *super().dtypes[1:]]
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """Name -> ``(problems, ...)``, or the parameter's own shape for one problem."""
