@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 LOOSEST = 0.5  # from which it is in any case
+_NOISE = 1e3  # times the dtype's precision: a block of a smaller norm counts as zero
 _PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
 _TRIES = 12  # how often a step may be cut to a third
 _AMPLIFY = 10.0  # of a doubt that comes from residuals, which are errors times about 1 − ρ
@@ -271,8 +272,9 @@ def attach(
     with torch.no_grad():
         moved = [after.detach() - t for after, t in zip(fq, (z, mu, v), strict=True)]
         sizes = zip(blocks.norms(*moved), blocks.norms(z, mu, v), strict=True)
-        tiny = torch.finfo(v.dtype).tiny
-        residual = torch.stack([size / scale.clamp(min=tiny) for size, scale in sizes]).amax(0)
+        # of a block that is zero but for rounding, as at an exact fit, all digits are noise
+        zero = _NOISE * torch.finfo(v.dtype).eps
+        residual = torch.stack([size / scale.clamp(min=zero) for size, scale in sizes]).amax(0)
     residuals = Residuals(residual)
     if not _leads_elsewhere(fq, leaves):
         return v.detach(), residuals

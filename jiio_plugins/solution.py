@@ -62,8 +62,9 @@ _MESSAGES = {
         "early; tighten the tol of its equilibrium layer before judging it"
     ),
     Status.NO_IMPROVEMENT: (
-        "nothing better than the start was found, and the start is returned: raise max_iter, "
-        "change the step size, or see whether the model detaches x, so that no gradient reaches it"
+        "nothing better than the start was found, and the start is returned: if it is no optimum, "
+        "raise max_iter, change the step size, or see whether the model detaches x, so that no "
+        "gradient reaches it"
     ),
     Status.STALLED: (
         "no step lowers the residual any more: the tolerance is below what this dtype can reach "
@@ -129,7 +130,8 @@ class Residuals:
 
     Attributes:
         joint: relative residual ``‖F(q) − q‖ / ‖q‖`` of the solution ``q = (z, μ, v)``, the largest
-            of the three blocks, ``(problems,)``.
+            of the three blocks, ``(problems,)``. A block with a norm below a thousand roundings
+            counts as zero, and is not divided by it.
         adjoint: ``‖F(λ) − λ‖ / ‖F(λ)‖`` of the equation for λ, ``(problems,)``. None before a
             gradient was taken.
         adjoint_evals: products with ``(∂F/∂q)ᵀ`` that took, ``(problems,)``. None likewise.

@@ -300,13 +300,31 @@ class Objective:
                 "the data term's gradient at the generator's first image is NaN or Inf: the "
                 "physics or the data fidelity is not differentiable there, or y is not in its range"
             )
-        # zero at one image alone may be a minimum
-        if not bool(found.any()) and not bool(slope(self.fidelity, image + RADIUS * change).any()):
+        if not bool(found.any()) and self._hides_slope(image, change):
             raise ValueError(
-                "the data term's gradient is zero at all images tried: the physics rounds, takes "
-                "signs or else has no useful derivative, so that nothing can be fitted to y"
+                "the data term's gradient is zero at all images tried, though its value is not the "
+                "same at all: the physics rounds, takes signs or else has no useful derivative, so "
+                "that nothing can be fitted to y"
             )
         return found
+
+    def _hides_slope(self, image: Tensor, change: Tensor) -> bool:
+        """Whether the data term changes from image to image and has a gradient at none.
+
+        A gradient that is zero at one image alone may be that of an optimum, or of a saturated
+        generator, whose images are all alike. A physics that drops everything has none anywhere.
+        """
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(change.shape, generator=draw, dtype=self.reach.dtype).to(change)
+        reach = self.reach.reshape(-1, *[1] * (image.ndim - 1))
+        away = noise * torch.where(reach > 0, reach, 1.0).to(image.dtype)
+        tried = [image + RADIUS * step for step in (change, away, -away)]
+        if any(bool(slope(self.fidelity, other).any()) for other in tried):
+            return False
+        with torch.no_grad():
+            here = self.fidelity(image)
+            changes = [self.fidelity(other) - here for other in tried]
+        return any(bool((torch.isfinite(d) & (d != 0)).any()) for d in changes)
 
 
 def _words(sizes: list[tuple[int, ...]]) -> str:

@@ -8,10 +8,11 @@ import deepinv as dinv
 import pytest
 import torch
 from deepinv.physics import Denoising, GaussianNoise, Inpainting, Physics
-from torch import nn
+from torch import Tensor, nn
 
-from jiio_plugins import Joint
-from tests.adapters.deepinv.toys import SHAPE, Encoder, measured, reconstructor
+from jiio_deepinv import JIIOReconstructor
+from jiio_plugins import Joint, Status
+from tests.adapters.deepinv.toys import SHAPE, Encoder, Generator, measured, reconstructor
 
 
 def bad(y: Any, physics: Any, match: str, error: type = ValueError, **kwargs: Any) -> None:
@@ -55,6 +56,37 @@ def test_a_start_at_the_minimum_is_no_error() -> None:
     with torch.no_grad():
         y = model.generator(torch.zeros(2, 3).double())  # the gradient of the data term is zero
         torch.testing.assert_close(model(y, physics), y)
+
+
+class Saturated(Generator):
+    """Draws ones, whatever its latents are."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w).clamp(max=0) + 1
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("case", ["fitted", "saturated", "saturated and fitted", "empty mask"])
+def test_where_nothing_can_be_better_the_start_is_the_result(case: str, gradients: bool) -> None:
+    generator = Saturated(SHAPE) if "saturated" in case else Generator(SHAPE)
+    physics: Physics = Denoising(GaussianNoise(0.1))
+    y = torch.full((2, *SHAPE), 0.3, dtype=torch.float64)
+    if case == "empty mask":
+        physics, y = Inpainting(SHAPE, mask=torch.zeros(SHAPE).double()), 0 * y
+    start = generator(torch.zeros(2, 3, dtype=torch.float64)).detach()
+    if "fitted" in case:
+        y = start
+    model = JIIOReconstructor(generator)
+    with torch.set_grad_enabled(gradients):
+        image = model(y, physics)
+    assert torch.equal(image, start)
+    assert model.solution is not None
+    assert (model.solution.status == Status.NO_IMPROVEMENT).all()
+    if gradients:
+        image.square().sum().backward()
+        assert all(
+            bool(torch.isfinite(p.grad).all()) for p in generator.parameters() if p.grad is not None
+        )
 
 
 def test_physics_that_is_none() -> None:
