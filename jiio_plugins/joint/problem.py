@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
+from jiio_plugins.equilibrium.cell import uncompiled
 from jiio_plugins.equilibrium.counting import Cost
 from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.equilibrium.mode import layer_mode
@@ -266,7 +267,8 @@ class Problem:
             TypeError: it is not real floating point.
             ValueError: it is not one value per row.
         """
-        value = self.objective(output)
+        with uncompiled():  # it is differentiated as often as the model is
+            value = self.objective(output)
         if not isinstance(value, Tensor) or value.shape != (self.rows,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             if self.variable.one:

@@ -32,7 +32,7 @@ def test_compile_breaks_the_graph_at_the_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
-@pytest.mark.parametrize("part", ["model", "cell"])
+@pytest.mark.parametrize("part", ["model", "cell", "objective"])
 def test_compiled_code_whose_graph_can_be_walked_once(part: str) -> None:
     """As with the default backend, which is slow to compile: its buffers are given away."""
     torch._dynamo.reset()
@@ -43,16 +43,20 @@ def test_compiled_code_whose_graph_can_be_walked_once(part: str) -> None:
         )
     net, compiled = nets
     x, options = rand(3, 5, seed=1), {"backend": "aot_eager"}
+    objective = squared
     if part == "model":
         compiled = torch.compile(compiled, **options)
+    elif part == "objective":
+        objective = torch.compile(squared, **options)
     else:
         compiled.equilibrium.cell = torch.compile(compiled.equilibrium.cell, **options)
     expected, got = ({"x": input_gradient(m, x)} for m in (net, compiled))
     assert_same(expected, got, rtol=1e-9)  # compiled by now, with its buffers given away
-    for method in (Joint(), Nested()):
+    for method in (Joint(), Nested())[: 2 if part == "model" else 1]:
         for settings in ({"constraint": L2Ball(0.5)}, {"differentiable": True}):
             plain, found = (
-                optimize_input(m, x, squared, method=method, **settings) for m in (net, compiled)
+                optimize_input(m, x, loss, method=method, **settings)
+                for m, loss in ((net, squared), (compiled, objective))
             )
             torch.testing.assert_close(found.x, plain.x, rtol=1e-6, atol=1e-6)
 
