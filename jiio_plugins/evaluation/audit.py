@@ -44,6 +44,7 @@ _RESIDUAL = 1e-2  # relative residual, in the median, at which a model has not r
 _COSINE = 0.95  # between the model's own input gradient and the exact one, in the median
 _EXTRA = 0.02  # share of samples that another kind of gradient may break besides, lower 95 % bound
 _LOSS = 0.1  # share of the rise in loss by which another kind of gradient may be better
+_ROUNDING = 1e3  # times the dtype's precision: answers nearer than this are one
 _STEPS = (1, 3, 10)
 
 
@@ -52,6 +53,7 @@ def passive(
     suite: Sequence[Attack],
     attempts: Mapping[str, tuple[Tensor, Tensor]],
     undecided: int = 0,
+    random: bool = False,
 ) -> Found:
     """What the suite's own results tell.
 
@@ -60,6 +62,8 @@ def passive(
         suite: the attacks that were run.
         attempts: by attack, the indices of the samples it was given, and which of them it broke.
         undecided: samples that count as robust but hang on an unverified example.
+        random: whether the model answers anew at each call, see :func:`is_random`. No solver
+            settings help then.
 
     Returns:
         What was measured, name -> figure, and the findings.
@@ -75,8 +79,19 @@ def passive(
         "own_residual_max": float(residual.max()),
         "unconverged_solves": int(unconverged.sum()),
         "undecided": undecided,
+        "random": random,
     }
-    if share > _DIFFER:
+    if random:
+        found.append(
+            Finding(
+                "random",
+                "the model gives two answers to two calls with the same images, so that neither "
+                "its own answer nor a converged solve can be relied on. Take what is random out of "
+                "it (dropout that is always on, noise in cell, encoder or head, a random "
+                "initial_state), or draw it from a generator of a fixed seed at each call",
+            )
+        )
+    elif share > _DIFFER:
         found.append(
             Finding(
                 "disagreement",
@@ -86,7 +101,7 @@ def passive(
                 "Equilibrium layers, and judge again",
             )
         )
-    if not middle <= _RESIDUAL:
+    if not (random or middle <= _RESIDUAL):
         found.append(
             Finding(
                 "inexact-solve",
@@ -95,7 +110,7 @@ def passive(
                 "there are not its gradients. Raise max_iter or lower tol",
             )
         )
-    if undecided:
+    if undecided and not random:
         found.append(
             Finding(
                 "unverified",
@@ -132,6 +147,19 @@ def passive(
                 )
             )
     return checks, found
+
+
+@torch.no_grad()
+def is_random(model: nn.Module, x: Tensor) -> bool:
+    """Whether a second call gives another answer, by more than rounding.
+
+    Args:
+        model: returns a tensor.
+        x: images ``(rows, ...)``.
+    """
+    one, two = model(x), model(x)
+    size: Tensor = one.abs().max().nan_to_num()
+    return bool(((two - one).abs() > _ROUNDING * torch.finfo(one.dtype).eps * size).any())
 
 
 def _only_broken_by(

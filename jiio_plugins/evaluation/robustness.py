@@ -104,8 +104,11 @@ def robust_accuracy(
             examples = known if attack in given else None
             results.append(_run(attack, state, rows, threat, skip_broken, progress, examples))
         undecided = int((state.doubtful & ~state.broken).sum())
-        checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided)
-        if audit:
+        random = auditing.is_random(model, x[:batch_size])
+        checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided, random)
+        if audit and random:
+            checks["audit"] = "skipped: the model is random, and its gradients are too"
+        elif audit:
             chosen = state.correct.nonzero().squeeze(1)[:audit]
             more, found = auditing.active(model, x[chosen], y[chosen], verify, threat, progress)
             checks, warnings = {**checks, **more}, warnings + found

@@ -16,6 +16,7 @@ from jiio_plugins.evaluation import Attack, RobustnessReport, engine_attack, rob
 from jiio_plugins.evaluation.audit import passive
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.utils import map_leaves
 from jiio_plugins.verification import Verdict
 
 
@@ -49,6 +50,31 @@ def test_a_sound_model_is_not_suspected() -> None:
     exact = checks["loss_by_gradient"]["exact"]
     assert checks["loss_by_gradient"]["own"] == pytest.approx(exact, rel=0.02)
     assert checks["loss_by_gradient"]["unrolled"] == pytest.approx(exact, rel=0.1)
+
+
+class NoisyCell(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.initial_state = cell, cell.initial_state
+
+    def forward(self, z: Any, *injection: Tensor) -> Any:
+        return map_leaves(self.cell(z, *injection), Tensor, lambda t: t + torch.rand_like(t))
+
+
+@pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
+def test_a_random_model_is_not_told_to_be_solved_more_tightly() -> None:
+    model: Any = load_pretrained("digits")
+    model.equilibrium.cell = NoisyCell(model.equilibrium.cell)
+    model.equilibrium.solver = short = Anderson(max_iter=5)
+    x, y = digits(8)
+    state, nothing = torch.get_rng_state(), {"nothing": lambda model, x, y: x}
+    report = robust_accuracy(model, x, y, nothing, eps=0.3, norm=2, verify=short, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert kinds(report) == {"random"}
+    assert "Take what is random out of it" in str(report)
+    assert "max_iter" not in str(report)
+    assert report.checks["random"]
+    assert report.checks["unconverged_solves"] > 0  # or what is said were of no use
 
 
 @pytest.mark.filterwarnings("ignore:the adjoint of an equilibrium layer has not settled")
