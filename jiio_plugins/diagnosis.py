@@ -6,10 +6,8 @@ goes on.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,11 +26,13 @@ from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.inputs import problem_of
 from jiio_plugins.joint.modes import SolveMode, layers_as
 from jiio_plugins.solution import ConvergenceWarning
+from jiio_plugins.utils.files import write_figure, write_json
 from jiio_plugins.utils.trees import leaves
 from jiio_plugins.verification import default_verifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from jiio_plugins.equilibrium.cell import CellMap
     from jiio_plugins.equilibrium.layer import LayerDefaults
@@ -92,8 +92,12 @@ class Diagnosis:
         return "\n".join(self.sentences)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write everything as JSON.
+
+        Raises:
+            OSError: it could not be written. An older file is kept.
+        """
+        write_json(path, asdict(self), indent=2)
 
     def plot(self, path: str | Path) -> None:
         """Draw the residual curves, if there are any.
@@ -117,7 +121,7 @@ class Diagnosis:
         )
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=150)
+        write_figure(path, figure)
 
 
 def check(

@@ -15,7 +15,6 @@ def run_check(settings: Check) -> None:
     found = check(task.model, task.x)
     print(found)
     out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
     found.save(out / "check.json")
     written = [out / "check.json"]
     if found.plain and find_spec("matplotlib"):

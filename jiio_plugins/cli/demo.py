@@ -14,6 +14,7 @@ from jiio_plugins.cli.commands import Demo, default_eps
 from jiio_plugins.cli.task import Task, load_task
 from jiio_plugins.evaluation import Comparison, Row
 from jiio_plugins.hosts import load_adapter
+from jiio_plugins.utils.files import write_figure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,4 +113,4 @@ def _plot_images(path: Path, model: nn.Module, x: Tensor, found: Tensor, y: Tens
                 image = image.mean(2, keepdim=True)
             axis.imshow(image, **style)
             axis.set(xticks=[], yticks=[], title="" if classes is None else f"says {classes[k]}")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

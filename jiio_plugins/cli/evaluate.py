@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from jiio_plugins.cli.commands import Evaluate, default_eps
 from jiio_plugins.cli.task import Task, load_task
 from jiio_plugins.evaluation import default_suite, quick_suite, robust_accuracy
+from jiio_plugins.utils.files import write_figure, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +61,7 @@ def _write(settings: Evaluate, task: Task, reports: Sequence[RobustnessReport]) 
         "reports": [r.to_dict() for r in reports],
     }
     out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "robustness.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "robustness.json", record, indent=2)
     title = f"{task.name}, {reports[0].images} images of {task.dataset}"
     plot_accuracy(out / "robustness.png", reports, title)
     print(f"numbers and plot: {out}/robustness.json, {out}/robustness.png")
@@ -97,4 +96,4 @@ def plot_accuracy(path: Path, reports: Sequence[RobustnessReport], title: str) -
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -13,7 +13,6 @@ scratch to a relative residual of 1e-3, at the images as they are.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import platform
 import statistics
@@ -30,6 +29,7 @@ from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.joint.guard import guarded
 from jiio_plugins.methods.nested import Nested
 from jiio_plugins.threat_model import ThreatModel
+from jiio_plugins.utils.files import write_figure, write_json
 from jiio_plugins.verification import judge
 
 if TYPE_CHECKING:
@@ -254,9 +254,7 @@ class Comparison:
             about: what else is to stand in the JSON.
             curves: as in :meth:`plot`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {**about, **self.to_dict()}
-        (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(folder / "results.json", {**about, **self.to_dict()})
         self.plot(folder / "curve.png", title, curves)
         print(f"numbers and plot: {folder}/results.json, {folder}/curve.png")
 
@@ -294,7 +292,7 @@ class Comparison:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()  # their labels print over each other
         axes.legend()
-        figure.savefig(path, dpi=150)
+        write_figure(path, figure)
 
 
 def _points(rows: Iterable[Row]) -> tuple[list[float], list[float]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from jiio_plugins.utils.files import write_json
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 _Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -252,8 +253,12 @@ class RobustnessReport:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "worst"}
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write :meth:`to_dict` as JSON.
+
+        Raises:
+            OSError: it could not be written. An older file is kept.
+        """
+        write_json(path, self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         head = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
 from jiio_plugins.utils.checkpoint import fingerprint
 from jiio_plugins.utils.factory import build_network
-from jiio_plugins.utils.files import replacing
+from jiio_plugins.utils.files import write_json
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
@@ -139,8 +138,7 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
     prior = {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
     report = {"prior": prior, **_measure(config, source, samples, out)}
     path = out / f"metrics-{config.prior}.json"
-    with replacing(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(path, report)
     show(report)
     print(f"figures: {path}")
     return report

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import io
+import json
 import os
 import re
 import secrets
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 EMPTY_SEAL = "sha256:" + 64 * "0"  # what a format puts where the seal is to be
@@ -147,6 +150,38 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         finally:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def write_json(path: str | Path, content: object, *, indent: int = 1) -> None:
+    """Write plain values as JSON.
+
+    Args:
+        path: the file, which replaces the one before once it is whole.
+        content: what ``json.dumps`` takes.
+        indent: of the text.
+
+    Raises:
+        OSError: it could not be written. An older file is kept.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=indent) + "\n").encode())
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Write a figure in the format that the name's ending says, PNG without one.
+
+    Args:
+        path: the file, which replaces the one before once it is whole.
+        figure: of matplotlib.
+
+    Raises:
+        OSError: it could not be written. An older file is kept.
+        ValueError: matplotlib does not write this format.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150)
+    with replacing(path) as file:
+        file.write(drawn.getvalue())
 
 
 @contextmanager

@@ -114,6 +114,42 @@ def test_a_config_whose_settings_are_of_other_kinds(tmp_path: Path) -> None:
         TrainConfig.read(tmp_path / CONFIG)
 
 
+def write_a_figure(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    files.write_figure(path, Figure(figsize=(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("results.json", lambda path: files.write_json(path, {"figures": [1.5, None]})),
+        ("curve.png", write_a_figure),
+    ],
+)
+def test_results_are_written_whole_and_to_no_other_place(
+    name: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "new" / name
+    victim.write_text("precious")
+    path.parent.mkdir()
+    path.symlink_to(victim)
+    write(path)
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()
+    before = path.read_bytes()
+    assert json.loads(before) if name == "results.json" else before.startswith(b"\x89PNG")
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=rf"could not write {name}; the one before is kept .* full"):
+        write(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
 def test_a_seal_in_the_content_is_no_hindrance(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     for text in (files.EMPTY_SEAL, "sha256:" + 64 * "a"):
