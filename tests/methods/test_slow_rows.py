@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, Status, opt
 from jiio_plugins.attacks import attack as jiio_attack
 from jiio_plugins.data import load_digits
 from jiio_plugins.joint import Problem, Variable
+from jiio_plugins.methods import solve
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.models import load_pretrained
 from tests.cases import squared
@@ -166,3 +168,132 @@ def test_an_anchor_leads_back_to_the_fixed_point_that_the_model_finds() -> None:
     assert float(iteration.z[0]) < -0.9
     assert (iteration.z[1:] == 0.97).all()  # one costs nothing any more, one is sure
     assert ((problem.f_evals > before) == torch.tensor([True, False, False])).all()
+
+
+class Failing(nn.Module):
+    """A cell that repels plain iteration, and now and then fails in marked rows.
+
+    Attributes:
+        at: numbers of the evaluations, without a graph or with one, that fail.
+        back: whether the backward pass fails instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = Damped(TanhCell(8, 0.8, seed=1), 2.4)
+        self.at: set[tuple[bool, int]] = set()
+        self.back = False
+        self.calls = {False: 0, True: 0}
+
+    def forward(self, z: Tensor, u: Tensor, marked: Tensor) -> Tensor:
+        out: Tensor = self.cell(z, u)
+        live = torch.is_grad_enabled()
+        self.calls[live] += 1
+        if (live, self.calls[live]) not in self.at:
+            return out
+        if self.back:
+            if out.requires_grad:
+                out.register_hook(lambda g: torch.where(marked, torch.nan, g))
+            return out
+        return torch.where(marked, torch.nan, out)
+
+
+class Marked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = linear(5, 8, 2), linear(8, 3, 3)
+        self.equilibrium = Equilibrium(Failing(), solver=TIGHT)
+
+    def forward(self, x: Tensor, marked: Tensor) -> Tensor:
+        return self.head(self.equilibrium(self.encoder(x), marked))
+
+
+def run_failing(at: set[tuple[bool, int]], back: bool = False) -> tuple[Any, dict[bool, int]]:
+    model: Any = Marked()
+    cell = model.equilibrium.cell
+    cell.at, cell.back = at, back
+    marked = torch.arange(5)[:, None] == 1
+    method = Joint(max_iter=16, gap_tol=0.0)
+    problem = Problem(
+        Variable(model, rand(5, 5, seed=4), [marked]), lambda y: -squared(y), L2Ball(0.5)
+    )
+    with problem.variable.guarded():
+        return solve(problem, method), cell.calls
+
+
+@pytest.mark.parametrize("kind", ["state", "evaluation", "backward"])
+def test_a_failure_in_a_slow_row_stays_there_and_passes(kind: str) -> None:
+    """NaN of an anchor or a mixed step, of the evaluation with its graph, of an adjoint step."""
+    sound, calls = run_failing(set())
+    live = kind != "state"
+    numbers = range(8 if kind == "state" else 2, calls[live], 9 if kind == "state" else 4)
+    others = torch.arange(5) != 1
+    for number in numbers:
+        found, _ = run_failing({(live, number)}, back=kind == "backward")
+        for name in ("v", "z", "mu", "loss_last"):
+            whole, broken = getattr(sound, name), getattr(found, name)
+            torch.testing.assert_close(broken[others], whole[others], rtol=1e-9, atol=1e-9)
+            assert torch.isfinite(broken).all(), (name, number)
+        assert float(found.loss_last[1]) < 0.9 * float(sound.loss_last[1]), number
+
+
+def begun() -> Any:
+    """An iteration of three rows that all are slow."""
+    variable = Variable(
+        nn.Sequential(Equilibrium(TwoFixedPoints(), solver=TIGHT)), rand(3, 2, seed=1)
+    )
+    iteration: Any = Joint().start(Problem(variable, squared, L2Ball(0.1)))
+    iteration.slow, iteration.control = torch.ones(3, dtype=torch.bool), True
+    return iteration
+
+
+def test_an_anchor_that_fails_leaves_a_state_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    iteration = begun()
+    problem, solve_as_it_is = iteration.problem, Problem.solve
+
+    def failing(self: Problem, *args: Any, **kwargs: Any) -> Any:
+        found = solve_as_it_is(self, *args, **kwargs)
+        fz = found.fz.clone()
+        fz[0], fz[1] = torch.nan, torch.inf
+        return SimpleNamespace(fz=fz, evals=found.evals)
+
+    monkeypatch.setattr(Problem, "solve", failing)
+    iteration.unsure = torch.ones(3, dtype=torch.bool)
+    before = iteration.z = -iteration.z  # at the other fixed point
+    iteration._anchor(problem.v_start, torch.ones(3))
+    assert torch.equal(iteration.z[:2], before[:2])
+    assert not torch.equal(iteration.z[2], before[2])
+    assert torch.isfinite(iteration.jz_mu).all()
+
+
+def test_an_adjoint_step_that_fails_leaves_what_the_steps_before_it_found() -> None:
+    class Failing:
+        calls = 0
+
+        def vjp(self, mu: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            jz_mu = 0.9 * mu
+            if self.calls == 2:
+                jz_mu[0] = torch.nan
+            return jz_mu, mu
+
+    iteration, dl_dz = begun(), rand(3, 2, seed=2)
+    iteration.jz_mu = rand(3, 2, seed=3)
+    iteration.mu = iteration.jz_mu + dl_dz
+    first, linearized = 0.9 * iteration.mu, Failing()
+    iteration.products(linearized, dl_dz, torch.ones(3))
+    assert linearized.calls > 2
+    torch.testing.assert_close(iteration.jz_mu_next[0], first[0])  # of no pairs it is the plain one
+    assert torch.isfinite(iteration.jz_mu_next).all()
+
+
+def test_a_pair_of_a_step_that_failed_is_not_taken_in() -> None:
+    z, everything = rand(3, 6, seed=1), torch.ones(3, dtype=torch.bool)
+    inverse = SecantInverse(z, 4)
+    inverse.learn(z, -0.5 * z, torch.zeros(3), everything)
+    before, bad = inverse(z), z.clone()
+    bad[0], bad[1] = torch.nan, torch.inf
+    inverse.learn(bad, z, torch.zeros(3), everything)
+    inverse.learn(z, bad, torch.zeros(3), everything)
+    assert torch.equal(inverse(z)[:2], before[:2])
+    assert inverse.count.tolist() == [1, 1, 3]
