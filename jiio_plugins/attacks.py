@@ -261,7 +261,8 @@ def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted
 
     def put(into: Any, values: Any) -> Any:
         if isinstance(into, Tensor):
-            return into.index_copy(0, to, values[source])
+            # a run may end with a state in more than half precision, or not
+            return into.index_copy(0, to, values[source].to(into.dtype))
         if into is None:
             return None
         return tuple(put(a, b) for a, b in zip(into, values, strict=True))
