@@ -70,10 +70,10 @@ def optimize_input(
             gradient. One with fewer iterations and a larger ``tol`` makes a cheaper, less exact
             gradient. Warnings then begin at ten times its ``tol``, or at 0.5.
         verify: solver of the final check, started from the model's own solution. None or True:
-            Anderson with relative tolerance 1e-5 (1e-9 in float64). False: leave the check out, for
-            callers who judge x themselves. The last iterate is then returned, which may be worse
-            than the start. ``value`` and ``output`` are None, and the status is
-            ``Status.UNVERIFIED``.
+            Anderson with relative tolerance 1e-5 (1e-9 in float64, four roundings in half
+            precision). False: leave the check out, for callers who judge x themselves. The last
+            iterate is then returned, which may be worse than the start. ``value`` and ``output``
+            are None, and the status is ``Status.UNVERIFIED``.
         training_mode: leave the model's train/eval flags as they are. By default it is in eval mode
             while the loop runs. Dropout keeps one mask for the whole call.
         stop: ``stop(output) -> (rows,)`` booleans. A problem for which it holds four evaluations in

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Box, Equilibrium, Joint, L2Ball, optimize_input
+from jiio_plugins import Box, Equilibrium, Joint, L2Ball, Status, optimize_input
 from jiio_plugins.envelope import joint_solution
 from tests.cases import squared
 from tests.helpers import Elementwise, Net, linear, rand
@@ -66,6 +66,22 @@ def test_x_of_another_precision_than_the_model(make: Any, dtype: torch.dtype) ->
             TypeError, match=rf"input is {dtype} .* are torch.float32: .*model.to\({dtype}\)"
         ):
             call(make(), x, squared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_judged_by_what_it_can_hold(dtype: torch.dtype) -> None:
+    model = Net().to(dtype)
+    found = optimize_input(
+        model,
+        rand(4, 5, seed=1).to(dtype),
+        squared,
+        constraint=L2Ball(0.5),
+        method=Joint(max_iter=5),
+    )
+    assert found.x.dtype == dtype
+    assert set(found.status.tolist()) <= {Status.CONVERGED, Status.GRADIENT_UNSETTLED}
+    exact = squared(model.double()(found.x.double()))
+    torch.testing.assert_close(found.value.double(), exact, rtol=0.1, atol=0.02)
 
 
 def test_inputs_of_another_precision_beside_what_is_optimised() -> None:

@@ -300,3 +300,16 @@ def test_joint_settings_are_passed_on() -> None:
     assert reconstructor(method=Joint(max_iter=7)).method.max_iter == 7
     method = reconstructor(iters=9, step_size=0.5, tol=1e-2).method
     assert (method.max_iter, method.step_size, method.tol) == (9, 0.5, 1e-2)
+
+
+@torch.no_grad()
+def test_in_float64_an_image_is_the_same_alone_and_in_a_batch() -> None:
+    """With latents that have not settled, along which rounding grows."""
+    torch.manual_seed(0)
+    generator = load_pretrained("digits-generator").double()
+    physics = Inpainting((1, 8, 8), mask=0.5, noise_model=GaussianNoise(0.1)).double()
+    y = physics(load_digits("test")[0][:2].double())
+    model = JIIOReconstructor(generator, iters=8)
+    whole = model(y, physics)
+    alone = torch.cat([model(y[k : k + 1], physics) for k in range(2)])
+    assert float((whole - alone).abs().max()) < 1e-6
