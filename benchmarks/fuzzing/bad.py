@@ -39,7 +39,6 @@ BAD: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
     (GIVEN_X, "x", lambda c: c.x.tolist(), r"tensor"),
     (GIVEN_X, "x", lambda c: c.x.to(other_dtype(c.x)), r"float(16|32|64)"),
     (GIVEN_X, "x", lambda c: c.x[0, 0, 0, 0], r"batch"),
-    (ENGINES, "x", lambda c: c.x[:, :, :1], r"shape|size|mat1"),
     ((*GIVEN_X, "gradient", "art"), "method", lambda _: 3, r"method"),
     (ENGINES, "verify", lambda _: 3, r"verify"),
     (ENGINES, "model", lambda c: Plain(c.x.dtype), r"[Ee]quilibrium"),
