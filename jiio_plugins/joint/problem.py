@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.constraints import Constraint, FeasibleSet
-from jiio_plugins.equilibrium.cell import uncompiled
+from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost
 from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.equilibrium.mode import layer_mode
