@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins.equilibrium.counting import RowCounter, counting_into
+from jiio_plugins.equilibrium.counting import Cost, RowCounter, count, counting_into
 from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
 from jiio_plugins.equilibrium.state import relative, row_norm
 from jiio_plugins.joint.problem import Problem
@@ -448,7 +448,9 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, verify: Solver) -> Verdict:
         ValueError: no equilibrium layer, logits of another shape, labels out of range.
     """
     problem = Problem(Variable(model, x), attack_objective("cross-entropy", y))
-    found = Judge(problem, verify, warm=False).everything(problem.v_start)
+    judging = Judge(problem, verify, warm=False)
+    found = judging.everything(problem.v_start)
+    count(Cost(verification_f_evals=judging.f_evals))
     f, own = problem.evaluate(found.v, found.model_z), found.model_output
     finite = torch.isfinite(found.output).all(1)
     return Verdict(

@@ -77,8 +77,12 @@ class JIIOAdversarialTrainer(Trainer):
             None: no file is.
         checkpoint_every: and after so many steps.
         resume: go on from ``checkpoint`` where it exists. Without it an existing file is an error.
+        judged: images of each epoch that are judged by solves, see
+            :class:`jiio_plugins.adversarial.FitSettings`. They make what is shown as clean and
+            robust accuracy, and the early warnings. 0: none are.
         seed: of the order of the images, random starts and the penalty.
-        verbose: show a progress bar with loss, clean and robust accuracy, and residual of z.
+        verbose: show a progress bar with loss, residual of z, accuracies as the steps see them, and
+            as judged.
 
     Attributes:
         history: one dict per epoch of the last :meth:`fit`, see
@@ -123,6 +127,7 @@ class JIIOAdversarialTrainer(Trainer):
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
+        judged: int = 128,
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
@@ -138,9 +143,10 @@ class JIIOAdversarialTrainer(Trainer):
         self.max_grad_norm, self.scheduler_interval = max_grad_norm, scheduler_interval
         self.patience = patience
         self.checkpoint, self.checkpoint_every, self.resume = checkpoint, checkpoint_every, resume
-        self.seed, self.verbose = seed, verbose
+        self.judged, self.seed, self.verbose = judged, seed, verbose
         self.history: list[Metrics] = []
         check_count("restart_every", restart_every, 1)
+        check_count("judged", judged, 0)
         if carried is not None and restart_every == 1:
             raise ValueError("carried= is of the searches between restarts: set restart_every")
         self._training()  # its errors now
@@ -252,6 +258,7 @@ class JIIOAdversarialTrainer(Trainer):
             checkpoint=self.checkpoint,
             checkpoint_every=self.checkpoint_every,
             resume=self.resume,
+            judged=self.judged,
             seed=self.seed,
             verbose=self.verbose,
         )

@@ -8,7 +8,6 @@ state than the weights, the optimiser, the scheduler and the global random state
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from jiio_plugins.adversarial.carried import Carried, carry
+from jiio_plugins.adversarial.watch import Watch, corrected, judged_rows
 from jiio_plugins.envelope import joint_solution
 from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from jiio_plugins.adversarial.batches import Batches
     from jiio_plugins.adversarial.step import AdversarialStep, AdversarialTraining
 
-_LOOSE = 0.1  # mean relative residual of z; trainings that ended well stay below 0.03
+_SHARE = 10  # of an epoch's images that part is judged, at most
+_EARLY = 10  # that part of the first epoch has passed when a batch is judged
+_SHOWN = ("clean", "robust", "unverified")
+_SEEN = ("loss", "residual", "seen_clean", "seen_robust")
 StepInterval = Literal["epoch", "step"]
 Metrics = dict[str, float]
 
@@ -62,8 +65,13 @@ class FitSettings:
         checkpoint_every: and after so many steps.
         resume: go on from ``checkpoint`` where it exists. Without it a file that is there is an
             error, never overwritten.
+        judged: images of the last batches of each epoch, and of one batch early in the first, that
+            are judged by solves: as they are, and at the examples that the steps have found. The
+            progress tells what that makes of clean and robust accuracy. It is at most a tenth of
+            the epoch's images, as each takes about as long as a step on it. 0: none are.
         seed: of everything random in the steps.
-        verbose: show a progress bar: loss, clean and robust accuracy, relative residual of z.
+        verbose: show a progress bar: loss, relative residual of z and what the steps see, then what
+            was judged last.
 
     Raises:
         TypeError, ValueError: bad settings. The message says what is accepted.
@@ -80,11 +88,12 @@ class FitSettings:
     checkpoint_every: int | None = None
     resume: bool = False
     seed: int = 0
+    judged: int = 128
     verbose: bool = True
 
     def __post_init__(self) -> None:
         counts = ("epochs", "validation_batch", "restart_every", "patience", "checkpoint_every")
-        check_counts(self, **{n: 1 for n in counts if getattr(self, n) is not None})
+        check_counts(self, **{n: 1 for n in counts if getattr(self, n) is not None}, judged=0)
         if self.carried is not None and self.restart_every == 1:
             raise ValueError(
                 "carried= is the step between restarts: it needs restart_every above 1"
@@ -127,8 +136,12 @@ def fit_adversarially(
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
 
     Returns:
-        One dict per epoch: "loss", "robust", "residual", "clean" where the steps saw it, with
-        validation "validation_clean", "validation_robust" and "validation_unverified".
+        One dict per epoch. "loss", "residual" and "seen_robust" are means over its steps, by the
+        state that the search ends in, and so is "seen_clean", by the state that it starts with,
+        where it starts at the images. "clean" and "robust" are those two, corrected by how much
+        judging changes them on the images that are judged. "unverified" is the share of these for
+        which solves did not converge, "astray" that of examples on which search and solve disagree.
+        With validation "validation_clean", "validation_robust" and "validation_unverified".
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
@@ -141,7 +154,9 @@ def fit_adversarially(
             a checkpoint written. A second signal does not wait for that.
 
     Warns:
-        RuntimeWarning: z was left far from its fixed points in an epoch.
+        RuntimeWarning: once each. Judged images differ from what the search saw, do not converge,
+            or are classified better with an attack than without. Validation falls far below its
+            best. z was left far from its fixed points in an epoch.
     """
     if not hasattr(batches, "epoch") or not hasattr(batches, "__len__"):
         raise TypeError(
@@ -168,8 +183,8 @@ def fit_adversarially(
             model.train()
             for x, y in batches.epoch(run.progress.epoch, run.progress.step):
                 run.make_step(x, y)
-                means = {name: f"{value:.3g}" for name, value in run.progress.means().items()}
-                bar.set_postfix(means, refresh=False)
+                shown = {name: f"{value:.3g}" for name, value in run.progress.shown().items()}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
                 if stop.number is not None:
                     run.save()
@@ -228,22 +243,38 @@ class _Progress:
     history: list[Metrics] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    judged: Metrics = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
 
-    def add(self, step: AdversarialStep, loss: float) -> None:
-        """One step has been made."""
+    def add(self, step: AdversarialStep, loss: float, judged: dict[str, Tensor]) -> None:
+        """One step has been made, and some of its rows have been judged."""
         self.step += 1
-        rows = {"robust": step.robust.float(), "residual": step.residual}
-        if step.clean is not None:
-            rows["clean"] = step.clean.float()
-        values = {name: (float(t.sum()), len(t)) for name, t in rows.items()}
         size = len(step.solution.x)
-        for name, (total, count) in {"loss": (size * loss, size), **values}.items():
-            before = self.sums.get(name, [0.0, 0])
-            self.sums[name] = [before[0] + total, before[1] + count]
+        self._sum("loss", size * loss, size)
+        rows = {"residual": step.residual, "seen_robust": step.robust, "seen_clean": step.clean}
+        for name, t in {**rows, **judged}.items():
+            if t is not None:
+                self._sum(name, float(t.sum()), len(t))
+        if judged:
+            means = corrected(self.means())
+            self.judged = {name: means[name] for name in _SHOWN}
+
+    def _sum(self, name: str, total: float, count: int) -> None:
+        before = self.sums.get(name, [0.0, 0])
+        self.sums[name] = [before[0] + total, before[1] + count]
+
+    def count(self, name: str) -> int:
+        """Rows of which something is known in this epoch."""
+        return int(self.sums.get(name, [0.0, 0])[1])
 
     def means(self) -> Metrics:
         """Of the epoch so far."""
         return {name: total / count for name, (total, count) in self.sums.items()}
+
+    def shown(self) -> Metrics:
+        """For the bar: the epoch so far, then what was judged last."""
+        means = self.means()
+        return {**{name: means[name] for name in _SEEN if name in means}, **self.judged}
 
     def wait(self, value: float, model: nn.Module, patience: int) -> None:
         """Keep the weights if they are the best so far, or stop when none was for too long."""
@@ -298,6 +329,7 @@ class _Run:
         """Search, move the parameters, and note what was seen."""
         at, settings = self.progress, self.settings
         step = self._search(x, y)
+        judged = self._judge(step, x, y)
         self.state.optimizer.zero_grad()
         step.loss.backward()
         if settings.max_grad_norm is not None:
@@ -312,14 +344,15 @@ class _Run:
         self._advance("step", {"loss": loss})
         if self.kept is not None:
             self.kept.keep(at.epoch, at.step, step.ahead(), len(step.robust))
-        at.add(step, loss)
+        at.add(step, loss, judged)
         if settings.checkpoint_every is not None and at.step % settings.checkpoint_every == 0:
             self.save()
 
     def end_epoch(self, validation: tuple[Tensor, Tensor] | None) -> None:
         """Judge, decide whether to stop, and write the checkpoint."""
         at, settings, model = self.progress, self.settings, self.state.model
-        metrics = at.means()
+        means, count = at.means(), at.count("astray")
+        metrics = corrected(means)
         if validation is not None:
             size = settings.validation_batch
             judged = validate(model, self.training, *validation, batch_size=size)
@@ -330,7 +363,12 @@ class _Run:
             at.wait(metrics["validation_robust"], model, settings.patience)
         self._advance("epoch", metrics)
         self.save()
-        _warn_if_loose(at.epoch, metrics.get("residual", 0.0))
+        watch = Watch(at.said)
+        watch.residual(at.epoch, metrics["residual"])
+        if count:
+            watch.judged(at.epoch, means, count)
+        if validation is not None:
+            watch.validation(at.history, len(validation[0]))
 
     def bar(self) -> Any:
         """A bar over all steps."""
@@ -343,6 +381,20 @@ class _Run:
 
     def _done(self) -> int:
         return self.progress.epoch * len(self.batches) + self.progress.step
+
+    def _judge(self, step: AdversarialStep, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Rows of a step by solves: before its update, early in the training and as epochs end."""
+        at, steps = self.progress, len(self.batches)
+        most = min(self.settings.judged, math.ceil(steps * len(x) / _SHARE))
+        ending = (steps - at.step - 1) * len(x) < most
+        early = at.epoch == 0 and at.step == steps // _EARLY
+        if not (ending or early):
+            return {}
+        rows = judged_rows(self.state.model, step, x, y, most - at.count("astray"))
+        if rows and not ending:
+            means = {name: float(t.double().mean()) for name, t in rows.items()}
+            Watch(at.said).judged(1, means, len(rows["astray"]))
+        return rows
 
     def _search(self, x: Tensor, y: Tensor) -> AdversarialStep:
         at, kept = self.progress, self.kept
@@ -369,18 +421,6 @@ class _Run:
             scheduler.step(metrics.get("validation_robust", metrics.get("robust", 0.0)))
         else:
             scheduler.step(metrics["loss"])
-
-
-def _warn_if_loose(epoch: int, residual: float) -> None:
-    if not residual <= _LOOSE:
-        warnings.warn(
-            f"in epoch {epoch} the search left z at a mean relative residual of {residual:.2g} "
-            f"(fine: below {_LOOSE}). It lags behind the images, so the search is weaker than it "
-            "looks and the model may learn to classify before it has converged. Set or raise "
-            "jacobian_weight, take more iterations, or lower the learning rate",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 def validate(

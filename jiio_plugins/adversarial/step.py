@@ -58,6 +58,15 @@ def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(output, labels, reduction="none")
 
 
+def likeliest(labels: Tensor) -> Tensor:
+    """Labels as classes, ``(rows,)``: of probabilities the likeliest.
+
+    Args:
+        labels: classes ``(rows,)``, or probabilities ``(rows, classes)``.
+    """
+    return labels.argmax(1) if labels.is_floating_point() and labels.ndim == 2 else labels
+
+
 @dataclass(frozen=True)
 class AdversarialStep:
     """What one training step computed.
@@ -68,6 +77,7 @@ class AdversarialStep:
             ``(attacked,)``. They are the first ones of the batch.
         clean: the same at the image itself, bool ``(rows,)``. None where the step never looked
             there (random or carried starts without TRADES).
+        output: the model's at the examples, detached.
         solution: of the inner problem. ``solution.x`` are the adversarial examples.
         residual: relative residual of z where the gradient is taken, after the refinement of z,
             ``(rows,)``. Without one that of the search, from before its last step on x.
@@ -78,6 +88,7 @@ class AdversarialStep:
     loss: Tensor
     robust: Tensor
     clean: Tensor | None
+    output: Tensor
     solution: JointSolution
     residual: Tensor
     penalty: Tensor | None = None
@@ -264,6 +275,7 @@ class AdversarialTraining:
             loss=total,
             robust=_correct(output, labels)[:attacked],
             clean=None if clean is None else _correct(clean, labels),
+            output=output.detach(),
             solution=solution,
             residual=solution.z_residual if residual is None else residual,
             penalty=None if penalty is None else penalty.detach(),
@@ -407,5 +419,4 @@ class _RandomIterate:
 
 
 def _correct(output: Tensor, labels: Tensor) -> Tensor:
-    likeliest = labels.argmax(1) if labels.is_floating_point() and labels.ndim == 2 else labels
-    return output.detach().argmax(1) == likeliest
+    return output.detach().argmax(1) == likeliest(labels)

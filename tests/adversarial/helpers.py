@@ -18,7 +18,9 @@ from jiio_plugins.models import ConvDEQClassifier
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TRAINING = AdversarialTraining(norm=2, eps=0.3, lower=0.0, upper=1.0, method=Joint(max_iter=3))
+TRAINING = AdversarialTraining(
+    norm=2, eps=0.3, lower=0.0, upper=1.0, method=Joint(max_iter=3), jacobian_weight=1.0
+)
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
@@ -79,7 +81,7 @@ def train(
         training,
         optimizer,
         batches(*data(), 16),
-        FitSettings(**{"epochs": 3, "verbose": False, **options}),
+        FitSettings(**{"epochs": 3, "judged": 0, "verbose": False, **options}),
         scheduler=None if scheduler is None else SCHEDULERS[scheduler](optimizer),
         validation=validation,
     )

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins import Joint
+from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
 from jiio_plugins.utils import checkpoint
@@ -22,34 +22,58 @@ if TYPE_CHECKING:
 
 def test_training_makes_the_network_more_robust() -> None:
     model = build()
-    history = train(model, epochs=8, validation=data("test", 100))
+    history = train(model, epochs=8, judged=7, validation=data("test", 100))
     assert len(history) == 8
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert history[-1]["validation_robust"] > history[0]["validation_robust"] + 0.2
     assert history[-1]["validation_clean"] >= history[-1]["validation_robust"]
-    assert {"loss", "robust", "clean", "residual"} <= history[0].keys()
+    seen = {"loss", "residual", "seen_robust", "seen_clean"}
+    assert history[0].keys() >= seen | {"clean", "robust", "unverified", "astray"}
 
 
-def test_states_that_lag_behind_are_warned_of() -> None:
+def test_a_cell_without_fixed_points_is_warned_of_at_once_and_once() -> None:
     model = build()
     with torch.no_grad():
         for weight in model.equilibrium.parameters():
             weight *= 3
-    with pytest.warns(RuntimeWarning, match="epoch 1 .* raise jacobian_weight"):
-        train(model, epochs=1, training=replace(TRAINING, method=Joint(max_iter=1, warmup=1)))
+    training = replace(TRAINING, method=Joint(max_iter=1, warmup=1), jacobian_weight=0.0)
+    with pytest.warns(RuntimeWarning, match="in epoch 1") as caught:
+        train(model, epochs=1, judged=7, training=training)
+    messages = [str(warning.message) for warning in caught]
+    assert "of 7 judged training images" in messages[0]
+    assert sum("did not converge" in message for message in messages) == 1
+    assert sum("mean relative residual" in message for message in messages) == 1
+    assert all("raise jacobian_weight" in message for message in messages)
 
 
-def test_flags_and_gradients_come_back_and_the_bar_shows_the_four_numbers(
+def test_what_is_judged_changes_nothing_and_is_counted() -> None:
+    models, costs, drawn = [], [], []
+    for judged in (0, 2):
+        models.append(build(dropout=0.5))
+        torch.manual_seed(0)
+        with count_evaluations() as counter:
+            train(models[-1], epochs=1, judged=judged)
+        costs.append((counter.f_evals, counter.vjps, counter.verification_f_evals > 0))
+        drawn.append(torch.get_rng_state())
+    assert costs[0] == (*costs[1][:2], False)
+    assert costs[1][2]
+    assert torch.equal(*drawn)
+    assert_equal_weights(*models)
+
+
+def test_flags_and_gradients_come_back_and_the_bar_tells_what_is_seen_from_what_is_judged(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = build().eval()
-    train(model, epochs=1, verbose=True)
+    train(model, epochs=1, judged=2, verbose=True)
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
     shown = capsys.readouterr().err
-    assert all(word in shown for word in ("loss=", "clean=", "robust=", "residual="))
+    words = ("loss=", "residual=", "seen_clean=", "seen_robust=", " clean=", " robust=")
+    assert all(word in shown for word in (*words, "unverified="))
 
 
+@pytest.mark.filterwarnings("ignore:in epoch:RuntimeWarning")  # of the harm
 def test_early_stopping_puts_the_best_weights_back() -> None:
     model, lr = build(), 0.01
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -61,7 +85,7 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         TRAINING,
         optimizer,
         TensorBatches(*data(), 16),
-        FitSettings(epochs=20, patience=2, verbose=False),
+        FitSettings(epochs=20, patience=2, judged=0, verbose=False),
         validation=data("test", 100),
         scheduler=scheduler,
     )
@@ -97,6 +121,7 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"restart_every": 0}, ValueError, "restart_every must be"),
         ({"restart_every": 1.5}, TypeError, "restart_every must be an integer"),
+        ({"judged": -1}, ValueError, "judged must be at least 0"),
         ({"validation_batch": 0}, ValueError, "validation_batch must be at least 1"),
         ({"checkpoint": "run.pt", "checkpoint_every": 0}, ValueError, "checkpoint_every must be"),
     ],

@@ -53,7 +53,8 @@ def classifier(seed: int = 0, *, optimizer: bool = True, **options: Any) -> PyTo
 
 def trainer_of(target: PyTorchClassifier, **options: Any) -> JIIOAdversarialTrainer:
     attack = JIIOAttack(target, norm=2, eps=0.3, max_iter=3, batch_size=60)
-    return JIIOAdversarialTrainer(target, attack, **{"verbose": False, **options})
+    options = {"verbose": False, "judged": 0, "jacobian_weight": 1.0, **options}
+    return JIIOAdversarialTrainer(target, attack, **options)
 
 
 def accuracy(trainer: Any, x: np.ndarray, y: np.ndarray) -> float:
@@ -78,7 +79,7 @@ def test_fit_and_predict(one_hot: bool) -> None:
     (x, y), (x_test, y_test) = arrays("train", TRAIN, one_hot), arrays("test", TEST, one_hot)
     kept = [a.copy() for a in (x, y, x_test, y_test)]
     target = classifier()
-    trainer = trainer_of(target, jacobian_weight=1.0)
+    trainer = trainer_of(target)
     before = accuracy(trainer, x_test, y_test)
     trainer.fit(x, y, nb_epochs=6, batch_size=15)
     assert accuracy(trainer, x_test, y_test) > before + 0.2
@@ -157,7 +158,7 @@ def test_any_scheduler_steps_once_an_epoch(build: Any) -> None:
         {"ratio": 0.5},
         {"trades": 2.0},
         {"refine": 2},
-        {"jacobian_weight": 1.0},
+        {"jacobian_weight": 3.0},
         {"max_grad_norm": 1.0},
     ],
 )
@@ -174,27 +175,28 @@ def test_options_reach_the_training(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> None:
     x, y = arrays("train", TRAIN)
+    options: dict[str, Any] = {"jacobian_weight": 1.0, "judged": 0, "verbose": False}
     counts = []
     for every in (1, 4):
         target = classifier()
         attack = JIIOAttack(target, norm=2, eps=0.3, autocast=autocast)
-        trainer = JIIOAdversarialTrainer(target, attack, restart_every=every, verbose=False)
+        trainer = JIIOAdversarialTrainer(target, attack, restart_every=every, **options)
         with count_evaluations() as counter:
             trainer.fit(x, y, nb_epochs=4, batch_size=16)
         counts.append(counter.f_evals + counter.vjps)
         assert trainer.history[-1]["loss"] < 0.9 * trainer.history[0]["loss"]
-    assert counts[1] < 0.75 * counts[0]
+    assert counts[1] < 0.8 * counts[0]
     with pytest.raises(ValueError, match=r"use fit\(x, y\)"):
         trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16), nb_epochs=2)
-    for options, words in (
+    for wrong, words in (
         ({"restart_every": 0}, "restart_every must be at least 1"),
         ({"carried": Joint(max_iter=2)}, "set restart_every"),
     ):
         with pytest.raises(ValueError, match=words):
-            JIIOAdversarialTrainer(target, attack, **options)
+            JIIOAdversarialTrainer(target, attack, **wrong)
     with count_evaluations() as longer:
         JIIOAdversarialTrainer(
-            target, attack, restart_every=4, carried=Joint(max_iter=9), verbose=False
+            target, attack, restart_every=4, carried=Joint(max_iter=9), **options
         ).fit(x, y, nb_epochs=4, batch_size=16)
     assert longer.f_evals + longer.vjps > 1.3 * counts[1]
 
@@ -238,9 +240,9 @@ def test_the_loss_is_the_classifiers_own(options: dict[str, Any]) -> None:
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer_of(classifier(), verbose=True).fit(*arrays("train", 30), nb_epochs=1)
+    trainer_of(classifier(), verbose=True, judged=3).fit(*arrays("train", 30), nb_epochs=1)
     shown = capsys.readouterr().err
-    assert all(word in shown for word in ("loss=", "clean=", "robust=", "residual="))
+    assert all(word in shown for word in ("loss=", "seen_robust=", " clean=", " robust="))
     trainer_of(classifier()).fit(*arrays("train", 30), nb_epochs=1)
     assert capsys.readouterr().err == ""
 
