@@ -1,7 +1,13 @@
 """Adversarial training: one step for any training loop, and a loop."""
 
 from jiio_plugins.adversarial.batches import Batches, TensorBatches
-from jiio_plugins.adversarial.fit import FitSettings, Metrics, StepInterval, fit_adversarially
+from jiio_plugins.adversarial.fit import (
+    FitSettings,
+    Metrics,
+    StepInterval,
+    fit_adversarially,
+    validate,
+)
 from jiio_plugins.adversarial.step import (
     CARRIED_METHOD,
     CARRIED_REFINE,
@@ -22,4 +28,5 @@ __all__ = [
     "StepInterval",
     "TensorBatches",
     "fit_adversarially",
+    "validate",
 ]
