@@ -140,7 +140,12 @@ class Setting:
 
     def training(self, name: str) -> AdversarialTraining:
         base = AdversarialTraining(
-            norm=2, eps=self.eps, lower=0.0, upper=1.0, jacobian_weight=self.jacobian_weight
+            norm=2,
+            eps=self.eps,
+            lower=0.0,
+            upper=1.0,
+            jacobian_weight=self.jacobian_weight,
+            jacobian_power=0,
         )
         method, refine = METHODS[name]
         return replace(base, method=method, refine=refine)
@@ -423,6 +428,7 @@ def train(args: Args, setting: Setting, name: str, seed: int, store: Store) -> R
         epochs=setting.epochs,
         seed=seed,
         scheduler_interval="step",
+        judged=0,
         max_grad_norm=1.0,
         carried=setting.carried(name),
         restart_every=setting.epochs if name in CARRIED_METHODS else 1,

@@ -66,7 +66,6 @@ def main(args: Args) -> None:
         classifier,
         attack,
         trades=args.trades,
-        jacobian_weight=4.0,
         max_grad_norm=1.0,
         checkpoint=args.checkpoint,
         resume=args.checkpoint is not None,

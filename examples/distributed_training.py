@@ -53,7 +53,7 @@ def main(args: Args) -> None:
     loader = fabric.setup_dataloaders(
         DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True)
     )
-    training = AdversarialTraining(norm=2, eps=0.6, lower=0.0, upper=1.0, jacobian_weight=4.0)
+    training = AdversarialTraining(norm=2, eps=0.6, lower=0.0, upper=1.0)
     # the processes draw the same numbers for their own images
     generator = torch.Generator(fabric.device).manual_seed(args.seed)
     losses, seen = [], []

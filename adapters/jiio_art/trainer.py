@@ -68,7 +68,8 @@ class JIIOAdversarialTrainer(Trainer):
         carried: method of the searches in between. None: that of
             :meth:`jiio_plugins.adversarial.AdversarialTraining.carried`.
         jacobian_weight: of the Jacobian penalty at a random iterate of the search. It keeps the
-            cell easy to solve while it is trained. 0 switches it off.
+            cell easy to solve while it is trained. 0 switches it off, for a cell that stays so by
+            itself. Others lose their fixed point.
         max_grad_norm: clip the gradient's norm. None: do not.
         scheduler_interval: "epoch", as ART's trainers do, or "step".
         patience: stop after so many epochs without a better robust accuracy on the validation data,
@@ -102,8 +103,8 @@ class JIIOAdversarialTrainer(Trainer):
         >>> attack = JIIOAttack(classifier, norm=2, eps=0.3)
         >>> trainer = JIIOAdversarialTrainer(classifier, attack, verbose=False)
         >>> trainer.fit(x.numpy(), y.numpy(), nb_epochs=3)
-        >>> [round(epoch["loss"], 1) for epoch in trainer.history]
-        [0.6, 0.1, 0.1]
+        >>> [epoch["seen_robust"] for epoch in trainer.history]
+        [0.75, 1.0, 1.0]
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.3.
     """
@@ -120,7 +121,7 @@ class JIIOAdversarialTrainer(Trainer):
         refine: int | tuple[int, int] = 0,
         restart_every: int = 1,
         carried: Method | None = None,
-        jacobian_weight: float = 0.0,
+        jacobian_weight: float = 1.0,
         max_grad_norm: float | None = None,
         scheduler_interval: StepInterval = "epoch",
         patience: int | None = None,

@@ -19,6 +19,7 @@ from jiio_plugins.joint.problem import FlatState
 from jiio_plugins.methods.base import Method, Progress
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.threat_model import ThreatModel
+from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,9 +142,12 @@ class AdversarialTraining:
         trades: β. None: no TRADES.
         refine: further steps on z and μ before the gradient, see
             :func:`jiio_plugins.envelope_loss`.
-        jacobian_weight: weight of a Hutchinson estimate of ``‖J_z‖²_F / n`` at a random iterate of
-            the joint loop. It keeps the cell easy to solve.
-        jacobian_probes: random probes in that estimate.
+        jacobian_weight: weight of a penalty of J_z at a random iterate of the joint loop, see
+            :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. 0: without, for
+            a cell that stays so by itself. Others lose their fixed point.
+        jacobian_probes: random probes in it.
+        jacobian_power: power steps that turn each probe to where the cell contracts least. 0: none,
+            a Hutchinson estimate of ``‖J_z‖²_F / n``.
         loss: ``loss(output, labels) -> (rows,)``.
 
     Raises:
@@ -170,8 +174,9 @@ class AdversarialTraining:
     ratio: float = 1.0
     trades: float | None = None
     refine: Refine = 0
-    jacobian_weight: float = 0.0
+    jacobian_weight: float = 1.0
     jacobian_probes: int = 1
+    jacobian_power: int = 4
     loss: LossRows = cross_entropy_rows
 
     def __post_init__(self) -> None:
@@ -191,8 +196,7 @@ class AdversarialTraining:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
-        if self.jacobian_probes < 1:
-            raise ValueError(f"jacobian_probes must be at least 1, got {self.jacobian_probes}")
+        check_counts(self, jacobian_probes=1, jacobian_power=0)
         refiner(self.refine, torch.float32)
 
     def __call__(
@@ -264,7 +268,7 @@ class AdversarialTraining:
         penalty = None
         if iterate is not None:
             states = solution.flat.layout.split(iterate.z)
-            pass_ = PenaltyMode(states, self.jacobian_probes, generator)
+            pass_ = PenaltyMode(states, self.jacobian_probes, generator, self.jacobian_power)
             with layer_mode(pass_):
                 outer(iterate.x.reshape(x.shape))
             penalty = pass_.value

@@ -27,8 +27,8 @@ _ASTRAY = 0.25  # share of examples; near the decision boundary a few differ in 
 _UNVERIFIED = 0.1  # share of images
 _FALL = 0.1  # of an accuracy
 _REMEDY = (
-    "Set or raise jacobian_weight (1 is a good first value), take more iterations or refine=, or "
-    "lower the learning rate"
+    "Set or raise jacobian_weight (the default is 1), lower the learning rate, or take more "
+    "iterations or refine="
 )
 
 

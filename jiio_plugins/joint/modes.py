@@ -316,13 +316,20 @@ class PenaltyMode:
         z: flat state of each layer, without a graph.
         probes: random probes in each estimate.
         generator: source of the probes. None: the global one.
+        power: steps of the power iteration on each probe.
 
     Attributes:
-        value: ``‖J_z‖²_F / n`` averaged over rows, summed over layers. A differentiable scalar.
+        value: :func:`jiio_plugins.jacobian_penalty`, summed over layers. A differentiable scalar.
     """
 
-    def __init__(self, z: Sequence[Tensor], probes: int, generator: torch.Generator | None) -> None:
-        self.z, self.probes, self.generator = z, probes, generator
+    def __init__(
+        self,
+        z: Sequence[Tensor],
+        probes: int,
+        generator: torch.Generator | None,
+        power: int = 0,
+    ) -> None:
+        self.z, self.probes, self.generator, self.power = z, probes, generator, power
         self.calls = 0
         self.value = z[0].new_zeros(())
 
@@ -338,12 +345,17 @@ class PenaltyMode:
         self.calls += 1
         with inside_a_cell():
             penalty = jacobian_penalty(
-                f.cell, state, *f.injection, probes=self.probes, generator=self.generator
+                f.cell,
+                state,
+                *f.injection,
+                probes=self.probes,
+                power=self.power,
+                generator=self.generator,
             )
         self.value = self.value + penalty
         rows = count_rows(len(self.z[0]), self.z[0].device)
         # the gradient of a probe's VJP costs about one more
-        count(Cost(f_evals=rows, vjps=2 * self.probes * rows))
+        count(Cost(f_evals=rows, vjps=(2 + self.power) * self.probes * rows))
         # DistributedDataParallel looks for unused parameters from the output: it must find f's
         return f.layout.assemble([t + 0 * penalty for t in as_tensors(state)])
 

@@ -18,9 +18,7 @@ from jiio_plugins.models import ConvDEQClassifier
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TRAINING = AdversarialTraining(
-    norm=2, eps=0.3, lower=0.0, upper=1.0, method=Joint(max_iter=3), jacobian_weight=1.0
-)
+TRAINING = AdversarialTraining(norm=2, eps=0.3, lower=0.0, upper=1.0, method=Joint(max_iter=3))
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.9**k),

@@ -34,6 +34,36 @@ def test_jacobian_penalty_estimates_the_frobenius_norm() -> None:
     assert float((slope - exact_slope).norm() / exact_slope.norm()) < 0.05
 
 
+def test_power_steps_turn_probes_to_where_the_cell_contracts_least() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            basis, _ = torch.linalg.qr(rand(6, 6, seed=3))
+            scales = torch.tensor([0.9, -0.4, 0.3, 0.2, 0.1, 0.0], dtype=basis.dtype)
+            self.weight = nn.Parameter(basis * scales @ basis.T)
+            self.slowest = basis[:, 0]
+
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return z @ self.weight.T + u
+
+    cell, z = Linear(), rand(3, 6, seed=2)
+    value = jacobian_penalty(cell, z, z, power=40, generator=torch.Generator().manual_seed(0))
+    assert float(value.detach()) == pytest.approx(0.81, rel=1e-9)  # ρ²
+    (slope,) = torch.autograd.grad(value, cell.weight)
+    exact = 2 * 0.9 * torch.outer(cell.slowest, cell.slowest)
+    torch.testing.assert_close(slope, exact, rtol=1e-8, atol=1e-10)
+    one = jacobian_penalty(cell, z, z, power=1, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 6, dtype=z.dtype, generator=torch.Generator().manual_seed(0))
+    turned = noise @ cell.weight
+    expected = ((turned @ cell.weight).norm(dim=1) / turned.norm(dim=1)).square().mean()
+    torch.testing.assert_close(one, expected)
+
+
+def test_a_cell_without_a_jacobian_has_no_penalty() -> None:
+    z = rand(3, 6, seed=2)
+    assert float(jacobian_penalty(lambda z, u: 0 * z + u, z, z, power=2)) == 0.0
+
+
 def test_jacobian_penalty_on_tuples_and_its_randomness() -> None:
     cell, u = PairCell(seed=1), rand(3, 7, seed=2)
     z = tuple(t.detach() for t in plain_solve(cell, u))
@@ -46,3 +76,5 @@ def test_jacobian_penalty_on_tuples_and_its_randomness() -> None:
     assert quiet.item() == first.item()
     with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
         jacobian_penalty(cell, z, u, probes=0)
+    with pytest.raises(ValueError, match="power must not be negative, got -1"):
+        jacobian_penalty(cell, z, u, power=-1)

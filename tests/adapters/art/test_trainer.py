@@ -53,8 +53,7 @@ def classifier(seed: int = 0, *, optimizer: bool = True, **options: Any) -> PyTo
 
 def trainer_of(target: PyTorchClassifier, **options: Any) -> JIIOAdversarialTrainer:
     attack = JIIOAttack(target, norm=2, eps=0.3, max_iter=3, batch_size=60)
-    options = {"verbose": False, "judged": 0, "jacobian_weight": 1.0, **options}
-    return JIIOAdversarialTrainer(target, attack, **options)
+    return JIIOAdversarialTrainer(target, attack, **{"verbose": False, "judged": 0, **options})
 
 
 def accuracy(trainer: Any, x: np.ndarray, y: np.ndarray) -> float:
@@ -123,8 +122,7 @@ def test_it_resists_its_attack_better_than_before_and_nothing_else_changes() -> 
     (x, y), (x_test, y_test) = arrays("train", 200), arrays("test", TEST)
     target = classifier()
     attack = JIIOAttack(target, norm=2, eps=0.3, batch_size=60)
-    # without the penalty this cell is lost after six epochs, and what is measured is noise
-    trainer = JIIOAdversarialTrainer(target, attack, jacobian_weight=1.0, verbose=False)
+    trainer = JIIOAdversarialTrainer(target, attack, verbose=False)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     trainer.fit(x, y, nb_epochs=6, batch_size=25)
     assert attack.verbose
@@ -175,7 +173,7 @@ def test_options_reach_the_training(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> None:
     x, y = arrays("train", TRAIN)
-    options: dict[str, Any] = {"jacobian_weight": 1.0, "judged": 0, "verbose": False}
+    options: dict[str, Any] = {"judged": 0, "verbose": False}
     counts = []
     for every in (1, 4):
         target = classifier()
@@ -227,9 +225,10 @@ def test_the_loss_is_the_classifiers_own(options: dict[str, Any]) -> None:
         target._optimizer = torch.optim.SGD(target.model.parameters(), lr=0.1)
     before = weights(targets[0])
     attack = JIIOAttack(targets[0], norm=2, eps=0.0)
-    JIIOAdversarialTrainer(targets[0], attack, refine=200, verbose=False).fit(
-        x, y, nb_epochs=1, batch_size=40
+    trainer = JIIOAdversarialTrainer(
+        targets[0], attack, refine=200, jacobian_weight=0.0, judged=0, verbose=False
     )
+    trainer.fit(x, y, nb_epochs=1, batch_size=40)
     module, loss = targets[1].model.train(), nn.CrossEntropyLoss(**options)
     expected = loss(module(torch.from_numpy(x)), torch.from_numpy(y))
     expected.backward()
