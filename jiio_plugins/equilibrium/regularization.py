@@ -27,14 +27,14 @@ def jacobian_penalty(
     ``‖J_z‖²_F = E‖J_zᵀη‖²`` for η with unit covariance. z is held constant.
 
     That is a mean over all directions. Whether a solver converges is up to the few in which the
-    cell contracts least. With ``power=k`` each probe is ``η = √n (J_zᵀ)ᵏ ξ / ‖(J_zᵀ)ᵏ ξ‖`` for ξ
-    with unit covariance, held constant. The penalty is then near ``ρ(J_z)²``, from one probe.
+    cell contracts least. With ``power=k`` each probe is ``η = √n (J_zᵀ)ᵏ η₀ / ‖(J_zᵀ)ᵏ η₀‖`` for
+    η₀ with unit covariance, held constant. The penalty is then near ``ρ²``, from one probe.
 
     Args:
         cell: the cell of an :class:`jiio_plugins.Equilibrium`.
         z: state, tensor or tuple, batch first. Usually it is the equilibrium.
         *injection: what the layer was called with.
-        probes: number of Gaussian η, or ξ. Each costs one VJP, and one for its gradient.
+        probes: number of Gaussian η or η₀. Each costs one VJP, and one for its gradient.
         power: k, steps of the power iteration on each. Each costs one VJP more.
         generator: source of the probes. None: the global one.
 
