@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
+from jiio_plugins.adversarial.watch import judged_rows
 from jiio_plugins.utils import checkpoint
 from tests.adversarial.helpers import TRAINING, assert_equal_weights, build, data, train
 
@@ -44,6 +45,20 @@ def test_a_cell_without_fixed_points_is_warned_of_at_once_and_once() -> None:
     assert sum("did not converge" in message for message in messages) == 1
     assert sum("mean relative residual" in message for message in messages) == 1
     assert all("raise jacobian_weight" in message for message in messages)
+
+
+def test_accuracies_are_of_the_second_half_of_an_epoch_and_of_the_judged_rows_of_its_end() -> None:
+    model = build()
+    history = train(model, epochs=1, judged=5, optimizer=torch.optim.SGD(model.parameters(), lr=0))
+    batches = list(TensorBatches(*data(), 16).epoch(0))[2:]
+    steps = [TRAINING(model, x, y) for x, y in batches]
+    judged = judged_rows(model, steps[-1], *batches[-1], most=5)
+    for name in ("clean", "robust"):
+        seen = torch.cat([getattr(step, name) for step in steps]).double().mean().item()
+        assert history[0][f"seen_{name}"] == pytest.approx(seen)
+        gain = (judged[name].double() - judged[f"there_{name}"].double()).mean().item()
+        assert history[0][name] == pytest.approx(min(max(seen + gain, 0), 1))
+    assert history[0]["unverified"] == judged["unverified"].double().mean().item()
 
 
 def test_what_is_judged_changes_nothing_and_is_counted() -> None:
