@@ -66,6 +66,8 @@ class Args:
     """what is killed"""
     flips: int = 0
     """bits flipped in the files of a finished run of each kind"""
+    minutes: float = 60.0
+    """for each kind, at most"""
     seed: int = 0
     """of the moments"""
     out: Path | None = None
@@ -195,12 +197,16 @@ def measure(kind: str, args: Args, place: Path) -> Record:
     whole.mkdir()
     record = Record(finish(kind, whole))
     expected, files = weights(kind, whole), kept(whole)
-    while record.kills.total() < args.kills:
+    end = time.perf_counter() + 60 * args.minutes
+    while record.kills.total() < args.kills and time.perf_counter() < end:
         folder = place / f"run{record.runs}"
         folder.mkdir()
-        for _ in range(rng.randrange(1, 5)):
+        for _ in range(rng.randrange(1, 8)):
             after = rng.uniform(0, record.seconds)
-            record.kills[kill(kind, folder, after, in_writing=rng.random() < 0.5)] += 1
+            hit = kill(kind, folder, after, in_writing=rng.random() < 0.5)
+            if hit == "after its end":
+                break
+            record.kills[hit] += 1
         finish(kind, folder)
         record.runs += 1
         if weights(kind, folder) != expected:
