@@ -136,13 +136,12 @@ def fit_adversarially(
         wrapped: see :class:`jiio_plugins.adversarial.AdversarialTraining`.
 
     Returns:
-        One dict per epoch. "loss" and "residual" are means over its steps. So is "seen_robust" over
-        those of its second half, by the state that the search ends in, and "seen_clean", by the
-        state that it starts with, where it starts at the images. "clean" and "robust" are these
-        two, corrected by how much judging changes them on the images that are judged. "unverified"
-        is the share of those for which solves did not converge, "astray" that of examples on which
-        search and solve disagree. With validation "validation_clean", "validation_robust" and
-        "validation_unverified".
+        One dict per epoch. "loss", "residual" and "seen_robust" are means over its steps, by the
+        state that the search ends in, and so is "seen_clean", by the state that it starts with,
+        where it starts at the images. "clean" and "robust" are the last two, corrected by how much
+        judging changes them on the images that are judged. "unverified" is the share of those for
+        which solves did not converge, "astray" that of examples on which search and solve disagree.
+        With validation "validation_clean", "validation_robust" and "validation_unverified".
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
@@ -345,8 +344,8 @@ class _Run:
         self._advance("step", {"loss": loss})
         if self.kept is not None:
             self.kept.keep(at.epoch, at.step, step.ahead(), len(step.robust))
-        if at.step == len(self.batches) // 2:  # an accuracy of a whole epoch is half an epoch old
-            at.sums = {name: at.sums[name] for name in ("loss", "residual") if name in at.sums}
+        if at.step == len(self.batches) // 2:  # what was judged early is old by the end
+            at.sums = {name: at.sums[name] for name in _SEEN if name in at.sums}
         at.add(step, loss, judged)
         if settings.checkpoint_every is not None and at.step % settings.checkpoint_every == 0:
             self.save()
