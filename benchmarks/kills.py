@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,7 +262,7 @@ def run(args: Args) -> dict[str, Any]:
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as place:
             record = measure(kind, args, Path(place) / kind)
-        records[kind] = asdict(record)
+        records[kind] = {**vars(record), "kills": dict(record.kills), "flips": dict(record.flips)}
         print(
             f"{kind}: {record.kills.total()} kills, {dict(record.kills)}, in {record.runs} runs of "
             f"{record.seconds:.1f} s; flips noticed: {record.flips.total()}; "
