@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from jiio_plugins.models.decoder import MDEQDecoder
 
+PICTURES = ("reconstructions.png", "interpolations.png", "samples.png")  # of a run
+
 
 def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     """Write images side by side as a PNG file, small ones enlarged.
@@ -75,11 +77,11 @@ def write_pictures(
         torch.cat([images[k : k + shown], fitted.images[k : k + shown]])
         for k in range(0, len(images) - shown + 1, shown)
     ]
-    write_sheet(out / "reconstructions.png", torch.cat(pairs), shown)
+    write_sheet(out / PICTURES[0], torch.cat(pairs), shown)
     half = min(6, len(images) // 2)
     if half:
         lines = interpolations(decoder, fitted.latents[:half], fitted.latents[half : 2 * half])
-        write_sheet(out / "interpolations.png", lines, 8)
+        write_sheet(out / PICTURES[1], lines, 8)
     if len(latents) > 1:
         drawn = sample_latents(latents, 64, prior="gaussian", seed=seed)
-        write_sheet(out / "samples.png", decode(decoder, drawn), 8)
+        write_sheet(out / PICTURES[2], decode(decoder, drawn), 8)

@@ -18,7 +18,7 @@ from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import files
 from jiio_plugins.generative.config import CONFIG, TrainConfig
 from jiio_plugins.generative.latents import fit, fit_latents
-from jiio_plugins.generative.pictures import write_pictures
+from jiio_plugins.generative.pictures import PICTURES, write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
 from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
 from jiio_plugins.utils.distributed import launch
@@ -103,7 +103,7 @@ def train(
 
 def _owning(out: Path) -> AbstractContextManager[None]:
     """The folder of a run has one writer."""
-    names = (files.CHECKPOINT, CONFIG, files.GENERATOR, files.LATENTS)
+    names = (files.CHECKPOINT, CONFIG, files.GENERATOR, files.LATENTS, *PICTURES)
     return owning(*(out / name for name in names))
 
 

@@ -78,7 +78,10 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         train(config(out), on_step=kill)
     assert not (out / CHECKPOINT).exists()
+    for name in (CHECKPOINT, "samples.png"):
+        (out / f".{name}.0123.tmp").write_bytes(b"half")
     train(config(out, resume=True))
+    assert not list(out.glob(".*.tmp"))
     whole = config(tmp_path / "whole")
     train(whole)
     assert_same(states(out)["model"], states(whole.out)["model"])
