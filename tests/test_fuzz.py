@@ -32,11 +32,11 @@ def some_call(how: str = "optimize") -> Call:
         call
         for call in calls
         if call.how == how
+        and call.expected is None
         and call.model.kind == "tanh"
         and call.model.rate < 0.9
         and call.x.dtype == torch.float64
         and len(call.x) > 2
-        and call.expected is None
         and not call.options
     )
 
