@@ -85,7 +85,7 @@ def wrong_error(call: Call, error: Exception) -> list[str]:
 
 # Where the first evaluation is not finite these have nothing to go on with
 EXCUSES = {
-    (how, kind): "NaN|Inf|finite"
+    (how, kind): "(?i)NaN|Inf|finite"
     for how in ("learn2learn", "deepinv")
     for kind in ("NaN", "running away", "wild")
 }
