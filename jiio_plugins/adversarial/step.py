@@ -46,6 +46,11 @@ CARRIED_METHOD = Joint(
 )
 
 
+# A mean relative residual of z at which the penalty weighs as much as the loss, and what counts for
+# a row whose residual is larger or none: one such row must not drown the loss.
+_EASY = 0.005
+_LOST = 0.1
+
 CARRIED_REFINE = (3, 0)  # z follows the last step on x, as long as the others
 
 
@@ -143,8 +148,9 @@ class AdversarialTraining:
         refine: further steps on z and μ before the gradient, see
             :func:`jiio_plugins.envelope_loss`.
         jacobian_weight: weight of a penalty of J_z at a random iterate of the joint loop, see
-            :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. 0: without, for
-            a cell that stays so by itself. Others lose their fixed point.
+            :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. None: it follows
+            the mean relative residual r that the search leaves z at, ``(r / 0.005)²``. 0: without,
+            for a cell that stays easy by itself. Others lose their fixed point.
         jacobian_probes: random probes in it.
         jacobian_power: power steps that turn each probe to where the cell contracts least. 0: none,
             a Hutchinson estimate of ``‖J_z‖²_F / n``.
@@ -174,7 +180,7 @@ class AdversarialTraining:
     ratio: float = 1.0
     trades: float | None = None
     refine: Refine = 0
-    jacobian_weight: float = 1.0
+    jacobian_weight: float | None = None
     jacobian_probes: int = 1
     jacobian_power: int = 4
     loss: LossRows = cross_entropy_rows
@@ -244,7 +250,8 @@ class AdversarialTraining:
                 clean = outer(x)
             state = FlatState(StateLayout(mode.layouts), torch.cat(mode.z, dim=1).detach())
         search = self.adversary(labels, None if clean is None else clean.detach())
-        iterate = _RandomIterate(self.method.max_iter, generator) if self.jacobian_weight else None
+        penalised = self.jacobian_weight is None or self.jacobian_weight > 0
+        iterate = _RandomIterate(self.method.max_iter, generator) if penalised else None
         solution = joint_solution(
             model,
             x,
@@ -272,7 +279,7 @@ class AdversarialTraining:
             with layer_mode(pass_):
                 outer(iterate.x.reshape(x.shape))
             penalty = pass_.value
-            total = total + self.jacobian_weight * penalty
+            total = total + self._weight(solution.z_residual) * penalty
         if clean is None and start is None:
             clean = search.first
         return AdversarialStep(
@@ -321,6 +328,13 @@ class AdversarialTraining:
         for key in ("method", "lower", "upper", "refine"):
             values[key] = repr(values[key])
         return {**values, "loss": name}
+
+    def _weight(self, residual: Tensor) -> Tensor | float:
+        """Of the Jacobian penalty, by the relative residuals of z in the search, ``(rows,)``."""
+        if self.jacobian_weight is not None:
+            return self.jacobian_weight
+        lost = torch.full_like(residual, _LOST)
+        return (torch.where(residual < _LOST, residual, lost).mean() / _EASY).square()
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
         try:

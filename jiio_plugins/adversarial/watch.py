@@ -27,7 +27,7 @@ _ASTRAY = 0.25  # share of examples; near the decision boundary a few differ in 
 _UNVERIFIED = 0.1  # share of images
 _FALL = 0.1  # of an accuracy
 _REMEDY = (
-    "Set or raise jacobian_weight (the default is 1), lower the learning rate, or take more "
+    "Set or raise jacobian_weight (1 holds most cells), lower the learning rate, or take more "
     "iterations or refine="
 )
 
