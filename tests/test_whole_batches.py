@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium, Joint, L2Ball, Nested, Status, adapt, attack, optimize_input
+from jiio_plugins.evaluation import quick_suite, robust_accuracy
 from tests.equilibrium.specimens import Hooked, Model, iterate, objective
 from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
 
@@ -147,6 +148,31 @@ def test_a_second_attempt_does_not_lose_the_first(kind: str) -> None:
         free = attacked(Net("plain", 6), retry=Joint(max_iter=5))
         assert torch.allclose(found.x, free.x, atol=1e-9)
         assert torch.allclose(found.value, free.value, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the (cell|model) cannot be called on some")
+@pytest.mark.parametrize("kind", ["cached", "declared"])
+def test_a_suite_gives_a_model_the_batches_that_it_wants(kind: str) -> None:
+    def evaluated(kind: str) -> Any:
+        model = Net(kind, 6).eval()
+        model.deq.whole_batch = kind == "declared"
+        if kind == "declared":  # which nothing tells but the declaration
+            model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        x = rand(12, 5, seed=4)
+        y = Net("plain", 6)(x).argmax(1)
+        y[:2] = (y[:2] + 1) % 3  # misclassified, so that there are fewer to attack
+        ball: dict[str, Any] = {"norm": 2, "eps": 0.6, "lower": None, "upper": None}
+        suite, settings = quick_suite(**ball), {"batch_size": 6, "audit": 4, "progress": False}
+        return robust_accuracy(model, x, y, suite, **ball, **settings)
+
+    sizes: list[int] = []
+    held, free = evaluated(kind), evaluated("plain")
+    assert set(sizes) <= {6}
+    assert 0 < held.accuracy.value < held.clean.value < 1
+    assert (held.clean, held.accuracy) == (free.clean, free.accuracy)
+    assert held.robust == free.robust
+    assert held.attacks[0].alone == free.attacks[0].alone
+    assert {a.attacked for a in held.attacks} == {12}
 
 
 def test_outside_an_optimisation_as_well() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from jiio_plugins.equilibrium.counting import count_evaluations
+from jiio_plugins.equilibrium.layer import layers_of
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
+from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
 from jiio_plugins.evaluation import audit as auditing
 from jiio_plugins.evaluation.attack import Attack, Run
 from jiio_plugins.evaluation.report import AttackResult, Interval, RobustnessReport, wilson
@@ -59,7 +61,9 @@ def robust_accuracy(
         lower: least pixel value, a number or a tensor that broadcasts over the batch. None: no
             bound.
         upper: largest pixel value, likewise.
-        batch_size: samples an attack gets at a time.
+        batch_size: samples an attack gets at a time. A model that wants all rows of its batch
+            (``whole_batch=True`` of its layer, or it refuses a single image) gets just these
+            batches, those that are broken already among them.
         verify: solver of the independent solves. None: Anderson to relative residual 1e-5 (1e-9 in
             float64) within 300 evaluations.
         known: images that may be adversarial, shape of x, judged before any attack is run: of a
@@ -95,12 +99,12 @@ def robust_accuracy(
     # another library's code may seed global generators, and leave flags behind
     with guarded(model, randomness=True):
         state = _State(model, x, y, verify, batch_size)
-        left_out = _left_out(suite, model, x)
+        left_out = _left_out(suite, x, state.classes)
         suite = [attack for attack in suite if attack.name not in left_out]
         given = [] if known is None else [Attack("known", lambda model, x, y: x)]
         results = []
         for attack in given + suite:
-            rows = (state.correct & ~(state.broken & skip_broken)).nonzero().squeeze(1)
+            rows = state.still_to_attack(skip_broken)
             examples = known if attack in given else None
             results.append(_run(attack, state, rows, threat, skip_broken, progress, examples))
         undecided = int((state.doubtful & ~state.broken).sum())
@@ -109,7 +113,7 @@ def robust_accuracy(
         if audit and random:
             checks["audit"] = "skipped: the model is random, and its gradients are too"
         elif audit:
-            chosen = state.correct.nonzero().squeeze(1)[:audit]
+            chosen = state.to_audit(audit)
             more, found = auditing.active(model, x[chosen], y[chosen], verify, threat, progress)
             checks, warnings = {**checks, **more}, warnings + found
     n = len(x)
@@ -141,7 +145,13 @@ def robust_accuracy(
 
 
 class _State:
-    """The worst case so far. Every tensor has one entry per sample."""
+    """The worst case so far. Every tensor has one entry per sample.
+
+    Attributes:
+        classes: of the model.
+        whole: whether the model wants the batches that ``batch_size`` cuts, and no part of them. A
+            layer says so, or the model has refused the first image alone.
+    """
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, verify: Solver, batch_size: int
@@ -161,6 +171,30 @@ class _State:
         self.broken_by: list[str | None] = ["clean" if b else None for b in self.broken.tolist()]
         self.history = {"clean": clean}
         self.attempts: dict[str, tuple[Tensor, Tensor]] = {}
+        # only now: a model may keep what belongs to the first batch that it sees
+        self.whole = any(layer.whole_batch for layer in layers_of(model))
+        self.classes = self._classes()
+
+    @torch.no_grad()
+    def _classes(self) -> int:
+        if not self.whole:
+            try:
+                return int(self.model(self.x[:1]).shape[1])
+            except REFUSALS as error:
+                warn_of_refusal("the model", error, stacklevel=5)
+                self.whole = True
+        return int(self.model(self.x[: self.batch_size]).shape[1])
+
+    def still_to_attack(self, skip_broken: bool) -> Tensor:
+        """Indices of the samples that the next attack gets."""
+        rows = self.correct & ~(self.broken & skip_broken)
+        return (rows | self.whole).nonzero().squeeze(1)
+
+    def to_audit(self, most: int) -> Tensor:
+        """Indices of the samples that are audited."""
+        if self.whole:
+            return self.batches(torch.arange(len(self.x)))[0]
+        return self.correct.nonzero().squeeze(1)[:most]
 
     def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Sample indices, split."""
@@ -221,13 +255,15 @@ def _run(
             bar.update(len(batch))
             bar.set_postfix_str(f"accuracy {100 * float((~state.broken).double().mean()):.1f} %")
     n, total = max(1, len(rows)), len(state.x)
+    broken = 0
     if verdicts:
         verdict = Verdict.join(verdicts)
         state.history[attack.name] = verdict
-        state.attempts[attack.name] = (rows, verdict.broken)
-    broken = int(verdict.broken.sum()) if verdicts else 0
+        beaten = verdict.broken & state.correct[rows]
+        state.attempts[attack.name] = (rows, beaten)
+        broken = int(beaten.sum())
     # one that was given every correctly classified sample knows its own accuracy
-    complete = not skip or len(rows) == int(state.correct.sum())
+    complete = not skip or len(rows) >= int(state.correct.sum())
     return AttackResult(
         name=attack.name,
         gradient=attack.gradient,
@@ -246,10 +282,8 @@ def _share(flags: Tensor) -> Interval:
     return wilson(int(flags.sum()), len(flags))
 
 
-@torch.no_grad()
-def _left_out(suite: Sequence[Attack], model: nn.Module, x: Tensor) -> dict[str, str]:
+def _left_out(suite: Sequence[Attack], x: Tensor, classes: int) -> dict[str, str]:
     """The attacks that cannot run on such images and so many classes, name -> why."""
-    classes = model(x[:1]).shape[1]
     reasons = {attack.name: attack.unfit(x, classes) for attack in suite}
     left_out = {name: why for name, why in reasons.items() if why is not None}
     if len(left_out) == len(suite):
