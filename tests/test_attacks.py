@@ -414,7 +414,7 @@ def test_a_model_without_logits() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x).sum(1)
 
-    with pytest.raises(ValueError, match=r"logits of shape \(2, classes\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"logits of shape \(2, classes\), .* got \(2,\)"):
         attack(Scalar(), rand(2, 5, seed=1), torch.tensor([0, 1]), norm=2, eps=0.1)
 
 
