@@ -167,6 +167,14 @@ class Iteration(abc.ABC):
         """
         return v_next
 
+    def gradient_error(self, at: Evaluation) -> Tensor:
+        """How wrong the gradient may be, relatively, ``(rows,)``. Here what residuals say.
+
+        Args:
+            at: the evaluation.
+        """
+        return torch.maximum(at.z_residual, at.mu_residual)
+
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """The record of the whole run.
 
@@ -222,8 +230,8 @@ class Method(abc.ABC):
             verification. None: as the model is.
         gap_tol: share of the first-order gain so far below which v is at rest. On a sphere it is
             the square of the angle between v − c and d. Only where the residuals of z and μ say
-            that the gradient has settled, and not in an L1 ball, where a step moves one entry. 0:
-            all problems take all steps.
+            that the gradient has settled, which they cannot say where a cell contracts slowly. Not
+            in an L1 ball, where a step moves one entry. 0: all problems take all steps.
 
     Raises:
         TypeError: a count that is no integer.
@@ -294,7 +302,7 @@ class Method(abc.ABC):
                 if feasible.norm not in (None, 1) and self.gap_tol:
                     small = _gap(feasible, at.gradient, step, v, v_next) < self.gap_tol
                     # a gradient that is off by an angle has rest where a gap of its square is left
-                    loose = torch.maximum(at.z_residual, at.mu_residual) ** 2 > self.gap_tol
+                    loose = iteration.gradient_error(at) ** 2 > self.gap_tol
                     best.rest(small & (problem.groups.worst(loose.float()) == 0))
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():

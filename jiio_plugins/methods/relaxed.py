@@ -177,6 +177,11 @@ class Relaxed(JointIteration):
         self.jz_mu = finite_or(self.jz_mu_next, self.jz_mu)
         return v_next
 
+    def gradient_error(self, at: Evaluation) -> Tensor:
+        """See :class:`Iteration`. Of a slow row nobody knows: its residuals are small anyway."""
+        known = super().gradient_error(at)
+        return torch.where(self.spread(self.slow.float()) > 0, torch.inf, known)
+
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""
         super().restrict(rows)

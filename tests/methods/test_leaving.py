@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium, Joint, L2Ball, LinfBall, Nested, optimize_input
+from jiio_plugins.methods import relaxed
 from jiio_plugins.methods.iteration import JointIteration
 from tests.cases import squared
 from tests.helpers import TIGHT, CountedCell, linear, rand
@@ -49,6 +50,12 @@ def test_at_rest_is_as_good_as_all_steps_and_costs_less(ball: Any) -> None:
     assert left.converged.all()
     assert (left.value <= whole.value + 2e-3 * whole.value.abs()).all()
     assert (left.stats.vjps < 0.6 * whole.stats.vjps).all()
+
+
+def test_a_slow_row_does_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its residuals are small whatever its errors are."""
+    monkeypatch.setattr(relaxed, "_SLOW", -1.0)
+    assert (run(rand(6, 5, seed=4), L2Ball(0.5)).stats.iterations == 60).all()
 
 
 @pytest.mark.parametrize("norm", [0.5, 0.95])
