@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.counting import Cost, count, counting_into
-from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.layer import is_one_problem, wants_whole_batch
 from jiio_plugins.equilibrium.solvers import Solver
 from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
 from jiio_plugins.joint.inputs import check_input, problem_of
@@ -103,8 +103,7 @@ def attack(
     attack_objective(loss, labels, targeted)  # its errors first
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class per sample ({len(x)}), got {len(labels)}")
-    layers = layers_of(model) if isinstance(model, nn.Module) else []
-    if any(layer.batch_dim is None for layer in layers):
+    if isinstance(model, nn.Module) and is_one_problem(model):
         raise ValueError(
             "a layer has batch_dim=None, so x is one problem, where an attack has one for each "
             "label: use optimize_input with an objective of one value, such as "
@@ -147,7 +146,7 @@ def attack(
         return search(x, method)
     (start, how), *later = attempts
     best = search(start(), how)
-    whole = any(layer.whole_batch for layer in layers)
+    whole = wants_whole_batch(model)
     for start, how in later:
         drawn = start()
         rows = (~is_adversarial(best, labels, targeted)).nonzero().squeeze(1)

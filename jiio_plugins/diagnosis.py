@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import Counter, RowCounter, counting_into
 from jiio_plugins.equilibrium.foreign import adapt, unadapt
-from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.layer import is_one_problem
 from jiio_plugins.equilibrium.recognition import no_layer, recognise, servable
 from jiio_plugins.equilibrium.solvers import Anderson, iterate
 from jiio_plugins.equilibrium.some_rows import REFUSALS
@@ -150,7 +150,7 @@ def check(
         >>> print(found.sentences[0])
         equilibrium is a layer with a joint mode: nothing has to be written.
     """
-    one = isinstance(model, nn.Module) and any(m.batch_dim is None for m in layers_of(model))
+    one = isinstance(model, nn.Module) and is_one_problem(model)
     problem = problem_of(model, x, objective or (_sum_of_squares if one else _square))
     if problem.rows < 2 and not one:
         raise ValueError(f"x must have two rows at least, got {problem.rows}")

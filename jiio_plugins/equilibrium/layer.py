@@ -89,6 +89,16 @@ def layers_of(model: nn.Module) -> list[EquilibriumLayer]:
     return [module for module in model.modules() if isinstance(module, EquilibriumLayer)]
 
 
+def wants_whole_batch(model: nn.Module) -> bool:
+    """Whether a layer says that its rows belong together."""
+    return any(layer.whole_batch for layer in layers_of(model))
+
+
+def is_one_problem(model: nn.Module) -> bool:
+    """Whether a layer says that its states have no batch, so that x is optimised as a whole."""
+    return any(layer.batch_dim is None for layer in layers_of(model))
+
+
 class Equilibrium(EquilibriumLayer):
     """The layer ``z* = cell(z*, *injection)``.
 

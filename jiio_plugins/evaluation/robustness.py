@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from jiio_plugins.equilibrium.counting import count_evaluations
-from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.layer import wants_whole_batch
 from jiio_plugins.equilibrium.solvers import Anderson, Solver, check_solver
 from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
 from jiio_plugins.evaluation import audit as auditing
@@ -172,7 +172,7 @@ class _State:
         self.history = {"clean": clean}
         self.attempts: dict[str, tuple[Tensor, Tensor]] = {}
         # only now: a model may keep what belongs to the first batch that it sees
-        self.whole = any(layer.whole_batch for layer in layers_of(model))
+        self.whole = wants_whole_batch(model)
         self.classes = self._classes()
 
     @torch.no_grad()

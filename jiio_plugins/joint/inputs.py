@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jiio_plugins.constraints import check_constraint
-from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.layer import is_one_problem
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import ParameterVariable, Variable
 from jiio_plugins.utils.checks import check_floating, outside_inference
@@ -61,7 +61,7 @@ def problem_of(
     x = check_input(x)
     if isinstance(variables, str):
         raise TypeError(f"variables must be a list of names, got the string {variables!r}")
-    one = any(layer.batch_dim is None for layer in layers_of(model))
+    one = is_one_problem(model)
     given = check_given(given, None if one else len(x))
     if groups is not None:
         groups = check_groups(groups, variables, 1 if one else len(x))

