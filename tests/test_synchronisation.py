@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import jiio_plugins.equilibrium.solvers
+import jiio_plugins.equilibrium.solvers.loop
 import jiio_plugins.methods.base
 import jiio_plugins.methods.joint
 from jiio_plugins import (
@@ -81,7 +81,7 @@ def unread_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = (
         jiio_plugins.methods.base,
         jiio_plugins.methods.relaxed,
-        jiio_plugins.equilibrium.solvers,
+        jiio_plugins.equilibrium.solvers.loop,
     )
     for module in modules:
         monkeypatch.setattr(module, "HostFlag", Unread)

@@ -154,6 +154,25 @@ def safe_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.where(lost, row_norm(flat, torch.float64).to(norm.dtype), norm)
 
 
+def safe_norms(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`safe_norm` of two, whose safety a CPU sees in one look.
+
+    Args:
+        a: ``(rows, n)``.
+        b: the same.
+        dtype: to return them in. None: that of ``a``.
+    """
+    if a.device.type != "cpu" or not a.numel():
+        return safe_norm(a, dtype), safe_norm(b, dtype)
+    norms = row_norm(a, dtype), row_norm(b, dtype)
+    if norms[0].dtype == torch.float64:
+        return norms
+    least, most = torch.stack(norms).aminmax()
+    if float(least) > _SAFE and float(most) < 1 / _SAFE:
+        return norms
+    return safe_norm(a, dtype), safe_norm(b, dtype)
+
+
 _SAFE = 1e-15  # a norm above this in float32, whose squares end at 1e-38, has lost nothing
 
 

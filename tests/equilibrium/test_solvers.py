@@ -21,6 +21,7 @@ from jiio_plugins import (
     Status,
     solve_fixed_point,
 )
+from jiio_plugins.equilibrium.solvers import anderson, loop
 from tests.helpers import PROBLEMS, SOLVERS, Affine, Elementwise, FixedPoint, Spy, contraction, rand
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
@@ -139,6 +140,22 @@ def test_a_row_alone_takes_the_same_path(problem: FixedPoint, kind: type[Solver]
         )
 
 
+@every_solver
+@every_problem
+def test_rows_judged_one_by_one_take_the_same_path(
+    problem: FixedPoint, kind: type[Solver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator never looks whether an evaluation was uneventful."""
+    solver = kind(max_iter=30, tol=problem.tol)
+    looking = solve_fixed_point(problem.f, problem.z0, solver)
+    monkeypatch.setattr(loop, "looks", lambda z: False)
+    monkeypatch.setattr(anderson, "looks", lambda z: False)
+    blind = solve_fixed_point(problem.f, problem.z0, solver)
+    assert torch.equal(looking.status, blind.status)
+    assert torch.equal(looking.stats.f_evals, blind.stats.f_evals)
+    torch.testing.assert_close(flat(looking.z), flat(blind.z), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
 def test_float64_reaches_1e10_where_torchdeq_stalls(rate: float, kind: type[Solver]) -> None:
@@ -215,8 +232,9 @@ def test_history_is_allocated_once() -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             out = func(*args, **(kwargs or {}))
-            fresh = isinstance(out, Tensor) and not func._schema.name.endswith("_")
-            if fresh and out._base is None and out.numel() >= 2 * 30 * 50:
+            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+            fresh = isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given
+            if fresh and out.numel() >= 2 * 30 * 50:  # no view
                 sizes.append(out.numel())
             return out
 
@@ -323,6 +341,24 @@ def test_anderson_remembers_no_more_than_it_is_told() -> None:
         return int(solve_fixed_point(lambda z: z @ a.T + u, u * 0, solver).stats.f_evals.max())
 
     assert evals(6) <= 8 < evals(1)
+
+
+@pytest.mark.parametrize(("rate", "evaluations"), [(0.99, 110), (0.999, 150)])
+def test_the_memory_of_anderson_grows_where_a_cell_is_slow(rate: float, evaluations: int) -> None:
+    """To 1e-10. With the memory it starts with, it takes 390, or does not arrive in 1000."""
+    a = torch.diag(torch.linspace(-rate / 2, rate, 200, dtype=torch.float64))
+    u = rand(4, 200, seed=1)
+    found = solve_fixed_point(lambda z: z @ a + u, u * 0, Anderson(max_iter=1000, tol=1e-10))
+    assert bool(found.converged.all())
+    assert int(found.stats.f_evals.max()) <= evaluations
+
+
+def test_the_memory_of_anderson_grows_by_rows_alone() -> None:
+    """A large state keeps five differences, however slow its cell: they take memory."""
+    n = 2**19  # 2 MiB a row in float32, and a pair of differences 4 MiB
+    state = Anderson().start(torch.zeros(1, n))
+    assert state.limit == state.memory == 5
+    assert Anderson().start(torch.zeros(64, 100)).limit == 40
 
 
 # Misuse -----------------------------------------------------------------------------------------
