@@ -287,6 +287,23 @@ def test_a_fixed_point_at_zero_is_reached_from_any_size(kind: type[Solver]) -> N
 
 
 @every_solver
+def test_autocast_is_for_f_alone(kind: type[Solver]) -> None:
+    a = contraction(10, 0.8, symmetric=False, seed=1).float()
+    u = rand(3, 10, seed=2).float()
+
+    def f(z: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return z @ a.T + u
+
+    solver = kind(tol=1e-6)
+    plain = solve_fixed_point(f, torch.zeros_like(u), solver)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solve_fixed_point(f, torch.zeros_like(u), solver)
+    assert torch.equal(found.z, plain.z)
+    assert torch.equal(found.stats.f_evals, plain.stats.f_evals)
+
+
+@every_solver
 def test_float32_and_float64_agree(kind: type[Solver]) -> None:
     a = contraction(10, 0.8, symmetric=False, seed=1)
     u = rand(3, 10, seed=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers.base import ByRow, FlatMap, Observed, Solver, looks
 from jiio_plugins.equilibrium.some_rows import some_rows
-from jiio_plugins.equilibrium.state import safe_norms, surely_none
+from jiio_plugins.equilibrium.state import full_precision, safe_norms, surely_none
 from jiio_plugins.solution import Status
 
 _PATIENCE = 10  # steps taken back in a row before a row is given up
@@ -251,7 +251,9 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
         # the best iterate is returned, so after the last evaluation there is no step to take
         if k + 1 == solver.max_iter or (not run.uneventful and all_done(~run.active.any())):
             break
-        run.advance(state.advance(at), at.reject)
+        with full_precision(z0.device.type):  # products of iterates, not of layers
+            z_next = state.advance(at)
+        run.advance(z_next, at.reject)
         if not run.watched or run.all_active:
             continue
         if int(run.active.sum()) < compact_below * len(rows):
