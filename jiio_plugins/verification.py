@@ -382,10 +382,13 @@ def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved
     if fz is None:  # as in train mode, where fewer rows would draw another mask
         fz = problem.evaluate(result.v, result.z)[rows]
     problem.pay_passes(torch.zeros(problem.rows, device=z.device).index_fill(0, rows, 1.0))
-    tiny = torch.finfo(z.dtype).tiny
-    parts = (problem.layout.split(t) for t in (solved[rows] - z, fz - z))
-    pairs = zip(*parts, strict=True)
-    ratios = [row_norm(error) / row_norm(residual).clamp(min=tiny) for error, residual in pairs]
+    eps, tiny = torch.finfo(z.dtype).eps, torch.finfo(z.dtype).tiny
+    parts = (problem.layout.split(t) for t in (solved[rows] - z, fz - z, fz))
+    # a residual at the dtype's precision is noise
+    ratios = [
+        row_norm(error) / (row_norm(residual) + _NOISE * eps * row_norm(f)).clamp(min=tiny)
+        for error, residual, f in zip(*parts, strict=True)
+    ]
     return found.index_copy(0, rows, torch.stack(ratios).amax(0).to(found.dtype))
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # of the warm-started nested loop
 TOLERANCES = (1e-3, 1e-2, 1e-1, 3e-1)
-OUTER = (10, 20, 40)
+OUTER = (10, 15, 20, 30, 40)
 CAPS = (1, 2, 30)
 STEPS = (0.5, 1.0, 2.0)
 # iterations of JIIO; with a retry, 40 more for the images that withstand them
