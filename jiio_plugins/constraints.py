@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from jiio_plugins.utils.nearest import nearest_l1, nearest_l2
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -72,10 +74,8 @@ class FeasibleSet(Constraint):
 
     def clip(self, v: Tensor) -> Tensor:
         """Projection of v ``(problems, d)`` on the box and the mask."""
-        if self.lower is not None:
-            v = torch.maximum(v, self.lower)
-        if self.upper is not None:
-            v = torch.minimum(v, self.upper)
+        if self.lower is not None or self.upper is not None:
+            v = torch.clamp(v, self.lower, self.upper)
         return v if self.mask is None else torch.where(self.mask, v, self.center)
 
     def project(self, v: Tensor) -> Tensor:
@@ -86,15 +86,9 @@ class FeasibleSet(Constraint):
         if self.radius is None or self.norm not in (1, 2):
             return self.clip(v)
         d = v - self.center
-        if self.mask is not None:
-            d = torch.where(self.mask, d, 0)
-        room = self._room(d)
-        shrink = _shrink_l2 if self.norm == 2 else _shrink_l1
-        delta = shrink(d, room, self.radius)
-        # towards the centre is always inside the box, so this last correction of rounding is safe
-        size = torch.linalg.vector_norm(delta, ord=self.norm, dim=1, keepdim=True)
-        delta = delta * (self.radius / size.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
-        return self.clip(self.center + delta)
+        nearest = nearest_l2 if self.norm == 2 else nearest_l1
+        found = nearest(d.double().abs(), self._room(d).double(), self.radius.double())
+        return self.clip(self.center + torch.copysign(found.to(v.dtype), d))
 
     def project_smoothly(self, v: Tensor) -> Tensor:
         """:meth:`project` with the derivative of its active piece, in v and in the set's own data.
@@ -166,11 +160,9 @@ class FeasibleSet(Constraint):
         return self.project(c + self.radius * length.to(c) ** (1 / free) * d)
 
     def _room(self, d: Tensor) -> Tensor:
-        """How far each entry may go from c in the direction of ``d`` before it meets the box."""
-        up = torch.inf if self.upper is None else self.upper - self.center
-        down = torch.inf if self.lower is None else self.center - self.lower
-        zero = torch.zeros((), dtype=d.dtype, device=d.device)
-        return torch.where(d >= 0, up + zero, down + zero).clamp(min=0)
+        """How far each entry may go from c in the direction of ``d``, by ε at most."""
+        assert self.radius is not None
+        return (self.clip(self.center + torch.copysign(self.radius, d)) - self.center).abs()
 
     def descent_direction(self, g: Tensor, v: Tensor) -> Tensor:
         """Steepest descent of length one in the ball's norm. Without a ball it is −g.
@@ -215,44 +207,6 @@ def _uniform_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
         row.uniform_(generator=of_row.manual_seed(seed + k))
     margin = torch.finfo(dtype).eps / 2
     return drawn.clamp(margin, 1 - margin)
-
-
-def _shrink_l2(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """``clip(t·d)`` with the largest t ≤ 1 that keeps its norm at ``radius``.
-
-    With the clipped entries fixed, t has a closed form. It only grows while entries are added, so
-    every iterate is feasible and the iteration is finite.
-    """
-    size = d.abs()
-    square, room_square, budget = d.square(), room.square(), radius.square()
-    t = (radius / torch.linalg.vector_norm(d, dim=1, keepdim=True)).nan_to_num(1.0).clamp(max=1)
-    for _ in range(16):  # an accelerator is not asked whether it is done: that would make it wait
-        clipped = size * t >= room
-        fixed = torch.where(clipped, room_square, 0).sum(1, keepdim=True)
-        free = torch.where(clipped, 0, square).sum(1, keepdim=True)
-        t_next = (
-            ((budget - fixed).clamp(min=0) / free).sqrt().nan_to_num(1.0, posinf=1.0).clamp(max=1)
-        )
-        t_next = torch.maximum(t, t_next)
-        if d.device.type == "cpu" and torch.equal(t, t_next):
-            break
-        t = t_next
-    return d.sign() * torch.minimum(size * t, room)
-
-
-def _shrink_l1(d: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """``min(max(|d| − level, 0), room)`` with the least level ≥ 0 that fits the radius."""
-    size = d.abs()
-    low = torch.zeros_like(radius)
-    high = size.amax(1, keepdim=True)
-    fits = torch.minimum(size, room).sum(1, keepdim=True) <= radius
-    # bisection: each step halves the interval, so these reach the precision of the dtype
-    for _ in range(60 if d.dtype == torch.float64 else 32):
-        middle = (low + high) / 2
-        over = torch.minimum((size - middle).clamp(min=0), room).sum(1, keepdim=True) > radius
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    level = torch.where(fits, 0, high)
-    return d.sign() * torch.minimum((size - level).clamp(min=0), room)
 
 
 def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
