@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torchdeq.core import DEQBase
+from torchdeq.norm.spectral_norm import SpectralNorm
+from torchdeq.norm.weight_norm import WeightNorm
 from torchdeq.solver.stat import SolverStat
 
 from jiio_plugins.equilibrium import (
@@ -36,12 +38,20 @@ from jiio_plugins.equilibrium import (
     take_in,
     with_gradient,
 )
-from jiio_plugins.joint import current_mode, flags_kept
+from jiio_plugins.joint import Computation, computes_weights, current_mode, flags_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+
+@computes_weights
+def _normalised(module: nn.Module) -> Iterator[Computation]:
+    """What ``torchdeq.reset_norm`` calls on a module."""
+    norm = vars(module).get("_deq_norm")
+    if isinstance(norm, (WeightNorm, SpectralNorm)):
+        yield Computation(vars(module), "_deq_norm", norm, (module,), module)
 
 
 def adapt(model: nn.Module) -> nn.Module:

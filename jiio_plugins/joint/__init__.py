@@ -21,8 +21,10 @@ from jiio_plugins.joint.linearization import Linearization
 from jiio_plugins.joint.modes import PenaltyMode, RecordMode, SolveMode, layers_as
 from jiio_plugins.joint.problem import FlatState, Objective, Problem
 from jiio_plugins.joint.variables import Groups, ParameterVariable, Variable
+from jiio_plugins.joint.weights import Computation, computes_weights
 
 __all__ = [
+    "Computation",
     "FlatState",
     "Groups",
     "LayerDefaults",
@@ -39,6 +41,7 @@ __all__ = [
     "buffers_kept",
     "check_gradients_possible",
     "check_input",
+    "computes_weights",
     "current_mode",
     "flags_kept",
     "guarded",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.equilibrium.layer import EquilibriumLayer
+from jiio_plugins.joint.weights import weights_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,7 +36,8 @@ def guarded(
     Args:
         model: whose state is kept.
         evaluate: put it into eval mode meanwhile.
-        freeze: its parameters are constants meanwhile.
+        freeze: its parameters are constants meanwhile, and weights that are computed from them are
+            computed once (:mod:`jiio_plugins.joint.weights`).
         randomness: put the global generators of torch, NumPy and Python back, too. Needed where
             code of another library runs, which may seed them.
     """
@@ -50,6 +52,7 @@ def guarded(
             for p in model.parameters():
                 if p.requires_grad:
                     p.requires_grad_(False)
+            stack.enter_context(weights_once(model))
         yield
 
 
