@@ -179,8 +179,8 @@ class FeasibleSet(Constraint):
         if self.lower is not None and self.upper is not None and self.norm in (1, 2):
             # a projected entry may miss its bound by a rounding: without slack that would decide
             slack = 0.0 if self.radius is None else 1e-6 * self.radius
-            blocked = ((v <= self.lower + slack) & (g > 0)) | ((v >= self.upper - slack) & (g < 0))
-            g = g.masked_fill(blocked, 0)
+            ahead = (v - torch.where(g > 0, self.lower, self.upper)).abs()
+            g = g.masked_fill(ahead <= slack, 0)
         tiny = torch.finfo(g.dtype).tiny
         if self.norm == 2:
             size: Tensor = torch.linalg.vector_norm(g, dim=1, keepdim=True)

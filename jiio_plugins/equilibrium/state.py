@@ -145,6 +145,8 @@ def safe_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         flat: ``(rows, n)``.
         dtype: to return it in. None: that of ``flat``.
     """
+    if flat.device.type != "cpu":  # which of them are lost, nobody may ask
+        return row_norm(flat, torch.float64).to(dtype or flat.dtype)
     norm = row_norm(flat, dtype)
     if norm.dtype == torch.float64:
         return norm

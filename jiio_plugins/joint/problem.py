@@ -241,24 +241,34 @@ class Problem:
         """Vector-Jacobian products so far, ``(rows,)``."""
         return torch.as_tensor(self.cost.vjps)
 
-    def pay(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
+    def pay(
+        self,
+        f_evals: Tensor | float | None = None,
+        vjps: Tensor | float | None = None,
+        times: int = 1,
+    ) -> None:
         """Add to the cost, which is the sum of all layers'.
 
         Args:
-            f_evals: evaluations of f, a number or ``(rows,)``.
-            vjps: vector-Jacobian products, a number or ``(rows,)``.
+            f_evals: evaluations of f, a number or ``(rows,)``. None: there were none.
+            vjps: vector-Jacobian products, likewise.
+            times: how often both are paid.
         """
-        self.cost = self.cost.plus(Cost(f_evals, vjps))
+        for name, paid in (("f_evals", f_evals), ("vjps", vjps)):
+            if paid is not None:
+                total = torch.add(torch.as_tensor(getattr(self.cost, name)), paid, alpha=times)
+                self.cost = self.cost._replace(**{name: total})
 
-    def pay_passes(self, f_evals: Tensor | float = 0.0, vjps: Tensor | float = 0.0) -> None:
+    def pay_passes(
+        self, f_evals: Tensor | float | None = None, vjps: Tensor | float | None = None
+    ) -> None:
         """Add to the cost where every layer is evaluated as often.
 
         Args:
-            f_evals: evaluations of f a layer, a number or ``(rows,)``.
-            vjps: vector-Jacobian products a layer, a number or ``(rows,)``.
+            f_evals: evaluations of f a layer, a number or ``(rows,)``. None: there were none.
+            vjps: vector-Jacobian products a layer, likewise.
         """
-        layers = len(self.layout.layouts)
-        self.pay(layers * f_evals, layers * vjps)
+        self.pay(f_evals, vjps, len(self.layout.layouts))
 
     def loss(self, output: Any) -> Tensor:
         """The objective of what the model returned, ``(rows,)``, checked.

@@ -298,9 +298,9 @@ class Method(abc.ABC):
                     loss = at.loss.detach()
                     known = at.z_residual, at.z, at.mu_residual
                     callback(Progress(k, v, at.gradient, loss, *known))
-                v_next = feasible.project(v + step * direction(at.gradient, v))
+                v_next = feasible.project(torch.addcmul(v, step, direction(at.gradient, v)))
                 if feasible.norm not in (None, 1) and self.gap_tol:
-                    small = _gap(feasible, at.gradient, step, v, v_next) < self.gap_tol
+                    small = _gains_little(self.gap_tol, feasible, at.gradient, step, v, v_next)
                     # a gradient that is off by an angle has rest where a gap of its square is left
                     loose = iteration.gradient_error(at) ** 2 > self.gap_tol
                     best.rest(small & (problem.groups.worst(loose.float()) == 0))
@@ -349,17 +349,17 @@ class Method(abc.ABC):
         return list(scale * (last + (first - last) * mix[:, None, None]))
 
 
-def _gap(
-    feasible: FeasibleSet, gradient: Tensor, step: Tensor, v: Tensor, v_next: Tensor
+def _gains_little(
+    share: float, feasible: FeasibleSet, gradient: Tensor, step: Tensor, v: Tensor, v_next: Tensor
 ) -> Tensor:
-    """What a step still gains to first order over what all have, ``(problems,)``.
+    """Whether a step still gains less than a share of what all have, ``(problems,)``.
 
-    Inf where v⁺ is no gain over the center.
+    To first order. It does not where v⁺ is no gain over the center.
     """
     assert feasible.radius is not None
     gained = (gradient * (feasible.center - v_next)).sum(1)
     gains = (gradient * (v - v_next)).sum(1) * (1 + feasible.radius / step)[:, 0]
-    return torch.where(gained > 0, gains / gained, torch.inf)
+    return (gains < share * gained) & (gained > 0)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -478,7 +478,7 @@ class BestSoFar:
         self.met = met
         self.paused = met > 0
         self.finished = met >= 4
-        self.active = 1.0 - self.groups.spread(self.finished.float())
+        self.active = self.groups.spread((met < 4).float())
         self.none_paused = surely_none(self.paused)
 
     def all_finished(self) -> bool:
@@ -495,7 +495,7 @@ class BestSoFar:
         if self.none_paused and surely_finite(v_next):
             return v_next
         # a paused v stands still so that z can catch up, and show whether the condition holds
-        ok = torch.isfinite(v_next).all(1) & ~self.paused
+        ok = (v_next.abs().amax(1) < math.inf) & ~self.paused
         return torch.where(ok[:, None], v_next, v)
 
     def keep(self, now: Tensor, after: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class JointIteration(Iteration):
         """``J_vᵀμ``, ``(problems, d)``, and on the way the next ``J_zᵀμ``."""
         self.jz_mu_before = self.jz_mu
         self.jz_mu_next, jv_mu = linearized.vjp(self.mu)
-        self.pay(vjps=active)
+        self.pay_vjps(active)
         self.mu_residual = relative(self.jz_mu_next - self.jz_mu_before, self.mu)
         return jv_mu
 
@@ -84,7 +84,7 @@ class JointIteration(Iteration):
         """A step on the adjoint before the one that yields the gradient."""
         self.jz_mu = finite_or(linearized.jz_mu(self.mu), self.jz_mu)
         self.mu = self.jz_mu + dl_dz
-        self.pay(vjps=active)
+        self.pay_vjps(active)
 
     def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
         """See :class:`Iteration`."""
@@ -97,9 +97,9 @@ class JointIteration(Iteration):
             vars(self).update(before)
             return self.evaluate(k, v, every)
         self.linearized = linearized
-        if self.before is not None:
-            problem.pay(f_evals=self.spread(self.before.evals * active))
-        self.pay(f_evals=active)
+        layers = len(problem.layout.layouts)
+        evals = layers if self.before is None else layers + self.before.evals
+        problem.pay(f_evals=self.spread(evals * active))
         self.z = linearized.z
         output = linearized.output
         if self.rows is not None and self._last is not None:  # an objective is of all rows
@@ -137,11 +137,9 @@ class JointIteration(Iteration):
             return t
         return t.new_zeros(self.problem.rows).index_copy(0, self.rows, t)
 
-    def pay(self, f_evals: Tensor | None = None, vjps: Tensor | None = None) -> None:
-        """Passes of the rows that are computed, see :meth:`Problem.pay_passes`."""
-        costs = {"f_evals": f_evals, "vjps": vjps}
-        paid = {name: self.spread(t) for name, t in costs.items() if t is not None}
-        self.problem.pay_passes(**paid)
+    def pay_vjps(self, rows: Tensor) -> None:
+        """A product of each layer in these of the rows that are computed, 1 or 0 each."""
+        self.problem.pay_passes(vjps=self.spread(rows))
 
     def _linearize(self, v: Tensor) -> Linearization | None:
         """The pass with its graph. None where rows have just left, and cannot be left out."""
@@ -199,4 +197,4 @@ class JointIteration(Iteration):
 
 def finite_or(new: Tensor, old: Tensor) -> Tensor:
     """``new``, but ``old`` for a row in which it holds NaN or Inf."""
-    return torch.where(torch.isfinite(row_norm(new))[:, None], new, old)
+    return torch.where((row_norm(new) < torch.inf)[:, None], new, old)

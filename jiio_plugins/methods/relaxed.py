@@ -138,7 +138,7 @@ class Relaxed(JointIteration):
                 self.jz_mu_before = torch.where(running[:, None], settled, self.jz_mu_before)
             last = k + 1 == following.max_adjoint_steps
             jz_mu, jv_mu = linearized.vjp(self.mu, last=last)
-            self.pay(vjps=running if k else active)
+            self.pay_vjps(running if k else active)
             change = jz_mu - self.mu
             if self.mu_last is not None:
                 # J_z does not depend on ∂ℓ/∂z, so that pairs hold from one v to the next
@@ -160,11 +160,12 @@ class Relaxed(JointIteration):
 
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """See :class:`Iteration`."""
-        z, split = self.z, self.problem.layout.split
+        z, split, size = self.z, self.problem.layout.split, row_norm(self.r)
         if self.before is not None and self.before.steps:
-            shrank = self.before.shrank(split(self.r))
+            parts = split(self.r)
+            shrank = self.before.shrank([size] if len(parts) == 1 else [*map(row_norm, parts)])
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
-        self.z = relaxed(z, self.omega, self.r, row_norm(self.r))
+        self.z = relaxed(z, self.omega, self.r, size)
         if self.before is not None and self.before.slow is not None:
             settled = self.before.settled(split(z), split(self.r))
             self.z = torch.where(self.before.slow[:, None], settled, self.z)
@@ -180,6 +181,8 @@ class Relaxed(JointIteration):
     def gradient_error(self, at: Evaluation) -> Tensor:
         """See :class:`Iteration`. Of a slow row nobody knows: its residuals are small anyway."""
         known = super().gradient_error(at)
+        if not self.control:
+            return known
         return torch.where(self.spread(self.slow.float()) > 0, torch.inf, known)
 
     def restrict(self, rows: Tensor) -> None:

@@ -8,7 +8,7 @@ this v alone. :class:`jiio_plugins.methods.Joint` tells which rows are slow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,13 +37,15 @@ class StateSteps:
         most: mixed steps at most.
 
     Attributes:
-        evals: evaluations of f so far, all layers together, ``(rows,)``.
+        evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
         sizes: of each layer, ``‖f(z) − z‖`` before the last step of the fast rows, ``(rows,)``.
     """
 
     def __init__(self, steps: int, omega: Tensor, slow: Tensor | None = None, most: int = 0):
         self.steps, self.omega, self.slow, self.most = steps, omega, slow, most
-        self.evals = torch.zeros(len(omega), device=omega.device)
+        self.evals: Tensor | float = 0.0  # as many in each row
+        if slow is not None:
+            self.evals = torch.zeros(len(omega), device=omega.device)
         self.sizes: list[Tensor] = []
         self._settled: list[_Settled] = []
 
@@ -55,14 +57,15 @@ class StateSteps:
         if self.steps and not fast.none:
             moved, now = self._relaxed(fast.f, fast.take(z), fast.take(self.omega))
             z, size = fast.put(z, moved), fast.put(size, now)
-            self.evals = fast.put(self.evals, fast.take(self.evals) + self.steps)
+            evals: Any = self.evals
+            self.evals = fast.put(evals, fast.take(evals) + self.steps)
         self.sizes.append(size)
         if self.slow is not None:
             settled = _Settled(_Rows(f, self.slow, z), z, self.most)
             self._settled.append(settled)
             z = settled.rows.put(z, settled.z)
-            evals = settled.rows.take(self.evals) + settled.evals
-            self.evals = settled.rows.put(self.evals, evals)
+            evals = self.evals
+            self.evals = settled.rows.put(evals, settled.rows.take(evals) + settled.evals)
         return z
 
     def _relaxed(self, f: FlatMap, z: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,14 +75,18 @@ class StateSteps:
             z = relaxed(z, omega, r, size)
         return z, size
 
-    def shrank(self, r: Sequence[Tensor]) -> Tensor:
-        """Rows in which every layer's residual ``r`` is smaller than before, ``(rows, 1)``.
+    def shrank(self, sizes: Sequence[Tensor]) -> Tensor:
+        """Rows in which every layer's residual is smaller than before, ``(rows, 1)``.
 
         Each layer is judged by itself. A later one starts with the jump of what goes into it, and
         that this shrinks says nothing about an earlier one.
+
+        Args:
+            sizes: of each layer's residual now, ``(rows,)``.
         """
-        smaller = [row_norm(now) < size for now, size in zip(r, self.sizes, strict=True)]
-        return torch.stack(smaller, dim=1).all(1, keepdim=True)
+        smaller = [now < size for now, size in zip(sizes, self.sizes, strict=True)]
+        every = smaller[0] if len(smaller) == 1 else torch.stack(smaller).all(0)
+        return every[:, None]
 
     def settled(self, z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
         """One more mixed step in the slow rows, ``(rows, n)``.
@@ -192,4 +199,4 @@ def relaxed(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
         r: residual, ``(rows, n)``.
         size: ‖r‖, ``(rows,)``.
     """
-    return torch.where(torch.isfinite(size)[:, None], torch.addcmul(z, omega, r), z)
+    return torch.where((size < torch.inf)[:, None], torch.addcmul(z, omega, r), z)
