@@ -21,10 +21,12 @@ from torch import Tensor
 from jiio_plugins.equilibrium.compiling import uncompiled
 from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.state import flatten
+from jiio_plugins.joint.apart import products, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from jiio_plugins.joint.apart import Sent
     from jiio_plugins.joint.modes import RecordMode
 
 
@@ -44,18 +46,23 @@ class Linearization:
         z: state of the pass, flat, ``(rows, n)``.
         fz: ``f(z, v)``, ``(rows, n)``.
         own_jz_mu: of the last VJP, what went through each layer's own state, ``(rows, n)``.
+        apart: indices of rows that have a graph of their own. None: there are none.
 
     Raises:
         RuntimeError: the pass called more or fewer layers than the mode has states of.
     """
 
     own_jz_mu: Tensor
+    apart: Tensor | None
+    _sent: Sent | None
 
     def __init__(self, call: Callable[[Tensor], Any], v: Tensor, mode: RecordMode) -> None:
         self._v, self._mode = v.detach().requires_grad_(), mode
         with torch.enable_grad(), layer_mode(mode), uncompiled():
             self.output = call(self._v)
         mode.close()
+        self._parts, self._sent = mode.parts, None
+        self.apart = None if mode.parts is None else mode.parts[1].rows
         if mode.empty is not None:
             self.z = mode.empty
             self._f = [self.z]
@@ -129,10 +136,27 @@ class Linearization:
         """``J_zᵀμ`` alone, with another product to come: what is before the layer is left out."""
         return self._products(mu, [], True, False)[0]
 
+    def jz_mu_apart(self, mu: Tensor) -> Tensor:
+        """``J_zᵀμ`` of the rows apart, for their μ. :meth:`vjp` goes on from the last of these.
+
+        Args:
+            mu: μ of these rows, ``(rows apart, n)``.
+        """
+        assert self._parts is not None
+        self._sent = self._parts[1].product(mu)
+        return self._sent.jz_mu
+
     def _products(
         self, mu: Tensor, more: list[Tensor], retain: bool, create_graph: bool
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """``J_zᵀμ``, and the gradients of ``μᵀf`` by ``more``."""
+        if self._parts is not None:
+            assert not create_graph
+            if not more:
+                each = [part.product(mu[part.rows]).jz_mu for part in self._parts]
+                return together(self._parts, each), []
+            jz_mu, of_v = products(self._parts, mu, self._sent, self._v)
+            return jz_mu, [of_v]
         parts = mu.split([leaf.shape[1:].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []
         for f, part in zip(self._f, parts, strict=True):

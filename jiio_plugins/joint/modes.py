@@ -27,6 +27,7 @@ from jiio_plugins.equilibrium.mode import inside_a_cell, layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
 from jiio_plugins.equilibrium.state import Layout, as_tensors, relative, row_norm
+from jiio_plugins.joint.apart import Part, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import FlatMap
 
     Advance = Callable[[FlatMap, Tensor], Tensor]
+    Apart = tuple[Tensor, Tensor]
 
 CALLED_MORE = (
     "an equilibrium layer was called more often than in the first pass of this optimisation. Its "
@@ -139,6 +141,10 @@ class RecordMode:
         answer_fz: a layer answers with f(z) instead of z, either as a leaf. f(z) is one step nearer
             to the fixed point and costs nothing.
         advance: takes a layer's flat state on before it is evaluated. None: nothing does.
+        apart: after ``advance``: indices of some rows, and of those that are to have a graph of
+            their own (:mod:`jiio_plugins.joint.apart`). They are all, and f can be called on
+            either. None from it, or in its place: all rows have one graph. Where there are several
+            layers it is not asked.
         empty: for a pass in which ``z`` stands still, graphs and all, and no cell is evaluated. It
             is the state of such a pass, ``(rows, 0)``. None: cells are evaluated.
 
@@ -148,6 +154,8 @@ class RecordMode:
         leaves: of each layer, the tensors that f was evaluated at.
         answers: of each layer, the tensors that it returned copies of.
         f: of each layer, the tensors of its evaluation, with their graph.
+        parts: of rows with graphs of their own. The leaves are theirs, and f has no graph. None:
+            there are none.
     """
 
     def __init__(
@@ -156,9 +164,12 @@ class RecordMode:
         *,
         answer_fz: bool = True,
         advance: Advance | None = None,
+        apart: Callable[[], Apart | None] | None = None,
         empty: Tensor | None = None,
     ) -> None:
         self.z, self.answer_fz, self.advance, self.empty = list(z), answer_fz, advance, empty
+        self.apart = apart if len(self.z) == 1 else None
+        self.parts: tuple[Part, Part] | None = None
         self.leaves: list[tuple[Tensor, ...]] = []
         self.answers: list[tuple[Tensor, ...]] = []
         self.f: list[tuple[Tensor, ...]] = []
@@ -187,9 +198,14 @@ class RecordMode:
             return f.layout.unpack(self.z[k].clone())  # the network may change it in place
         if self.advance is not None:
             self.z[k] = self.advance(f, self.z[k])
-        state = f.layout.unpack(self.z[k])
-        leaves = _as_leaves(as_tensors(state))
-        self.f.append(as_tensors(f.evaluate(f.layout.assemble(leaves))))
+        apart = None if self.apart is None else self.apart()
+        leaves = _as_leaves(as_tensors(f.layout.unpack(self.z[k])))
+        if apart is None:
+            self.f.append(as_tensors(f.evaluate(f.layout.assemble(leaves))))
+        else:
+            self.parts = parts = Part(f, apart[0], self.z[k]), Part(f, apart[1], self.z[k])
+            pairs = zip(parts[0].f, parts[1].f, strict=True)
+            self.f.append(tuple(together(parts, [a.detach(), b.detach()]) for a, b in pairs))
         self.leaves.append(leaves)
         self.answers.append(_as_leaves(self.f[-1]) if self.answer_fz else leaves)
         # copies: the network may change them in place

@@ -39,7 +39,7 @@ from jiio_plugins.utils.trees import map_leaves
 
 if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import FlatMap, FlatSolution, Solver
-    from jiio_plugins.joint.modes import Advance
+    from jiio_plugins.joint.modes import Advance, Apart
     from jiio_plugins.joint.variables import Variable
 
 Objective = Callable[[Any], Tensor]
@@ -419,6 +419,7 @@ class Problem:
         *,
         answer_fz: bool = True,
         advance: Advance | None = None,
+        apart: Callable[[], Apart | None] | None = None,
     ) -> Linearization:
         """One evaluation of f with its graph.
 
@@ -429,6 +430,8 @@ class Problem:
             answer_fz: see :class:`jiio_plugins.joint.RecordMode`.
             advance: takes each layer's state on where the layer is called, before the evaluation.
                 None: nothing does.
+            apart: which rows have a graph of their own, see :class:`jiio_plugins.joint.RecordMode`.
+                Only where v enters the model as its input. None: none.
         """
         if self.fixed is not None:
             mode = RecordMode(self.fixed, empty=z)
@@ -436,7 +439,10 @@ class Problem:
             steps = advance
             if advance is not None and self.variable.repeatable:
                 steps = _repeatably(advance)
-            mode = RecordMode(self.layout.split(z), answer_fz=answer_fz, advance=steps)
+            if not self.variable.rows_see_v_alone:  # v may enter f by more than its injection
+                apart = None
+            parts = self.layout.split(z)
+            mode = RecordMode(parts, answer_fz=answer_fz, advance=steps, apart=apart)
         return Linearization(lambda leaf: self.call(leaf, rows), v, mode)
 
 

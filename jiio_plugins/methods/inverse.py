@@ -61,9 +61,11 @@ class SecantInverse:
         self.count = self.count + usable
 
     def restrict(self, rows: Tensor) -> SecantInverse:
-        """That of the rows of these indices."""
-        some = copy.copy(self)
-        some.count, some.y, some.d = self.count[rows], self.y[rows], self.d[rows]
+        """That of the rows of these indices. −1 is a row without pairs."""
+        some, none = copy.copy(self), rows < 0
+        some.count, some.y, some.d = (t[rows] for t in (self.count, self.y, self.d))
+        for t in (some.count, some.y, some.d):
+            t[none] = 0
         return some
 
     def __call__(self, r: Tensor) -> Tensor:

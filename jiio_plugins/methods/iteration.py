@@ -146,7 +146,8 @@ class JointIteration(Iteration):
         z, before = self.z, self.before
 
         def call(rows: Tensor | None) -> Linearization:
-            return self.problem.linearize(v, z, rows, advance=before)
+            apart = None if before is None else lambda: before.apart
+            return self.problem.linearize(v, z, rows, advance=before, apart=apart)
 
         if self.rows is self._called:
             return call(self.rows)

@@ -19,6 +19,8 @@ from jiio_plugins.methods.iteration import JointIteration, finite_or
 from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.methods.base import BestSoFar, Evaluation, Method
@@ -76,6 +78,7 @@ class Relaxed(JointIteration):
         parts = min(following.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
         self.inverse: SecantInverse | None = None
+        self.recalled: Tensor | None = None  # the rows that these are of, None: all
         self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
@@ -128,35 +131,101 @@ class Relaxed(JointIteration):
         """More than one for slow rows whose adjoint has not settled."""
         if not self.control:
             return super().products(linearized, dl_dz, active)
-        following, running = self.following, self.slow & (active > 0)
-        if self.inverse is None:
-            self.inverse = SecantInverse(self.z, MEMORY)
-        self.jz_mu_before = settled = self.jz_mu
-        for k in range(following.max_adjoint_steps):
+        self.pay_vjps(active)
+        running, rows, before = self.slow & (active > 0), linearized.apart, self.jz_mu
+        if rows is None:
+
+            def product(mu: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+                return linearized.vjp(mu, last=last)
+
+            found = self._settle(product, self.mu, before, dl_dz, running)
+            self.mu, self.jz_mu_before, settled, jz_mu, jv_mu = found
+        else:
+
+            def product(mu: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+                return linearized.jz_mu_apart(mu), mu
+
+            some = self.mu[rows], before[rows], dl_dz[rows], running[rows]
+            found = self._settle(product, *some, rows)
+            whole = self.mu, before, before
+            put = [t.index_copy(0, rows, x) for t, x in zip(whole, found[:3], strict=True)]
+            self.mu, self.jz_mu_before, settled = put
+            jz_mu, jv_mu = linearized.vjp(self.mu)
+        self.mu_residual = relative(jz_mu - self.jz_mu_before, self.mu)
+        self.jz_mu_next = torch.where(self.slow[:, None], settled, jz_mu)
+        return jv_mu
+
+    def _settle(
+        self,
+        product: Callable[[Tensor, bool], tuple[Tensor, Tensor]],
+        mu: Tensor,
+        before: Tensor,
+        dl_dz: Tensor,
+        running: Tensor,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Products until the adjoint has settled in the rows that are running.
+
+        Args:
+            product: ``(μ, last) -> (J_zᵀμ, J_vᵀμ)``, where ``last`` says that no other follows.
+            mu: μ to begin with, ``(rows, n)``.
+            before: ``J_zᵀμ`` that it is made of, ``(rows, n)``.
+            dl_dz: ``∂ℓ/∂z``, ``(rows, n)``.
+            running: bool ``(rows,)``.
+            rows: which rows these are, indices among those that are computed. None: all.
+
+        Returns:
+            The last μ, the ``J_zᵀμ`` that it is made of, the one to go on with, and the product.
+        """
+        settled, memory, most = before, self._recall(rows), self.following.max_adjoint_steps
+        for k in range(most):
             if k:
-                self.mu = torch.where(running[:, None], settled + dl_dz, self.mu)
-                self.jz_mu_before = torch.where(running[:, None], settled, self.jz_mu_before)
-            last = k + 1 == following.max_adjoint_steps
-            jz_mu, jv_mu = linearized.vjp(self.mu, last=last)
-            self.pay_vjps(running if k else active)
-            change = jz_mu - self.mu
+                mu = torch.where(running[:, None], settled + dl_dz, mu)
+                before = torch.where(running[:, None], settled, before)
+                paid = running.float()
+                if rows is not None:
+                    paid = paid.new_zeros(len(self.z)).index_copy(0, rows, paid)
+                self.pay_vjps(paid)
+            jz_mu, jv_mu = product(mu, k + 1 == most)
+            change = jz_mu - mu
             if self.mu_last is not None:
                 # J_z does not depend on ∂ℓ/∂z, so that pairs hold from one v to the next
                 mu_last, change_last, known = self.mu_last
-                pair = self.mu - mu_last, change - change_last
-                self.inverse.learn(*pair, row_norm(self.mu), running & known)
-            self.mu_last = self.mu, change, self.slow
-            r = jz_mu - self.jz_mu_before
-            move = self.inverse(r)
+                pair = mu - mu_last, change - change_last
+                memory.learn(*pair, row_norm(mu), running & known)
+            slow = self.slow if rows is None else self.slow[rows]
+            self.mu_last = mu, change, slow
+            move = memory(jz_mu - before)
             size = row_norm(move)
             running = running & torch.isfinite(size)
-            settled = torch.where(running[:, None], self.jz_mu_before + move, settled)
-            running = running & (size > _SETTLED_ADJOINT * row_norm(self.mu))
+            settled = torch.where(running[:, None], before + move, settled)
+            running = running & (size > _SETTLED_ADJOINT * row_norm(mu))
             if surely_none(running):
                 break
-        self.mu_residual = relative(r, self.mu)
-        self.jz_mu_next = torch.where(self.slow[:, None], settled, jz_mu)
-        return jv_mu
+        return mu, before, settled, jz_mu, jv_mu
+
+    def _recall(self, rows: Tensor | None) -> SecantInverse:
+        """The pairs of these rows, and in ``mu_last`` their last product, as far as there were any.
+
+        On a CPU only slow rows have any. On an accelerator nobody may ask which these are.
+        """
+        if self.inverse is None:
+            self.inverse = SecantInverse(self.z if rows is None else self.z[rows], MEMORY)
+        elif not _same(rows, self.recalled):
+            every = torch.arange(len(self.z), device=self.z.device)
+            old = every if self.recalled is None else self.recalled
+            place = torch.full_like(every, -1).index_copy(0, old, every[: len(old)])
+            self._keep(place if rows is None else place[rows])
+        self.recalled = rows
+        return self.inverse
+
+    def _keep(self, place: Tensor) -> None:
+        """Go on with the pairs and the last product of these places, −1 for a row without any."""
+        if self.inverse is not None:
+            self.inverse = self.inverse.restrict(place)
+        if self.mu_last is not None:
+            mu, change, slow = (t[place] for t in self.mu_last)
+            self.mu_last = mu, change, slow & (place >= 0)
 
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """See :class:`Iteration`."""
@@ -187,9 +256,18 @@ class Relaxed(JointIteration):
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""
+        place = torch.full_like(self.slow, -1, dtype=torch.long)
+        place[rows] = torch.arange(len(rows), device=rows.device)
         super().restrict(rows)
-        if self.inverse is not None:
-            self.inverse = self.inverse.restrict(rows)
-        if self.mu_last is not None:
-            mu, change, slow = self.mu_last
-            self.mu_last = mu[rows], change[rows], slow[rows]
+        if self.recalled is None:
+            self._keep(rows)
+        else:
+            stay = (place[self.recalled] >= 0).nonzero().squeeze(1)
+            self._keep(stay)
+            self.recalled = place[self.recalled[stay]]
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.some_rows import some_rows
+from jiio_plugins.equilibrium.some_rows import SomeRows, some_rows
 from jiio_plugins.equilibrium.state import row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 
@@ -38,6 +38,8 @@ class StateSteps:
 
     Attributes:
         evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
+        apart: indices of the rows that the last layer has not settled, and of those that it has.
+            None where they have not been evaluated apart from each other.
         sizes: of each layer, ``‖f(z) − z‖`` before the last step of the fast rows, ``(rows,)``.
     """
 
@@ -47,6 +49,7 @@ class StateSteps:
         if slow is not None:
             self.evals = torch.zeros(len(omega), device=omega.device)
         self.sizes: list[Tensor] = []
+        self.apart: tuple[Tensor, Tensor] | None = None
         self._settled: list[_Settled] = []
 
     @torch.no_grad()
@@ -66,6 +69,8 @@ class StateSteps:
             z = settled.rows.put(z, settled.z)
             evals = self.evals
             self.evals = settled.rows.put(evals, settled.rows.take(evals) + settled.evals)
+            rest, some = fast.apart, settled.rows.apart
+            self.apart = None if rest is None or some is None else (rest, some)
         return z
 
     def _relaxed(self, f: FlatMap, z: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +129,11 @@ class _Rows:
         part = some_rows(f, index, z)
         if part is not None:
             self.f, self.index = part, index
+
+    @property
+    def apart(self) -> Tensor | None:
+        """Indices of the rows, if the map has been called on them alone."""
+        return self.index if isinstance(self.f, SomeRows) and self.f.tried else None
 
     def take(self, t: Tensor) -> Tensor:
         """What belongs to the rows that are evaluated."""

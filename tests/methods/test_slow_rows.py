@@ -268,7 +268,7 @@ def test_an_anchor_that_fails_leaves_a_state_where_it_is(monkeypatch: pytest.Mon
 
 def test_an_adjoint_step_that_fails_leaves_what_the_steps_before_it_found() -> None:
     class Failing:
-        calls = 0
+        calls, apart = 0, None
 
         def vjp(self, mu: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
             self.calls += 1
