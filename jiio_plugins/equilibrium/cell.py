@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from jiio_plugins.equilibrium.state import Layout, as_tensors
 from jiio_plugins.utils.trees import leaves, map_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     Reenter = Callable[[], AbstractContextManager[Any]]
@@ -71,7 +72,8 @@ class CellMap:
         name = getattr(self.cell, "__name__", type(self.cell).__name__)
         if torch.is_inference_mode_enabled():  # where torch does not count changes
             state = map_leaves(state, Tensor, Tensor.clone)
-        versions = _versions((state, self.injection))
+        given = [*leaves(state, Tensor), *self._injected]
+        versions = _versions(given)
         try:
             with inside_a_cell():
                 out = self.cell(state, *self.injection)
@@ -86,10 +88,14 @@ class CellMap:
                 "initial_state(*injection) or the layer is called with z0=)"
             )
             raise
-        if _versions((state, self.injection)) != versions:
+        if _versions(given) != versions:
             raise RuntimeError(_IN_PLACE.format(name))
         self.layout.check(out, rows, f"the output of the cell {name}")
         return out
+
+    @cached_property
+    def _injected(self) -> list[Tensor]:
+        return [*leaves(self.injection, Tensor)]
 
     def restrict(self, rows: Tensor) -> CellMap | None:
         """The same map for the rows of these indices.
@@ -110,7 +116,7 @@ class CellMap:
         Raises:
             ValueError: one has neither.
         """
-        for u in leaves(self.injection, Tensor):
+        for u in self._injected:
             if _has_rows(u) and len(u) != rows:
                 raise ValueError(
                     f"the layer's inputs must be batch first: the state has {rows} rows, an input "
@@ -202,9 +208,9 @@ class Damped(nn.Module):
         return f"damping={self.damping}"
 
 
-def _versions(tree: Any) -> list[int]:
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
     """How often each tensor has been changed in place, as far as torch counts that."""
-    return [t._version for t in leaves(tree, Tensor) if not t.is_inference()]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _has_rows(u: Tensor) -> bool:

@@ -150,9 +150,11 @@ def safe_norm(flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     norm = row_norm(flat, dtype)
     if norm.dtype == torch.float64:
         return norm
+    if norm.numel():
+        least, most = norm.detach().aminmax()
+        if float(least) > _SAFE and float(most) < 1 / _SAFE:
+            return norm
     lost = ~((norm > _SAFE) & (norm < 1 / _SAFE))
-    if surely_none(lost):
-        return norm
     return torch.where(lost, row_norm(flat, torch.float64).to(norm.dtype), norm)
 
 
