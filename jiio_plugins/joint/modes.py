@@ -14,7 +14,7 @@ What is read off a pass is in :mod:`jiio_plugins.joint.linearization`. A
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from jiio_plugins.equilibrium.counting import Cost, count, count_rows
 from jiio_plugins.equilibrium.mode import inside_a_cell, layer_mode
 from jiio_plugins.equilibrium.regularization import jacobian_penalty
 from jiio_plugins.equilibrium.solvers import Anderson, FlatSolution, Solver, iterate
+from jiio_plugins.equilibrium.some_rows import REFUSALS
 from jiio_plugins.equilibrium.state import Layout, as_tensors, relative, row_norm
 from jiio_plugins.joint.apart import Part, together
 
@@ -143,8 +144,8 @@ class RecordMode:
         advance: takes a layer's flat state on before it is evaluated. None: nothing does.
         apart: after ``advance``: indices of some rows, and of those that are to have a graph of
             their own (:mod:`jiio_plugins.joint.apart`). They are all, and f can be called on
-            either. None from it, or in its place: all rows have one graph. Where there are several
-            layers it is not asked.
+            either, else all rows are called once more. None from it, or in its place: all rows have
+            one graph. Where there are several layers it is not asked.
         empty: for a pass in which ``z`` stands still, graphs and all, and no cell is evaluated. It
             is the state of such a pass, ``(rows, 0)``. None: cells are evaluated.
 
@@ -198,14 +199,16 @@ class RecordMode:
             return f.layout.unpack(self.z[k].clone())  # the network may change it in place
         if self.advance is not None:
             self.z[k] = self.advance(f, self.z[k])
-        apart = None if self.apart is None else self.apart()
         leaves = _as_leaves(as_tensors(f.layout.unpack(self.z[k])))
-        if apart is None:
+        apart = None if self.apart is None else self.apart()
+        if apart is not None:
+            with suppress(*REFUSALS):
+                self.parts = Part(f, apart[0], self.z[k]), Part(f, apart[1], self.z[k])
+        if self.parts is None:
             self.f.append(as_tensors(f.evaluate(f.layout.assemble(leaves))))
         else:
-            self.parts = parts = Part(f, apart[0], self.z[k]), Part(f, apart[1], self.z[k])
-            pairs = zip(parts[0].f, parts[1].f, strict=True)
-            self.f.append(tuple(together(parts, [a.detach(), b.detach()]) for a, b in pairs))
+            pairs = zip(*(part.f for part in self.parts), strict=True)
+            self.f.append(tuple(together(self.parts, [a.detach(), b.detach()]) for a, b in pairs))
         self.leaves.append(leaves)
         self.answers.append(_as_leaves(self.f[-1]) if self.answer_fz else leaves)
         # copies: the network may change them in place

@@ -292,6 +292,7 @@ class Method(abc.ABC):
         with problem.in_precision(self.precision):
             iteration, direction = self.start(problem), self.directions(feasible)
             for k, step in enumerate(self.steps(feasible, v)):
+                at: Evaluation | None = None  # which need not outlive the next one's making
                 at = iteration.evaluate(k, v, best.active)
                 best.update(v, at)
                 if callback is not None:
@@ -301,12 +302,15 @@ class Method(abc.ABC):
                 v_next = feasible.project(torch.addcmul(v, step, direction(at.gradient, v)))
                 if feasible.norm not in (None, 1) and self.gap_tol:
                     small = _gains_little(self.gap_tol, feasible, at.gradient, step, v, v_next)
-                    # a gradient that is off by an angle has rest where a gap of its square is left
-                    loose = iteration.gradient_error(at) ** 2 > self.gap_tol
-                    best.rest(small & (problem.groups.worst(loose.float()) == 0))
+                    if not surely_none(small):
+                        # a gradient that is off by an angle has rest where its square is left
+                        loose = iteration.gradient_error(at) ** 2 > self.gap_tol
+                        small = small & (problem.groups.worst(loose.float()) == 0)
+                    best.rest(small)
                 v = best.move(v, iteration.advance(at, v, v_next, best))
                 if best.all_finished():
                     break
+        assert at is not None
         return iteration.finish(at, v, best)
 
     def restrict(self, rows: Tensor) -> Self:

@@ -96,6 +96,9 @@ class JointIteration(Iteration):
         if linearized is None:  # the model refuses so few: no more leave from here on
             vars(self).update(before)
             return self.evaluate(k, v, every)
+        before.clear()  # of the last iteration no state is needed from here on
+        if self.rows is None:
+            self._last = None
         self.linearized = linearized
         layers = len(problem.layout.layouts)
         evals = layers if self.before is None else layers + self.before.evals

@@ -39,7 +39,7 @@ class StateSteps:
     Attributes:
         evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
         apart: indices of the rows that the last layer has not settled, and of those that it has.
-            None where they have not been evaluated apart from each other.
+            None where f has not been seen to work for some rows alone.
         sizes: of each layer, ``‖f(z) − z‖`` before the last step of the fast rows, ``(rows,)``.
     """
 
@@ -69,7 +69,8 @@ class StateSteps:
             z = settled.rows.put(z, settled.z)
             evals = self.evals
             self.evals = settled.rows.put(evals, settled.rows.take(evals) + settled.evals)
-            rest, some = fast.apart, settled.rows.apart
+            # what works for slow rows is likely to work for fast ones that take no step
+            rest, some = fast.apart if self.steps else fast.index, settled.rows.apart
             self.apart = None if rest is None or some is None else (rest, some)
         return z
 
