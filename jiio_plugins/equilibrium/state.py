@@ -186,6 +186,19 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
+def by_row(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new tensor in rows of the mask, else the old one. Neither is copied where none is needed.
+
+    Args:
+        mask: bool ``(rows,)``.
+        new: ``(rows, n)``.
+        old: ``(rows, n)``.
+    """
+    if mask.device.type == "cpu" and bool(mask.all()):
+        return new
+    return torch.where(mask[:, None], new, old)
+
+
 def surely_none(mask: Tensor) -> bool:
     """Whether no entry is set. On an accelerator, where asking would make the host wait, False."""
     return mask.device.type == "cpu" and not bool(mask.any())

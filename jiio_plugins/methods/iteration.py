@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.state import relative, row_norm, surely_none
+from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
 from jiio_plugins.methods.base import Evaluation, Iteration, MethodResult
 
 if TYPE_CHECKING:
@@ -201,4 +201,4 @@ class JointIteration(Iteration):
 
 def finite_or(new: Tensor, old: Tensor) -> Tensor:
     """``new``, but ``old`` for a row in which it holds NaN or Inf."""
-    return torch.where((row_norm(new) < torch.inf)[:, None], new, old)
+    return by_row(row_norm(new) < torch.inf, new, old)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
-from jiio_plugins.equilibrium.state import relative, row_norm, surely_none
+from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.methods.iteration import JointIteration, finite_or
 from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
@@ -152,7 +152,7 @@ class Relaxed(JointIteration):
             self.mu, self.jz_mu_before, settled = put
             jz_mu, jv_mu = linearized.vjp(self.mu)
         self.mu_residual = relative(jz_mu - self.jz_mu_before, self.mu)
-        self.jz_mu_next = torch.where(self.slow[:, None], settled, jz_mu)
+        self.jz_mu_next = by_row(self.slow, settled, jz_mu)
         return jv_mu
 
     def _settle(
@@ -180,8 +180,8 @@ class Relaxed(JointIteration):
         settled, memory, most = before, self._recall(rows), self.following.max_adjoint_steps
         for k in range(most):
             if k:
-                mu = torch.where(running[:, None], settled + dl_dz, mu)
-                before = torch.where(running[:, None], settled, before)
+                mu = by_row(running, settled + dl_dz, mu)
+                before = by_row(running, settled, before)
                 paid = running.float()
                 if rows is not None:
                     paid = paid.new_zeros(len(self.z)).index_copy(0, rows, paid)
@@ -197,8 +197,8 @@ class Relaxed(JointIteration):
             self.mu_last = mu, change, slow
             move = memory(jz_mu - before)
             size = row_norm(move)
-            running = running & torch.isfinite(size)
-            settled = torch.where(running[:, None], before + move, settled)
+            running = running & (size < torch.inf)
+            settled = by_row(running, before + move, settled)
             running = running & (size > _SETTLED_ADJOINT * row_norm(mu))
             if surely_none(running):
                 break
@@ -236,8 +236,7 @@ class Relaxed(JointIteration):
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
         self.z = relaxed(z, self.omega, self.r, size)
         if self.before is not None and self.before.slow is not None:
-            settled = self.before.settled(split(z), split(self.r))
-            self.z = torch.where(self.before.slow[:, None], settled, self.z)
+            self.z = self.before.settled(split(z), split(self.r), split(self.z))
         if self.controlled and self.adjoint_begun:
             lost = (self.omega[:, 0] < _SHORT * self.following.relaxation) | ~(
                 self.mu_residual < _LOST

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.some_rows import SomeRows, some_rows
-from jiio_plugins.equilibrium.state import row_norm, surely_none
+from jiio_plugins.equilibrium.state import by_row, row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 
 if TYPE_CHECKING:
@@ -94,15 +94,17 @@ class StateSteps:
         every = smaller[0] if len(smaller) == 1 else torch.stack(smaller).all(0)
         return every[:, None]
 
-    def settled(self, z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
+    def settled(self, z: Sequence[Tensor], r: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         """One more mixed step in the slow rows, ``(rows, n)``.
 
         Args:
             z: state of each layer, where it was evaluated.
             r: residual of each layer there.
+            others: state of each layer, what the other rows have of it.
         """
-        parts = zip(self._settled, z, r, strict=True)
-        return torch.cat([layer.onward(now, left) for layer, now, left in parts], dim=1)
+        parts = zip(self._settled, z, r, others, strict=True)
+        onward = [layer.onward(now, left, rest) for layer, now, left, rest in parts]
+        return onward[0] if len(onward) == 1 else torch.cat(onward, dim=1)
 
 
 class _Rows:
@@ -182,11 +184,11 @@ class _Settled:
             if surely_none(running):
                 break
 
-    def onward(self, z: Tensor, r: Tensor) -> Tensor:
-        """One layer's whole state, a mixed step on in these rows. ``r`` is its residual at z."""
+    def onward(self, z: Tensor, r: Tensor, others: Tensor) -> Tensor:
+        """A mixed step on from z in these rows, of residual ``r`` there, and the others."""
         z_rows = self.rows.take(z)
         every = torch.ones(len(z_rows), dtype=torch.bool, device=z.device)
-        return self.rows.put(z, self._step(z_rows, self.rows.take(r), every))
+        return self.rows.put(others, self._step(z_rows, self.rows.take(r), every))
 
     def _step(self, z: Tensor, r: Tensor, rows: Tensor) -> Tensor:
         """z, and in ``rows`` (bool) a mixed step on. Not where that is NaN or Inf."""
@@ -196,9 +198,9 @@ class _Settled:
             before, left = self.last
             self.inverse.learn(z - before, r - left, row_norm(z), rows)
             # what a row that stands still does must not hang on how long others go on
-            self.last = torch.where(rows[:, None], z, before), torch.where(rows[:, None], r, left)
+            self.last = by_row(rows, z, before), by_row(rows, r, left)
         move = self.inverse(r)
-        return torch.where((rows & torch.isfinite(row_norm(move)))[:, None], z + move, z)
+        return by_row(rows & (row_norm(move) < torch.inf), z + move, z)
 
 
 def relaxed(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
@@ -210,4 +212,4 @@ def relaxed(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
         r: residual, ``(rows, n)``.
         size: ‖r‖, ``(rows,)``.
     """
-    return torch.where((size < torch.inf)[:, None], torch.addcmul(z, omega, r), z)
+    return by_row(size < torch.inf, torch.addcmul(z, omega, r), z)
