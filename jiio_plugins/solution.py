@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,10 @@ class Stats:
         return out
 
 
-@dataclass(frozen=True)
+_TENSORS = ("x", "z", "costate", "value", "output", "status", "stats")
+
+
+@dataclass(frozen=True, repr=False)
 class Solution:
     """Result of :func:`solve_fixed_point` or :func:`optimize_input`.
 
@@ -219,6 +223,16 @@ class Solution:
         The price is told in f evaluations and VJPs, and in calls of the model.
         """
         return report_of(self.status, self.stats)
+
+    def __repr__(self) -> str:
+        """One line: how the problems ended, the largest residual, and where the tensors are."""
+        ended = Counter(self.status.tolist())
+        statuses = ", ".join(f"{n} {Status(code).name}" for code, n in sorted(ended.items()))
+        parts = [statuses or "no problems"]
+        if self.stats.z_residual.numel():
+            parts.append(f"residual of z up to {float(self.stats.z_residual.max()):.1e}")
+        there = [name for name in _TENSORS if getattr(self, name) is not None]
+        return f"Solution({'; '.join(parts)}; tensors in .{', .'.join(there)}; print() says more)"
 
     def __str__(self) -> str:
         """A few lines to read: how the problems ended, their values, and what they cost."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Box, Equilibrium, Joint, L2Ball, Status, optimize_input
+from jiio_plugins import Box, Equilibrium, Joint, L2Ball, Solution, Stats, Status, optimize_input
 from jiio_plugins.envelope import joint_solution
 from tests.cases import squared
 from tests.helpers import Elementwise, Net, linear, rand
@@ -149,6 +149,19 @@ def test_an_empty_batch(shape: tuple[int, ...]) -> None:
     assert solution.stats.f_evals.shape == solution.stats.vjps.shape == (0,)
     assert solution.report() == ""
     assert solution.stats.summary() == {}
+
+
+def test_a_solution_is_shown_in_one_line() -> None:
+    zeros = torch.zeros(3, 100)
+    status = torch.tensor([0, 0, 1], dtype=torch.int8)
+    stats = Stats(zeros[:, 0], zeros[:, 0], zeros[:, 0], torch.tensor([1e-5, 2e-3, 3e-4]))
+    shown = repr(Solution(zeros, zeros, None, None, status, stats))
+    assert shown == (
+        "Solution(2 CONVERGED, 1 MAX_ITER; residual of z up to 2.0e-03; "
+        "tensors in .x, .z, .status, .stats; print() says more)"
+    )
+    empty = Stats(*[zeros[:0, 0]] * 4)
+    assert "no problems" in repr(Solution(None, zeros[:0], None, None, status[:0], empty))
 
 
 def test_a_batch_of_one_and_images() -> None:
