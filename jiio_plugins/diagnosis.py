@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from jiio_plugins import plots
 from jiio_plugins.equilibrium.adjoints import Implicit
 from jiio_plugins.equilibrium.counting import Counter, RowCounter, counting_into
 from jiio_plugins.equilibrium.foreign import adapt, unadapt
@@ -26,7 +27,7 @@ from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.inputs import problem_of
 from jiio_plugins.joint.modes import SolveMode, layers_as
 from jiio_plugins.solution import ConvergenceWarning
-from jiio_plugins.utils.files import write_figure, write_json
+from jiio_plugins.utils.files import write_json
 from jiio_plugins.utils.trees import leaves
 from jiio_plugins.verification import default_verifier
 
@@ -105,23 +106,10 @@ class Diagnosis:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for name, curve in (("plain iteration", self.plain), ("Anderson", self.anderson)):
-            middle, worst = ([pair[k] for pair in curve] for k in (0, 1))
-            (line,) = axes.semilogy(range(1, len(curve) + 1), middle, label=name)
-            axes.semilogy(range(1, len(curve) + 1), worst, ":", color=line.get_color())
         rate = "" if self.rate is None else f", ρ about {self.rate:.2f}"
-        axes.set(
-            xlabel="evaluations of f",
-            ylabel="relative residual",
-            title=f"median, and dotted the worst row{rate}",
-        )
-        axes.grid(alpha=0.3)
-        axes.legend()
-        write_figure(path, figure)
+        solves = {"plain iteration": self.plain, "Anderson": self.anderson}
+        title = f"median, and dotted the worst row{rate}"
+        plots.save(path, plots.residuals(solves, title=title))
 
 
 def check(

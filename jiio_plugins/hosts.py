@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, simplefilter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 GROUP = "jiio_plugins.adapters"
@@ -29,6 +33,17 @@ def install_command(name: str) -> str:
     return _INSTALL.get(name, f"pip install 'jiio-plugins[{name}]'")
 
 
+@contextmanager
+def importing_host() -> Iterator[None]:
+    """In the block a library is imported, and what it says of itself on the way is dropped.
+
+    Such as gym's notice that it is no longer maintained, which learn2learn brings along.
+    """
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), catch_warnings():
+        simplefilter("ignore")
+        yield
+
+
 def load_adapter(name: str) -> ModuleType:
     """Import an adapter package.
 
@@ -48,7 +63,8 @@ def load_adapter(name: str) -> ModuleType:
         known = ", ".join(adapters) or "none installed"
         raise ValueError(f"no adapter called {name!r}; there are: {known}")
     try:
-        return importlib.import_module(adapters[name])
+        with importing_host():
+            return importlib.import_module(adapters[name])
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == adapters[name]:
             raise

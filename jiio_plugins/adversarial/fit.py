@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm.auto import tqdm
 
 from jiio_plugins.adversarial.carried import Carried, carry
 from jiio_plugins.adversarial.watch import Watch, corrected, judged_rows
@@ -23,6 +22,7 @@ from jiio_plugins.envelope import joint_solution
 from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
 from jiio_plugins.utils.checks import check_counts
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
 from jiio_plugins.utils.signals import Interrupted, Stop
@@ -374,7 +374,7 @@ class _Run:
 
     def bar(self) -> Any:
         """A bar over all steps."""
-        return tqdm(
+        return progress_bar(
             total=self.settings.epochs * len(self.batches),
             initial=self._done(),
             desc="adversarial training",

@@ -6,20 +6,23 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
 import torch
 
+from jiio_plugins import plots
 from jiio_plugins.cli.commands import Bench, default_eps
 from jiio_plugins.cli.task import load_task
 from jiio_plugins.evaluation import Comparison, compare_with_nested
+from jiio_plugins.utils.files import keep_results
 
 
-def run_bench(settings: Bench) -> None:
+def run_bench(settings: Bench) -> dict[str, Any]:
     """Measure, print the table and the verdict, write ``results.json`` and ``curve.png``."""
     if settings.repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {settings.repeats}")
-    importlib.import_module("matplotlib")  # rather now than after the last measurement
+    keep_results(settings.out, Comparison.FILES, settings.overwrite)
+    plots.need_matplotlib()  # rather now than after the last measurement
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     task = load_task(settings, settings.device)
@@ -36,4 +39,4 @@ def run_bench(settings: Bench) -> None:
         "verdict": verdict,
     }
     title = f"{task.name}, L{settings.norm} ε = {eps:g}, pixel box"
-    comparison.save(settings.out, title, about)
+    return comparison.save(settings.out, title, about)

@@ -28,6 +28,24 @@ def default_eps(dataset: str, norm: str) -> float:
     return _EPS.get(dataset, _USUAL)[norm]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What all commands have in common."""
+
+    quiet: bool = False
+    """print the result alone, and nothing while it is found"""
+    json: bool = False
+    """print the result as one JSON object on stdout; all else goes to stderr"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Output):
+    """Commands that leave files in a folder of their own."""
+
+    overwrite: bool = False
+    """replace the results that an earlier run left in --out"""
+
+
 @dataclass(frozen=True)
 class OnImages:
     """What Demo, Evaluate, Bench and Check have in common."""
@@ -56,7 +74,7 @@ class OnImages:
 
 
 @dataclass(frozen=True)
-class Check(OnImages):
+class Check(Writing, OnImages):
     """What a model is like, before anything is run on it: a page of sentences, JSON, a picture."""
 
     images: int = 8
@@ -76,7 +94,7 @@ class OnClassifier(OnImages):
 
 
 @dataclass(frozen=True)
-class Demo(OnClassifier):
+class Demo(Writing, OnClassifier):
     """Attack a trained DEQ classifier from inside ART: JIIO beside ART's own PGD."""
 
     out: Path = Path("out/demo")
@@ -87,7 +105,7 @@ class Demo(OnClassifier):
 
 
 @dataclass(frozen=True)
-class Evaluate(OnClassifier):
+class Evaluate(Writing, OnClassifier):
     """Robust accuracy of a DEQ classifier: a suite of attacks, judged by converged solves."""
 
     out: Path = Path("out/evaluate")
@@ -114,7 +132,7 @@ class Evaluate(OnClassifier):
 
 
 @dataclass(frozen=True)
-class Bench(OnClassifier):
+class Bench(Writing, OnClassifier):
     """What JIIO costs on a classifier, beside nested PGD at its strongest settings."""
 
     out: Path = Path("out/bench")
@@ -132,5 +150,5 @@ class Bench(OnClassifier):
 
 
 @dataclass(frozen=True)
-class Adapters:
+class Adapters(Output):
     """List the adapters and whether their host library is installed."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from jiio_plugins import plots
 from jiio_plugins.cli.commands import Demo, default_eps
 from jiio_plugins.cli.task import Task, load_task
 from jiio_plugins.evaluation import Comparison, Row
 from jiio_plugins.hosts import load_adapter
-from jiio_plugins.utils.files import write_figure
+from jiio_plugins.utils.console import progress_bar
+from jiio_plugins.utils.files import keep_results
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,9 +25,11 @@ PGD, JIIO = "ART PGD", "JIIO in ART"
 STEPS = {PGD: (2, 5, 10, 20), JIIO: (4, 8, 12, 16, 24)}
 
 
-def run_demo(settings: Demo) -> None:
+def run_demo(settings: Demo) -> dict[str, Any]:
     """Run both attacks, print the table, write ``results.json``, ``curve.png``, ``images.png``."""
-    importlib.import_module("matplotlib")  # rather now than after the last attack
+    images = settings.out / "images.png"
+    keep_results(settings.out, (*Comparison.FILES, images.name), settings.overwrite)
+    plots.need_matplotlib()  # rather now than after the last attack
     load_adapter("art")  # says what to install before anything is run
     task = load_task(settings)
     model, classifier = task.model, _classifier(task)  # which moves the model to its device
@@ -39,15 +41,16 @@ def run_demo(settings: Demo) -> None:
     comparison.against([r for r in comparison.rows if r.family == PGD][-1])
     about = {"weights": task.weights, "model": settings.model, "dataset": task.dataset}
     title = "Strength of the attack against its cost"
-    comparison.save(settings.out, title, about, curves=("clean", PGD, JIIO))
-    _plot_images(settings.out / "images.png", model, x, found, y)
-    print(f"pictures: {settings.out}/images.png")
+    record = comparison.save(settings.out, title, about, curves=("clean", PGD, JIIO))
+    _plot_images(images, model, x, found, y)
+    print(f"pictures: {images}")
+    return {**record, "files": [*record["files"], images]}
 
 
 def _measure(comparison: Comparison, classifier: Any) -> Tensor:
     """Fill the comparison, and return the images that JIIO's longest run found."""
     jobs = [(family, steps) for family in STEPS for steps in STEPS[family]]
-    with tqdm(jobs, desc="attacks") as bar:
+    with progress_bar(jobs, desc="attacks") as bar:
         for family, steps in bar:
             row = Row(f"{family}, {steps} steps", family, setting={"steps": steps})
             bar.set_postfix_str(row.method)
@@ -86,31 +89,15 @@ def _attack(family: str, classifier: Any, comparison: Comparison, steps: int) ->
 
 @torch.no_grad()
 def _plot_images(path: Path, model: nn.Module, x: Tensor, found: Tensor, y: Tensor) -> None:
-    from matplotlib.figure import Figure
-
     before, after = model(x).argmax(1), model(found).argmax(1)
     turned = ((before == y) & (after != y)).nonzero().squeeze(1)
-    shown = (turned if len(turned) else torch.arange(len(x)))[:8].tolist()
-    size = 1.3 * len(shown) + 0.4, 4.6
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(3, len(shown), squeeze=False)
-    delta = (found - x)[shown].cpu()
-    limit = float(delta.abs().max()) or 1.0
-    gray, signed = (
-        {"cmap": "gray", "vmin": 0, "vmax": 1},
-        {"cmap": "RdBu", "vmin": -limit, "vmax": limit},
+    shown = (turned if len(turned) else torch.arange(len(x)))[:8]
+    rows = {"clean": x, "perturbation": found - x, "adversarial": found}
+    titles = {
+        name: [f"says {k}" for k in classes[shown].tolist()]
+        for name, classes in (("clean", before), ("adversarial", after))
+    }
+    figure = plots.images(
+        {name: row[shown] for name, row in rows.items()}, titles=titles, signed=["perturbation"]
     )
-    panels = (
-        ("clean", x[shown].cpu(), gray, before[shown]),
-        ("perturbation", delta, signed, None),
-        ("adversarial", found[shown].cpu(), gray, after[shown]),
-    )
-    for row, (name, images, style, classes) in zip(axes, panels, strict=True):
-        row[0].set_ylabel(name)
-        for k, axis in enumerate(row):
-            image = images[k].permute(1, 2, 0)
-            if style is signed:  # colours of it would say nothing
-                image = image.mean(2, keepdim=True)
-            axis.imshow(image, **style)
-            axis.set(xticks=[], yticks=[], title="" if classes is None else f"says {classes[k]}")
-    write_figure(path, figure)
+    plots.save(path, figure)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jiio_plugins import plots
 from jiio_plugins.cli.commands import Evaluate, default_eps
 from jiio_plugins.cli.task import Task, load_task
 from jiio_plugins.evaluation import default_suite, quick_suite, robust_accuracy
-from jiio_plugins.utils.files import write_figure, write_json
+from jiio_plugins.utils.files import keep_results, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jiio_plugins.evaluation import Attack, RobustnessReport
 
+FILES = ("robustness.json", "robustness.png")
 
-def run_evaluation(settings: Evaluate) -> None:
+
+def run_evaluation(settings: Evaluate) -> dict[str, Any]:
     """Judge at each radius, print the tables, write ``robustness.json`` and ``robustness.png``."""
-    importlib.import_module("matplotlib")  # rather now than after the last attack
+    keep_results(settings.out, FILES, settings.overwrite)
+    plots.need_matplotlib()  # rather now than after the last attack
     task = load_task(settings, settings.device)
     default = default_eps(task.dataset, settings.norm)
     reports: list[RobustnessReport] = []
@@ -39,7 +42,7 @@ def run_evaluation(settings: Evaluate) -> None:
         )
         print(f"\n{report}\n", flush=True)
         reports.append(report)
-    _write(settings, task, reports)
+    return _write(settings, task, reports)
 
 
 def _suite(settings: Evaluate, eps: float) -> tuple[Attack, ...]:
@@ -50,7 +53,7 @@ def _suite(settings: Evaluate, eps: float) -> tuple[Attack, ...]:
     return default_suite(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
 
 
-def _write(settings: Evaluate, task: Task, reports: Sequence[RobustnessReport]) -> None:
+def _write(settings: Evaluate, task: Task, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
     names = ("model", "normalize", "suite", "steps", "queries", "batch_size", "seed")
     record = {
         **{name: getattr(settings, name) for name in names},
@@ -60,40 +63,37 @@ def _write(settings: Evaluate, task: Task, reports: Sequence[RobustnessReport]) 
         "threads": torch.get_num_threads(),
         "reports": [r.to_dict() for r in reports],
     }
-    out = settings.out
-    write_json(out / "robustness.json", record, indent=2)
+    numbers, plot = (settings.out / name for name in FILES)
+    write_json(numbers, record, indent=2)
     title = f"{task.name}, {reports[0].images} images of {task.dataset}"
-    plot_accuracy(out / "robustness.png", reports, title)
-    print(f"numbers and plot: {out}/robustness.json, {out}/robustness.png")
+    plot_accuracy(plot, reports, title)
+    print(f"numbers and plot: {numbers}, {plot}")
+    return {**record, "files": [numbers, plot]}
 
 
 def plot_accuracy(path: Path, reports: Sequence[RobustnessReport], title: str) -> None:
     """Accuracy against ε with its 95 % interval, and that of either answer alone."""
-    from matplotlib.figure import Figure
-
     clean = reports[0].clean
     eps = [0.0, *(r.eps for r in reports)]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    shares = [clean, *(r.accuracy for r in reports)]
-    axes.fill_between(
-        eps, [100 * s.low for s in shares], [100 * s.high for s in shares], alpha=0.2, linewidth=0
-    )
+    lines, styles = {}, {}
     for label, name, style in (
         ("robust accuracy, 95 % interval", "accuracy", "o-"),
         ("by the model's own answers alone", "model_accuracy", "x--"),
         ("by converged solves alone", "converged_accuracy", "+:"),
     ):
         values = [clean.value, *(getattr(r, name).value for r in reports)]
-        axes.plot(eps, [100 * v for v in values], style, label=label)
+        lines[label], styles[label] = (eps, [100 * v for v in values]), style
     warnings = sum(len(r.warnings) for r in reports)
-    axes.set(
+    figure = plots.curves(
+        lines,
+        styles=styles,
         xlabel=f"ε (L{reports[0].norm:g})".replace("inf", "∞"),
         ylabel="accuracy in %",
-        ylim=(-2, 102),
-        xlim=(0, None),
         title=f"{title}, {warnings or 'no'} warning{'s' * (warnings != 1)}",
     )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_figure(path, figure)
+    axes, shares = figure.axes[0], [clean, *(r.accuracy for r in reports)]
+    axes.fill_between(
+        eps, [100 * s.low for s in shares], [100 * s.high for s in shares], alpha=0.2, linewidth=0
+    )
+    axes.set(ylim=(-2, 102), xlim=(0, None))
+    plots.save(path, figure)

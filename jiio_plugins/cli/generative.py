@@ -1,17 +1,29 @@
-"""``jiio train-generator``, whose settings may be those of a run that goes on."""
+"""The commands of generators: their settings, and what the command line adds to them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 import tyro
 
-from jiio_plugins.generative.config import CONFIG, TrainConfig
+from jiio_plugins.cli.commands import Output
+from jiio_plugins.generative.config import CONFIG, FitConfig, SampleConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class TrainGenerator(TrainConfig):
+class Sample(Output, SampleConfig):  # noqa: D101
+    __doc__ = SampleConfig.__doc__  # the help text
+
+
+@dataclass(frozen=True)
+class Fit(Output, FitConfig):  # noqa: D101
+    __doc__ = FitConfig.__doc__
+
+
+@dataclass(frozen=True)
+class TrainGenerator(Output, TrainConfig):
     """Train a generator by fitting each image's latent inside the training step.
 
     On several GPUs: torchrun --nproc-per-node N -m jiio_plugins train-generator ...
@@ -26,9 +38,19 @@ class TrainGenerator(TrainConfig):
         return tyro.cli(Resumed, args=words, default=saved, prog="jiio train-generator")
 
 
+def run_training(command: TrainGenerator) -> dict[str, Any] | None:
+    """Train. One process of several has the result."""
+    from jiio_plugins.generative import train
+
+    done = train(command)
+    if int(os.environ.get("RANK", "0")):
+        return None
+    return {"out": done.out, "steps": done.steps, "held-out PSNR": done.psnr}
+
+
 class Resumed(TrainGenerator):
     """All of its settings are as the run has them, or were given."""
 
     def given(self) -> dict[str, Any]:
         """All settings."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(TrainConfig)}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
-from typing import Annotated
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from jiio_plugins import __version__
 from jiio_plugins.cli.commands import Adapters, Bench, Check, Demo, Evaluate
-from jiio_plugins.cli.generative import TrainGenerator
-from jiio_plugins.generative.config import FitConfig, SampleConfig
-from jiio_plugins.hosts import available_adapters, install_command
+from jiio_plugins.cli.generative import Fit, Sample, TrainGenerator
+from jiio_plugins.hosts import available_adapters, install_command, load_adapter
+from jiio_plugins.utils.console import quietly
+from jiio_plugins.utils.files import as_json
 from jiio_plugins.utils.signals import one_line_end
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DESCRIPTION = (
     "Joint inference and input optimisation of deep equilibrium models: attack and evaluate "
@@ -27,9 +32,20 @@ Command = (
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Adapters, tyro.conf.subcommand("adapters")]
     | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
-    | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
-    | Annotated[FitConfig, tyro.conf.subcommand("fit")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
 )
+# modules that the extra cli brings
+_OF_EXTRA = {
+    "PIL",
+    "art",
+    "lightning_fabric",
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchattacks",
+    "torchmetrics",
+}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -42,10 +58,31 @@ def main(args: list[str] | None = None) -> None:
     try:
         if isinstance(command, TrainGenerator):
             command = command.read_again(words[1:])
-        with one_line_end("jiio", _how_to_go_on(command)):
-            run(command)
+        with one_line_end("jiio", _how_to_go_on(command)), _said(command):
+            record = run(command)
+        if command.json and record is not None:
+            print(as_json(record))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OF_EXTRA:
+            raise SystemExit(f"jiio: {error}") from error
+        raise SystemExit(
+            f"jiio: {words[0]} needs {missing}, which is not installed: pip install "
+            "'jiio-plugins[cli]' brings what all commands need"
+        ) from error
     except (OSError, ImportError, TypeError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"jiio: {error}") from error
+
+
+@contextmanager
+def _said(command: Command) -> Iterator[None]:
+    """Where what a command says goes. With --json stdout is for the one object alone."""
+    with ExitStack() as stack:
+        stack.enter_context(quietly(command.quiet))
+        if command.json:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere if command.quiet else sys.stderr))
+        yield
 
 
 def _how_to_go_on(command: Command) -> str:
@@ -57,50 +94,59 @@ def _how_to_go_on(command: Command) -> str:
     return "run the command again, it starts afresh"
 
 
-def run(command: Command) -> None:
-    """Hand the settings to what they are for, which is imported only now."""
+def run(command: Command) -> dict[str, Any] | None:
+    """Hand the settings to what they are for, which is imported only now.
+
+    Returns:
+        The result in plain values. None: another process has it.
+    """
     match command:
         case Demo():
             from jiio_plugins.cli.demo import run_demo
 
-            run_demo(command)
+            return run_demo(command)
         case Evaluate():
             from jiio_plugins.cli.evaluate import run_evaluation
 
-            run_evaluation(command)
+            return run_evaluation(command)
         case Bench():
             from jiio_plugins.cli.bench import run_bench
 
-            run_bench(command)
+            return run_bench(command)
         case Check():
             from jiio_plugins.cli.check import run_check
 
-            run_check(command)
+            return run_check(command)
         case Adapters():
-            list_adapters()
+            return list_adapters()
         case TrainGenerator():
-            from jiio_plugins.generative import train
+            from jiio_plugins.cli.generative import run_training
 
-            train(command)
-        case SampleConfig():
+            return run_training(command)
+        case Sample():
             from jiio_plugins.generative.sample_run import sample_run
 
-            sample_run(command)
-        case FitConfig():
+            return sample_run(command)
+        case Fit():
             from jiio_plugins.generative.fit_files import fit_files
 
-            fit_files(command)
+            return fit_files(command)
 
 
-def list_adapters() -> None:
-    """Each adapter, its import package, and what its host library needs."""
+def list_adapters() -> dict[str, Any]:
+    """Print each adapter, its import package, and what its host library needs."""
+    found: dict[str, Any] = {}
     for name, package in available_adapters().items():
+        found[name] = {"package": package, "ready": True}
+        state = "ready"
         try:
-            importlib.import_module(package)
-            state = "ready"
+            load_adapter(name)
         except ImportError as error:
-            state = f"needs {error.name}: {install_command(name)}"
+            missing = getattr(error.__cause__ or error, "name", None)
+            found[name] |= {"ready": False, "needs": missing, "install": install_command(name)}
+            state = f"needs {missing}: {install_command(name)}"
         print(f"{name:14} import {package:20} {state}")
+    return {"adapters": found}
 
 
 if __name__ == "__main__":

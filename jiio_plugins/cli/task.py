@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from jiio_plugins.cli.commands import OnClassifier, OnImages
 from jiio_plugins.data import DATASETS, LabelledImages, load_labelled
 from jiio_plugins.losses import logits_of, too_few_classes
-from jiio_plugins.models import CLASSIFIERS, LogitsOf, Normalized, load_pretrained
+from jiio_plugins.models import (
+    CLASSIFIERS,
+    LogitsOf,
+    Normalized,
+    available_weights,
+    load_pretrained,
+)
+from jiio_plugins.models.pretrained import GENERATORS
 from jiio_plugins.utils.factory import build_network
 
 
@@ -70,6 +77,7 @@ def load_pair(settings: OnImages, device: str = "cpu") -> Task:
     """
     if settings.images < 1:
         raise ValueError(f"images must be at least 1, got {settings.images}")
+    check_device(device)
     weights, factory, dataset = settings.weights, settings.model, settings.dataset
     if weights is None and factory is None:
         if dataset not in (None, *CLASSIFIERS):
@@ -96,6 +104,23 @@ def load_pair(settings: OnImages, device: str = "cpu") -> Task:
     model, name = model.eval().to(device), factory or str(weights)
     x, y = images.x.to(device), images.y.to(device)
     return Task(model, name, weights, dataset, x, y, images.classes)
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch can use it.
+
+    Raises:
+        ValueError: no such device, or none here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {device} cannot be used: {said}. There is {', '.join(there)}"
+        ) from error
 
 
 @torch.no_grad()
@@ -177,8 +202,12 @@ def _read(weights: str) -> dict[str, Tensor]:
         return load_pretrained(weights).state_dict()
     path = Path(weights)
     if path.suffix != ".safetensors":
+        other = ", which is no classifier" if weights in available_weights() else ""
+        if weights in GENERATORS:
+            other += ": jiio sample and jiio fit take it"
         raise ValueError(
-            f"--weights must be {', '.join(CLASSIFIERS)} or a .safetensors file, got {weights!r}"
+            f"--weights must be {', '.join(CLASSIFIERS)} or a .safetensors file, got "
+            f"{weights!r}{other}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

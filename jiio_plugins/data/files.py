@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +53,7 @@ def read_files(
 
     arrays: list[tuple[Path, NDArray[np.uint8]]] = []
     skipped = []
-    for path in tqdm(list(files), desc="reading images", leave=False):
+    for path in progress_bar(list(files), desc="reading images", leave=False):
         try:
             arrays.append((path, _read(path, resize)))
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):

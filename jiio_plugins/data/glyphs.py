@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate
-from tqdm.auto import tqdm
 
 from jiio_plugins.data.tasks import ClassImages, cache_folder
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.files import load_tensors, save_tensors, understood
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _render_all(paths: Sequence[Path], settings: dict[str, Any]) -> tuple[Tensor
                 where[character].append(face)
     big = _OVERSAMPLING * settings["size"]
     drawn = {}
-    for character in tqdm(sorted(where), desc="rendering glyphs", unit="character"):
+    for character in progress_bar(sorted(where), desc="rendering glyphs", unit="character"):
         candidates = (_draw(face, character, big) for face in where[character])
         shapes = [shape for shape in candidates if shape is not None]
         if len(shapes) >= settings["min_faces"]:
@@ -179,7 +179,7 @@ def _render_all(paths: Sequence[Path], settings: dict[str, Any]) -> tuple[Tensor
         )
     generator = torch.Generator().manual_seed(settings["seed"])
     images = []
-    for character in tqdm(characters, desc="deforming glyphs", unit="character"):
+    for character in progress_bar(characters, desc="deforming glyphs", unit="character"):
         by_face = drawn[character]
         many = by_face[torch.arange(settings["samples"]) % len(by_face)]
         images.append(_deform(many, settings["jitter"], generator))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from jiio_plugins.data.classification import load_digits, load_fashion_mnist
 from jiio_plugins.data.files import (
@@ -21,6 +20,7 @@ from jiio_plugins.data.files import (
     read_files,
     to_bytes,
 )
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.factory import load_function
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _from_torchvision(
         classes = tuple("0123456789")
     count = min(len(found), limit or len(found))
     images, targets = [], []
-    for k in tqdm(range(count), desc=f"reading {name}", leave=False):
+    for k in progress_bar(range(count), desc=f"reading {name}", leave=False):
         image, target = found[k]
         array = to_bytes(image, resize)
         images.append(as_channels(array, 3 if array.ndim == 3 else 1))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from jiio_plugins.data.tasks import ClassImages, cache_folder
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.files import load_tensors, save_tensors, understood
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _read(root: Path, size: int, path: Path) -> torch.Tensor:
             part = Omniglot(str(root), background=background, download=False)
         except (RuntimeError, FileNotFoundError) as error:
             raise FileNotFoundError(_HELP.format(root=root)) from error
-        for image, label in tqdm(part, desc="reading Omniglot", unit="image"):
+        for image, label in progress_bar(part, desc="reading Omniglot", unit="image"):
             small = image.resize((size, size), 1)  # Lanczos
             # drawn in black on white
             ink = np.invert(np.asarray(small.convert("L"), dtype=np.uint8))

@@ -15,13 +15,13 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.evaluation.comparison import SWEEP, Comparison, Row, cost_at
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.methods.nested import Nested
+from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,11 +59,11 @@ def compare_with_nested(
         the sweep.
     """
     contenders = [*others, *_cold(comparison), *_joint(comparison)]
-    for _ in tqdm(range(repeats), desc="compared rows"):
+    for _ in progress_bar(range(repeats), desc="compared rows"):
         for row, run in contenders:
             comparison.measure(row, run)
     if sweep:
-        for row, method in tqdm(warm_settings(), desc="nested warm sweep"):
+        for row, method in progress_bar(warm_settings(), desc="nested warm sweep"):
             comparison.measure(row, _run(comparison, method))
     print(f"\n{comparison}")
     cold = [r for r in comparison.rows if r.family == _cold_family(1e-3)]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
 from jiio_plugins.attacks import attack, is_adversarial
 from jiio_plugins.equilibrium.adjoints import Implicit
@@ -27,6 +26,7 @@ from jiio_plugins.methods.backpropagated import (
     through_unrolled,
 )
 from jiio_plugins.methods.joint import Joint
+from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -199,7 +199,7 @@ def active(
         return {"audit": f"skipped: only {len(x)} correctly classified samples"}, []
     checks: dict[str, Any] = {"audited": len(x)}
     warnings: list[Finding] = []
-    with tqdm(total=8, desc="audit", unit="test", disable=not progress) as bar:
+    with progress_bar(total=8, desc="audit", unit="test", disable=not progress) as bar:
 
         def search(method: Any, within: ThreatModel = threat) -> Solution:
             bar.update()

@@ -23,17 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jiio_plugins import plots
 from jiio_plugins.attacks import attack
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.joint.guard import guarded
 from jiio_plugins.methods.nested import Nested
 from jiio_plugins.threat_model import ThreatModel
-from jiio_plugins.utils.files import write_figure, write_json
+from jiio_plugins.utils.files import write_json
 from jiio_plugins.verification import judge
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from jiio_plugins.evaluation.attack import Run
@@ -110,6 +111,8 @@ class Comparison:
         >>> [row.method for row in comparison.rows]
         ['clean', 'JIIO', 'PGD', 'JIIO, DLR']
     """
+
+    FILES = ("results.json", "curve.png")  # that :meth:`save` writes
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float) -> None:
         if not len(x):
@@ -245,7 +248,7 @@ class Comparison:
         title: str,
         about: Mapping[str, Any],
         curves: Collection[str] = ("JIIO",),
-    ) -> None:
+    ) -> dict[str, Any]:
         """Write ``results.json`` and ``curve.png``.
 
         Args:
@@ -253,10 +256,16 @@ class Comparison:
             title: of the plot.
             about: what else is to stand in the JSON.
             curves: as in :meth:`plot`.
+
+        Returns:
+            What the JSON holds, and the paths of both files.
         """
-        write_json(folder / "results.json", {**about, **self.to_dict()})
-        self.plot(folder / "curve.png", title, curves)
-        print(f"numbers and plot: {folder}/results.json, {folder}/curve.png")
+        results, curve = (folder / name for name in self.FILES)
+        record = {**about, **self.to_dict()}
+        write_json(results, record)
+        self.plot(curve, title, curves)
+        print(f"numbers and plot: {results}, {curve}")
+        return {**record, "files": [results, curve]}
 
     def plot(self, path: Path, title: str, curves: Collection[str] = ("JIIO",)) -> None:
         """Draw loss against cost.
@@ -267,35 +276,33 @@ class Comparison:
             curves: families drawn as lines, the others are points. "clean" is a line if it is
                 among them, and left out otherwise.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        if self.sweep:
-            best = front(self.sweep)
-            axes.scatter(*_points(self.sweep), s=8, color="0.75")
-            axes.plot(*_points(best), color="0.5", label=SWEEP)
         families = dict.fromkeys(r.family for r in self.compared[1:])
+        lines, styles = {}, {}
         for family, marker in zip(families, itertools.cycle("osD^v*")):
-            some = [r for r in self.compared if r.family == family]
-            style = "-" if family in curves else ""
-            axes.plot(*_points(some), marker + style, label=family)
-        if "clean" in curves:
-            axes.axhline(self.rows[0].loss, color="grey", linestyle=":", label="clean")
-        axes.set(
-            xscale="log",
+            lines[family] = _points([r for r in self.compared if r.family == family])
+            styles[family] = marker + "-" * (family in curves)
+        figure = plots.curves(
+            lines,
+            styles=styles,
+            log="x",
             xlabel="f evaluations + VJPs per image",
             ylabel="cross-entropy, verified",
             title=title,
         )
+        axes = figure.axes[0]
+        if self.sweep:
+            axes.scatter(*_points(self.sweep), s=8, color="0.75", zorder=0)
+            axes.plot(*_points(front(self.sweep)), color="0.5", label=SWEEP, zorder=0)
+        if "clean" in curves:
+            axes.axhline(self.rows[0].loss, color="grey", linestyle=":", label="clean")
         axes.set_xticks([20, 50, 100, 200, 500, 1000])
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()  # their labels print over each other
         axes.legend()
-        write_figure(path, figure)
+        plots.save(path, figure)
 
 
-def _points(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
+def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [r.cost for r in rows], [r.loss for r in rows]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from jiio_plugins.equilibrium.counting import count_evaluations
 from jiio_plugins.equilibrium.layer import wants_whole_batch
@@ -21,6 +20,7 @@ from jiio_plugins.joint.guard import guarded
 from jiio_plugins.joint.inputs import check_input, unwrap
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.verification import Verdict, judge
 
 
@@ -230,7 +230,7 @@ def _run(
     known: Tensor | None,
 ) -> AttackResult:
     verdicts, f_evals, vjps, seconds = [], 0.0, 0.0, 0.0
-    with tqdm(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
+    with progress_bar(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
         for batch in state.batches(rows) if len(rows) else ():
             x, y = state.x[batch], state.y[batch]
             with count_evaluations() as counter, guarded(state.model, randomness=True):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 
-from jiio_plugins.utils.files import EMPTY_SEAL, sealed, understood, unsealed
+from jiio_plugins.utils.files import EMPTY_SEAL, as_json, has_seal, sealed, understood, unsealed
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
@@ -177,13 +177,14 @@ class TrainConfig:
 
     def given(self) -> dict[str, Any]:
         """What a resumed run is to have: what differs from the defaults. data and out have none."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(TrainConfig)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def to_json(self) -> str:
         """All settings as text, but ``resume``, with a checksum."""
-        values = {**asdict(self), "resume": False, "checksum": EMPTY_SEAL}
-        return sealed((json.dumps(values, indent=1, default=str) + "\n").encode()).decode()
+        values = {f.name: asdict(self)[f.name] for f in fields(TrainConfig)}
+        values |= {"resume": False, "checksum": EMPTY_SEAL}
+        return sealed((as_json(values, indent=1) + "\n").encode()).decode()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -208,20 +209,25 @@ class TrainConfig:
             raise ValueError(f"a run's {CONFIG} is damaged: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"a run's {CONFIG} is damaged: it holds no settings")
-        known = {f.name for f in fields(cls)}
-        values.pop("checksum", None)
+        content = text if isinstance(text, bytes) else text.encode()
+        edited = ValueError(
+            f"a run's {CONFIG} is damaged or was edited: its checksum is not that of its content. "
+            "Take the change back, and give settings on the command line"
+        )
+        whole = unsealed(content) is not None
+        if not whole and ("checksum" in values or has_seal(content)):
+            raise edited  # before its names are looked at: one of them may be what has changed
+        known = {f.name for f in fields(TrainConfig)}
+        for name in ("checksum", "jiio_plugins"):
+            values.pop(name, None)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings in the run's config: {', '.join(unknown)}")
         missing = sorted({"model", "out", "folder", "data"} - set(values))
         if missing:
             raise ValueError(f"a run's {CONFIG} has no {', '.join(missing)}: it is damaged")
-        content = text if isinstance(text, bytes) else text.encode()
-        if unsealed(content) is None:
-            raise ValueError(
-                f"a run's {CONFIG} is damaged or was edited: its checksum is not that of its "
-                "content. Take the change back, and give settings on the command line"
-            )
+        if not whole:
+            raise edited
         with understood(f"a run's {CONFIG}"):
             model = values.pop("model")
             for name in ("latent", "channels"):
@@ -242,7 +248,7 @@ class SampleConfig:
 
     Attributes:
         run: the --out folder of train-generator, or a shipped generator: digits-generator,
-            fashion-mnist-generator
+            fashion-mnist-generator, fashion-mnist-spatial
         count: images on the sheet
         prior: one Gaussian, or a mixture whose number of components is chosen by BIC
         out: folder for the files. Default: RUN, or out/NAME for a shipped generator
@@ -256,6 +262,7 @@ class SampleConfig:
         folder: where the images lie now. Default: where they were
         latents: for a shipped generator: training images whose latents are fitted to draw from
         seed: of all that is random
+        overwrite: replace the files that an earlier call left in --out
     """
 
     run: Annotated[str, tyro.conf.Positional, _run]
@@ -270,6 +277,7 @@ class SampleConfig:
     folder: Path | None = None
     latents: int = 4096
     seed: int = 0
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,17 +285,20 @@ class FitConfig:
     """Latents and reconstructions of new images.
 
     Attributes:
-        run: the --out folder of train-generator, or a generator.safetensors
+        run: the --out folder of train-generator, a generator.safetensors, or a shipped generator:
+            digits-generator, fashion-mnist-generator, fashion-mnist-spatial
         images: image files, or folders of them
         out: where latents.safetensors, a PNG for each image and a sheet go
         iterations: joint iterations
         latent_penalty: weight λ of the latent's prior: squared error + λ ‖w‖² is minimised
         resize: crop the images to their central square and scale it to the generator's size
+        overwrite: replace the files that an earlier call left in --out
     """
 
-    run: Annotated[Path, tyro.conf.Positional, _run]
+    run: Annotated[str, tyro.conf.Positional, _run]
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     out: Path = Path("out/fit")
     iterations: int = 60
     latent_penalty: float = 0.01
     resize: bool = False
+    overwrite: bool = False

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from safetensors import safe_open
 
 from jiio_plugins.generative.config import Architecture, TrainConfig
+from jiio_plugins.models.pretrained import GENERATORS, WEIGHTS, load_pretrained
 from jiio_plugins.utils.checkpoint import check_weights
 from jiio_plugins.utils.files import damaged, load_tensors, replacing, save_tensors, understood
 
@@ -52,19 +55,33 @@ def save_generator(
     save_tensors(path, decoder.state_dict(), **about_it, architecture=architecture)
 
 
+def is_shipped(name: str | Path) -> bool:
+    """Whether it is the name of a shipped generator, and of nothing in the current folder.
+
+    Args:
+        name: or a path.
+    """
+    return str(name) in GENERATORS and not Path(name).exists()
+
+
 def load_generator(path: str | Path) -> MDEQDecoder:
-    """The generator of a run folder, or of a ``generator.safetensors``, in eval mode, on the CPU.
+    """A generator in eval mode, on the CPU.
+
+    Args:
+        path: the folder of a run, a ``generator.safetensors``, or the name of a shipped one.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: damaged, or not written by :func:`save_generator`.
     """
+    if is_shipped(path):
+        return cast("MDEQDecoder", load_pretrained(str(path)))
     file = Path(path)
     file = file / GENERATOR if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no generator {file}: give the --out folder of jiio train-generator, which "
-            "writes one with each checkpoint"
+            f"writes one with each checkpoint, or a shipped one: {', '.join(GENERATORS)}"
         )
     weights, said = load_tensors(file)
     with understood(file):
@@ -75,6 +92,18 @@ def load_generator(path: str | Path) -> MDEQDecoder:
     check_weights(decoder, weights, file)
     decoder.load_state_dict(weights)
     return decoder.eval()
+
+
+def lowest_psnr(path: str | Path) -> float | None:
+    """PSNR of the worst fit of a held-out image in a generator's training, in dB, if it is known.
+
+    Args:
+        path: as in :func:`load_generator`.
+    """
+    file = WEIGHTS / f"{path}.safetensors" if is_shipped(path) else Path(path)
+    with safe_open(file / GENERATOR if file.is_dir() else file, framework="pt") as opened:
+        said = (opened.metadata() or {}).get("lowest_psnr")
+    return None if said is None else float(said)
 
 
 def about(path: Path) -> dict[str, str]:

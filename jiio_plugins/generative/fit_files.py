@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jiio_plugins.data.files import SUFFIXES, read_files
 from jiio_plugins.data.images import to_unit
 from jiio_plugins.generative.config import CONFIG, check_penalty
-from jiio_plugins.generative.files import LATENTS, load_generator, save_latents
-from jiio_plugins.generative.latents import Fit, fit
+from jiio_plugins.generative.files import LATENTS, load_generator, lowest_psnr, save_latents
+from jiio_plugins.generative.latents import fit
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.methods.joint import Joint
+from jiio_plugins.utils.console import note
+from jiio_plugins.utils.files import keep_results, owning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,12 +25,20 @@ if TYPE_CHECKING:
     from jiio_plugins.generative.config import FitConfig
 
 
-def fit_files(config: FitConfig) -> Fit:
+def fit_files(config: FitConfig) -> dict[str, Any]:
     """Fit image files. Write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
+
+    An image is *far* if its fit is worse than those of all held-out images that the generator was
+    judged by when it was trained.
+
+    Returns:
+        The PSNR of each fit, whether the image is far (None: not known), and the files written.
 
     Raises:
         FileNotFoundError: a path that is not there, or no generator.
+        FileExistsError: ``out`` has such files, and ``overwrite`` is not set.
         ValueError: nothing readable, or images of another size. ``out`` is a run's folder.
+        BlockingIOError: another process writes to ``out``.
     """
     out = config.out
     if (out / CONFIG).exists():
@@ -36,18 +46,39 @@ def fit_files(config: FitConfig) -> Fit:
             f"{out} is the folder of a run, whose latents would be replaced: give another --out"
         )
     check_penalty(config.latent_penalty)
-    decoder = load_generator(config.run)
+    decoder, lowest = load_generator(config.run), lowest_psnr(config.run)
     files, images = _read(_find(config.images), decoder.image_shape, config.resize)
+    each = [out / f"{k:04d}-{path.stem}.png" for k, path in enumerate(files)]
+    written = [out / LATENTS, out / "fits.png", *each]
+    keep_results(out, [path.name for path in written], config.overwrite)
     method, penalty = Joint(max_iter=config.iterations), config.latent_penalty
-    fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
-    out.mkdir(parents=True, exist_ok=True)
-    save_latents(out / LATENTS, fitted.latents)
-    write_sheet(out / "fits.png", torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
-    for k, path in enumerate(files):
-        write_sheet(out / f"{k:04d}-{path.stem}.png", fitted.images[k : k + 1], 1)
-        print(f"{float(fitted.psnr[k]):6.2f} dB  {path}")
-    print(f"mean {float(fitted.psnr.mean()):.2f} dB; latents in {out / LATENTS}")
-    return fitted
+    with owning(*written):
+        fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
+        save_latents(written[0], fitted.latents)
+        write_sheet(written[1], torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
+        for path, image in zip(each, fitted.images, strict=True):
+            write_sheet(path, image[None], 1)
+    values: list[float] = fitted.psnr.tolist()
+    far = [None if lowest is None else value < lowest for value in values]
+    for path, value, is_far in zip(files, values, far, strict=True):
+        print(f"{value:6.2f} dB  {path}{'  (far from the training images)' * bool(is_far)}")
+    mean = float(fitted.psnr.mean())
+    print(f"mean {mean:.2f} dB; latents in {written[0]}")
+    if any(far):
+        print(
+            f"{sum(map(bool, far))} of {len(far)} images fit worse than the worst held-out image "
+            f"of the training, {lowest:.2f} dB: this generator does not make such images. Train "
+            "one on images like them"
+        )
+    return {
+        "fits": [
+            {"file": path, "PSNR": value, "far": is_far}
+            for path, value, is_far in zip(files, values, far, strict=True)
+        ],
+        "mean PSNR": mean,
+        "held-out PSNR, lowest": lowest,
+        "files": written,
+    }
 
 
 def _find(paths: Sequence[Path]) -> list[Path]:
@@ -71,7 +102,7 @@ def _read(files: list[Path], shape: tuple[int, ...], resize: bool) -> tuple[list
         )
     pixels, skipped = read_files(files, height if resize else None, channels)
     for path in skipped:
-        print(f"skipped, not readable: {path}")
+        note(f"skipped, not readable: {path}")
     files = [p for p in files if p not in set(skipped)]
     if not files:
         raise ValueError(f"none of the {len(skipped)} files given can be read as an image")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from jiio_plugins.data.images import to_unit
 from jiio_plugins.envelope import joint_solution
@@ -16,6 +15,7 @@ from jiio_plugins.generative.metrics import psnr
 from jiio_plugins.generative.step import SquaredError, WithLatent, with_step_size
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.optimize import optimize_input
+from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
@@ -93,7 +93,7 @@ def fit(
     method = with_step_size(method or Joint(max_iter=60), decoder)
     parts = []
     batches = list(zip(images.split(batch_size), start.split(batch_size), strict=True))
-    for y, w in tqdm(batches, desc="fitting latents", disable=not progress):
+    for y, w in progress_bar(batches, desc="fitting latents", disable=not progress):
         found = optimize_input(model, w, SquaredError(y, latent_penalty), method=method)
         assert isinstance(found.x, Tensor)
         made, _ = found.output
@@ -149,7 +149,7 @@ def fit_latents(
     model, out = WithLatent(decoder), []
     device = next(decoder.parameters()).device
     method = with_step_size(Joint(max_iter=iterations), decoder)
-    for part in tqdm(images.split(batch_size), desc=desc, disable=desc is None):
+    for part in progress_bar(images.split(batch_size), desc=desc, disable=desc is None):
         objective = SquaredError(to_unit(part.to(device)), latent_penalty)
         out.append(joint_solution(model, decoder.zeros(len(part)), objective, method=method).x)
     return torch.cat(out)

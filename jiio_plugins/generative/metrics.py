@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from jiio_plugins.joint.guard import flags_kept
+from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,7 +186,7 @@ def nearest(
     least = torch.full((len(images),), torch.inf, device=mine.device)
     index = torch.zeros(len(images), dtype=torch.long, device=mine.device)
     chunks = range(0, len(train), 2000)
-    for first in tqdm(chunks, desc="training images", disable=not progress, leave=False):
+    for first in progress_bar(chunks, desc="training images", disable=not progress, leave=False):
         found, at = torch.cdist(mine, rows(train[first : first + 2000])).min(1)
         index = torch.where(found < least, at + first, index)
         least = torch.minimum(least, found)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from jiio_plugins import plots
 from jiio_plugins.generative.latents import Fit, decode, sample_latents
-from jiio_plugins.utils.files import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,20 +26,7 @@ def write_sheet(path: Path, images: Tensor, columns: int) -> None:
         images: ``(images, c, h, w)`` in [0, 1]. What is outside is clipped.
         columns: images in a line of the sheet.
     """
-    from PIL import Image
-
-    n, c, h, w = images.shape
-    rows, gap = -(-n // columns), 1
-    sheet = torch.ones(c, rows * (h + gap) + gap, columns * (w + gap) + gap)
-    for i, image in enumerate(images.detach().cpu().clamp(0, 1)):
-        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
-        sheet[:, y : y + h, x : x + w] = image
-    pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[:, :, 0] if c == 1 else pixels)
-    zoom = max(1, 56 // h)
-    size = picture.width * zoom, picture.height * zoom
-    with replacing(path) as file:
-        picture.resize(size, Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
+    plots.save(path, plots.sheet(images, columns))
 
 
 def interpolations(decoder: MDEQDecoder, first: Tensor, last: Tensor, steps: int = 8) -> Tensor:

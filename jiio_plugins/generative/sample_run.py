@@ -13,19 +13,27 @@ from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.data.labelled import is_named
 from jiio_plugins.generative import metrics
 from jiio_plugins.generative.config import CONFIG, SampleConfig, TrainConfig
-from jiio_plugins.generative.files import GENERATOR, LATENTS, about, load_generator, load_latents
+from jiio_plugins.generative.files import (
+    GENERATOR,
+    LATENTS,
+    about,
+    is_shipped,
+    load_generator,
+    load_latents,
+)
 from jiio_plugins.generative.latents import decode, fit, fit_latents, fit_prior
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
 from jiio_plugins.utils.checkpoint import fingerprint
 from jiio_plugins.utils.factory import build_network
-from jiio_plugins.utils.files import write_json
+from jiio_plugins.utils.files import keep_results, owning, write_json
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
 
 _SHIPPED = {name: "digits" if name.startswith("digits") else "fashion-mnist" for name in GENERATORS}
+Features = tuple[str | None, nn.Module | None]
 _COMPARED = 2000  # held-out images, of which neighbours are looked for
 
 
@@ -51,9 +59,9 @@ def open_source(config: SampleConfig) -> Source:
         FileNotFoundError, ValueError: no run, or no data. The message says what to do.
     """
     path = Path(config.run)
-    if config.run in _SHIPPED and not path.exists():
+    if is_shipped(config.run):
         data = _SHIPPED[config.run]
-        shipped: Any = load_pretrained(config.run)
+        shipped = load_generator(config.run)
         images = load_images(data, config.folder or Path("data"))
         fitted = fit_latents(shipped, images.train[: config.latents], desc="fitting latents")
         return Source(shipped, fitted, data, images)
@@ -93,7 +101,7 @@ def _images(run: Path, of_run: TrainConfig, folder: Path | None, shape: tuple[in
     return images
 
 
-def find_features(name: str | None, data: str) -> tuple[str | None, nn.Module | None]:
+def find_features(name: str | None, data: str) -> Features:
     """A shipped feature network, or ``module:function``. None: that of the data, if there is one.
 
     Raises:
@@ -118,36 +126,50 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
     images nearest to them) and ``metrics-PRIOR.json``.
 
     Returns:
-        What the JSON holds. Empty without ``metrics``.
+        What the JSON holds, and the paths of the files.
+
+    Raises:
+        FileExistsError: there are such files, and ``overwrite`` is not set.
+        BlockingIOError: another process writes them.
     """
     for what in ("count", "columns", "measured"):
         if getattr(config, what) < 1:
             raise ValueError(f"{what} must be at least 1, got {getattr(config, what)}")
-    source = open_source(config)
     run = Path(config.run)
     out = config.out or (run if run.is_dir() else Path("out") / run)
-    out.mkdir(parents=True, exist_ok=True)
+    names = ["samples.png", "metrics.json", "neighbours.png"][: 3 if config.metrics else 1]
+    files = [out / name.replace(".", f"-{config.prior}.") for name in names]
+    keep_results(out, [file.name for file in files], config.overwrite)
+    source = open_source(config)
+    features = find_features(config.features, source.data)
+    with owning(*files):
+        return _sample(config, source, features, files)
+
+
+def _sample(
+    config: SampleConfig, source: Source, features: Features, files: list[Path]
+) -> dict[str, Any]:
     density = fit_prior(source.latents, prior=config.prior, seed=config.seed)
     total = max(config.count, config.measured if config.metrics else 0)
     samples = decode(source.decoder, density.sample(total, config.seed).to(source.latents))
-    sheet = out / f"samples-{config.prior}.png"
-    write_sheet(sheet, samples[: config.count], config.columns)
-    print(f"{config.count} samples from {density} on {len(source.latents)} latents: {sheet}")
-    if not config.metrics or source.images is None:
-        return {}
+    write_sheet(files[0], samples[: config.count], config.columns)
+    print(f"{config.count} samples from {density} on {len(source.latents)} latents: {files[0]}")
     prior = {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
-    report = {"prior": prior, **_measure(config, source, samples, out)}
-    path = out / f"metrics-{config.prior}.json"
-    write_json(path, report)
-    show(report)
-    print(f"figures: {path}")
-    return report
+    report: dict[str, Any] = {"prior": prior}
+    if config.metrics:
+        report |= _measure(config, source, samples, features, files[2])
+        write_json(files[1], report)
+        show(report)
+        print(f"figures: {files[1]}")
+    return {**report, "files": files}
 
 
-def _measure(config: SampleConfig, source: Source, samples: Tensor, out: Path) -> dict[str, Any]:
+def _measure(
+    config: SampleConfig, source: Source, samples: Tensor, features: Features, sheet: Path
+) -> dict[str, Any]:
     """Figures of the samples beside the images of the run. Draws the neighbours."""
     assert source.images is not None
-    name, network = find_features(config.features, source.data)
+    name, network = features
     report: dict[str, Any] = {
         "generator": config.run,
         "data": source.data,
@@ -157,7 +179,6 @@ def _measure(config: SampleConfig, source: Source, samples: Tensor, out: Path) -
     if network is not None:
         report["features"] = name
         report["distances"] = set_figures(samples, source.images, network, config.seed)
-    sheet = out / f"neighbours-{config.prior}.png"
     report["nearest training images"] = neighbour_figures(
         samples, source.images, network, sheet, config.columns
     )

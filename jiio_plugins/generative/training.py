@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 
 from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import files
@@ -21,6 +20,7 @@ from jiio_plugins.generative.latents import fit, fit_latents
 from jiio_plugins.generative.pictures import PICTURES, write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
 from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
+from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.distributed import launch
 from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.signals import Interrupted, Stop
@@ -202,7 +202,7 @@ class _Run:
         stop = Stop()
         with (
             stop if self.fabric.world_size == 1 else nullcontext(),
-            tqdm(
+            progress_bar(
                 total=self.total, initial=self.done, desc="training", disable=not rank_zero
             ) as bar,
         ):

@@ -31,7 +31,9 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
         from lightning_fabric import Fabric
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "several processes need lightning-fabric: pip install 'jiio-plugins[distributed]'"
+            "lightning-fabric, which starts the training, is not installed: "
+            "pip install 'jiio-plugins[distributed]'",
+            name="lightning_fabric",
         ) from error
     if accelerator == "gpu" and not (
         torch.cuda.is_available() or torch.backends.mps.is_available()

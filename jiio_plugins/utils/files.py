@@ -10,22 +10,23 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import io
 import json
+import math
 import os
 import re
 import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+from jiio_plugins import __version__
 
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
     from torch import Tensor
 
 EMPTY_SEAL = "sha256:" + 64 * "0"  # what a format puts where the seal is to be
@@ -53,6 +54,11 @@ def unsealed(content: bytes) -> bytes | None:
         if _seal_of(before) == seal:
             return before
     return None
+
+
+def has_seal(content: bytes) -> bool:
+    """Whether there is a seal in it, of whatever content."""
+    return _SEAL.search(content) is not None
 
 
 def _seal_of(content: bytes) -> bytes:
@@ -152,36 +158,56 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
 
 
-def write_json(path: str | Path, content: object, *, indent: int = 1) -> None:
-    """Write plain values as JSON.
+def as_json(content: Mapping[str, object], *, indent: int | None = None) -> str:
+    """Plain values as JSON, with the version of jiio-plugins they come from.
+
+    Args:
+        content: by name. JSON has no infinity and no NaN: those become strings, as paths do.
+        indent: of the text. None: one line.
+    """
+    return json.dumps({"jiio_plugins": __version__, **_plain(content)}, indent=indent, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_json(path: str | Path, content: Mapping[str, object], *, indent: int = 1) -> None:
+    """Write plain values as JSON, with the version of jiio-plugins they come from.
 
     Args:
         path: the file, which replaces the one before once it is whole.
-        content: what ``json.dumps`` takes.
+        content: what :func:`as_json` takes.
         indent: of the text.
 
     Raises:
         OSError: it could not be written. An older file is kept.
     """
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=indent) + "\n").encode())
+        file.write((as_json(content, indent=indent) + "\n").encode())
 
 
-def write_figure(path: str | Path, figure: Figure) -> None:
-    """Write a figure in the format that the name's ending says, PNG without one.
+def keep_results(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Raise where a command would replace what an earlier one wrote.
 
     Args:
-        path: the file, which replaces the one before once it is whole.
-        figure: of matplotlib.
+        folder: of the results.
+        names: of the files that are to be written there.
+        overwrite: whether they may be replaced.
 
     Raises:
-        OSError: it could not be written. An older file is kept.
-        ValueError: matplotlib does not write this format.
+        FileExistsError: one of them is there, and may not be.
     """
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150)
-    with replacing(path) as file:
-        file.write(drawn.getvalue())
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds the results of an earlier run ({', '.join(there[:3])}): choose "
+            "another --out, or replace them with --overwrite"
+        )
 
 
 @contextmanager

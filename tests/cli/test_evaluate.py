@@ -45,7 +45,7 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "w.safetensors"
     save_file(ConvDEQClassifier(channels=8).state_dict(), weights)
-    own = [*QUICK, "0.3", "--out", str(tmp_path), "--model", "my_own_deq:build"]
+    own = [*QUICK, "0.3", "--out", str(tmp_path), "--overwrite", "--model", "my_own_deq:build"]
     main([*own, "--dataset", "digits", "--weights", str(weights)])
     with pytest.raises(SystemExit, match="--dataset digits, fashion-mnist"):
         main(own)

@@ -145,12 +145,13 @@ def test_pictures_of_a_run_are_no_data(tmp_path: Path) -> None:
     train(config(folder / "run", data=str(folder), steps=2, batch_size=4))
     assert list((folder / "run").glob("*.png"))
     train(config(folder / "run", data=str(folder), steps=3, batch_size=4, resume=True))
-    sample_run(SampleConfig(str(folder / "run"), count=4, measured=4, fits=2))
+    again = SampleConfig(str(folder / "run"), count=4, measured=4, fits=2, overwrite=True)
+    sample_run(again)
     (folder / "00.png").unlink()
     with pytest.raises(ValueError, match=r"another set of training images, '18, .* with '17, "):
         train(config(folder / "run", data=str(folder), steps=4, batch_size=4, resume=True))
     with pytest.raises(ValueError, match=r"are not those that .* was trained on"):
-        sample_run(SampleConfig(str(folder / "run"), count=4, measured=4, fits=2))
+        sample_run(again)
 
 
 def test_sampling_wants_latents_of_the_generator_that_is_there(tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_sample_and_fit_from_the_shell(
         Image.fromarray(pixels).save(pictures / f"{k}.png")
     (pictures / "bad.png").write_bytes(b"bad")
     main(["fit", str(folder), str(pictures), "--out", str(tmp_path / "fits")])
-    printed = capsys.readouterr().out
-    assert "skipped, not readable" in printed
-    assert printed.count(" dB  ") == 3
+    printed = capsys.readouterr()
+    assert "skipped, not readable" in printed.err
+    assert printed.out.count(" dB  ") == 3
     names = {p.name for p in (tmp_path / "fits").iterdir()}
     assert names == {"latents.safetensors", "fits.png", "0000-0.png", "0001-1.png", "0002-2.png"}
     save_picture(pictures / "0.png", (9, 9))

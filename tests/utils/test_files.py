@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from jiio_plugins import __version__, plots
 from jiio_plugins.data import glyphs
 from jiio_plugins.data.images import read_files
 from jiio_plugins.generative import Architecture, TrainConfig, load_generator, load_latents
@@ -28,7 +30,6 @@ from tests.helpers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 SIZES = Architecture(latent=(3,), channels=(4, 4), stride=1)
 
@@ -114,10 +115,26 @@ def test_a_config_whose_settings_are_of_other_kinds(tmp_path: Path) -> None:
         TrainConfig.read(tmp_path / CONFIG)
 
 
+def test_a_flipped_bit_in_a_name_of_a_setting_is_damage(tmp_path: Path) -> None:
+    write_config(tmp_path / CONFIG)
+    whole = (tmp_path / CONFIG).read_bytes()
+    for name in (b'"epochs"', b'"checksum"', b"sha256:"):
+        at = whole.index(name) + 2
+        (tmp_path / CONFIG).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="damaged or was edited: its checksum"):
+            TrainConfig.read(tmp_path / CONFIG)
+
+
+def test_what_json_has_no_word_for() -> None:
+    said = files.as_json({"a": float("inf"), "b": [float("nan"), 1.0], "c": Path("d")})
+    version = {"jiio_plugins": __version__}
+    assert json.loads(said) == {**version, "a": "inf", "b": ["nan", 1.0], "c": "d"}
+
+
 def write_a_figure(path: Path) -> None:
     from matplotlib.figure import Figure
 
-    files.write_figure(path, Figure(figsize=(1, 1)))
+    plots.save(path, Figure(figsize=(1, 1)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""What all commands do alike: results on stdout, nothing overwritten, errors that say more."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from jiio_plugins import __version__
+from jiio_plugins.cli import demo
+from jiio_plugins.cli.main import main
+from jiio_plugins.evaluation import against_nested
+from tests.data.helpers import save_picture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHECK = ["check", "--images", "2", "--out"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    save_picture(folder / "noise.png", (8, 8))
+    return folder
+
+
+def commands(out: Path, pictures: Path) -> dict[str, list[str]]:
+    """A short run of each."""
+    quick = ["--images", "2", "--suite", "quick", "--audit", "0", "--eps", "0.4"]
+    tiny = ["--data=digits", "--steps=1", "--iterations=2", "--latents-kept=8"]
+    return {
+        "adapters": ["adapters"],
+        "check": [*CHECK, str(out)],
+        "evaluate": ["evaluate", *quick, "--out", str(out)],
+        "demo": ["demo", "--images", "2", "--out", str(out)],
+        "bench": ["bench", "--images", "2", "--repeats=1", "--no-sweep", "--out", str(out)],
+        "train-generator": ["train-generator", *tiny, "--accelerator=cpu", "--out", str(out)],
+        "sample": ["sample", "digits-generator", "--latents=40", "--no-metrics", f"--out={out}"],
+        "fit": ["fit", "digits-generator", str(pictures), "--iterations=5", f"--out={out}"],
+    }
+
+
+@pytest.mark.parametrize("command", list(commands(__file__, __file__)))  # type: ignore[arg-type]
+def test_json_is_one_object_and_quiet_is_quiet(
+    command: str,
+    tmp_path: Path,
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demo, "STEPS", {"ART PGD": (2,), "JIIO in ART": (4,)})
+    for name, few in {"JOINT": (2,), "RETRY": ()}.items():
+        monkeypatch.setattr(against_nested, name, few)
+    words = commands(tmp_path / "one", pictures)[command]
+    main([*words, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["jiio_plugins"] == __version__
+    assert len(record) > 1
+    for name in record.get("files", []):
+        assert name.startswith(str(tmp_path))
+    for path in (tmp_path / "one").glob("*.json"):
+        assert json.loads(path.read_text())["jiio_plugins"] == __version__
+    main([*commands(tmp_path / "two", pictures)[command], "--quiet"])
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert said.err == ""
+
+
+def test_results_are_kept(tmp_path: Path, pictures: Path) -> None:
+    for name, words in commands(tmp_path, pictures).items():
+        if name in ("adapters", "train-generator"):
+            continue
+        out = tmp_path / name
+        out.mkdir()
+        files = {
+            "check": "check.png",
+            "evaluate": "robustness.json",
+            "demo": "images.png",
+            "bench": "curve.png",
+            "sample": "samples-gmm.png",
+            "fit": "0000-noise.png",
+        }
+        (out / files[name]).write_text("precious")
+        again = [*[w for w in words if w not in (str(tmp_path), f"--out={tmp_path}", "--out")]]
+        with pytest.raises(
+            SystemExit, match=rf"{files[name]}\): choose another --out, or .*--over"
+        ):
+            main([*again, "--out", str(out)])
+        assert {path.name for path in out.iterdir()} == {files[name]}
+        assert (out / files[name]).read_text() == "precious"
+    main([*CHECK, str(tmp_path / "check"), "--overwrite", "--quiet"])
+    assert (tmp_path / "check" / "check.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    for device in ("cuda:7", "abacus"):
+        with pytest.raises(SystemExit, match=rf"--device {device} cannot be used: .* There is cpu"):
+            main([*CHECK, str(tmp_path / "out"), "--device", device])
+
+
+def test_a_generator_is_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="which is no classifier: jiio sample and jiio fit take"):
+        main([*CHECK, str(tmp_path / "out"), "--weights", "digits-generator"])
+    with pytest.raises(SystemExit, match="or a shipped one: digits-generator, fashion-mnist-gen"):
+        main(["fit", "digits", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "bench"])
+def test_what_a_missing_library_costs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = builtins.__import__
+
+    def no_matplotlib(name: str, *args: Any, **kw: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return there(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    with pytest.raises(
+        SystemExit, match=rf"{command} needs matplotlib, .*pip install 'jiio-plugins\[cli\]'"
+    ):
+        main([command, "--out", str(tmp_path / "out")])
+
+
+def test_hosts_are_silent() -> None:
+    for words in (["-m", "jiio_plugins", "adapters"], ["-c", "import jiio_learn2learn"]):
+        run = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        assert run.stderr == ""
