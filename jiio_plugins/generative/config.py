@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"  # its file, in the folder of a run
 
 Latents = Literal["zero", "table", "encoder"]
+LoggerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -29,33 +30,43 @@ class Architecture:
     """Sizes of the decoder. A field left out is chosen by the images' size.
 
     Attributes:
+        size: default, for which a step on 64 colour images of 64 pixels a side takes about a second
+            on two cores, or paper, the four scales of the paper at full resolution, for a GPU
         latent: shape of one latent: D for a vector, or C H W for a spatial one
         channels: channels of each scale, the finest first
         stride: the finest scale has image size / stride pixels
         expansion: widening inside a residual block
         groups: groups of the GroupNorms
+        padding: of the convolutions: replicate, or zeros, which leaves a frame in the pictures
+        upsampling: of the last layers: bilinear, or shuffle, which leaves a grid in the pictures
     """
 
+    size: Literal["default", "paper"] = "default"
     latent: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
     stride: int = 0
     expansion: int = 2
     groups: int = 4
+    padding: Literal["replicate", "zeros"] = "replicate"
+    upsampling: Literal["bilinear", "shuffle"] = "bilinear"
 
     def for_images(self, shape: tuple[int, int, int]) -> Architecture:
         """With every size filled in for images ``(c, h, w)``.
 
-        Up to 16 pixels there are two scales of 16 channels. Up to 32 there are two of 16 and 32 at
-        half resolution. Above, there are the paper's four of 32 to 256 at full resolution.
+        By default there are two scales of 16 channels up to 16 pixels, and up to 32 two of 16 and
+        32 at half resolution. Above there are three of 16 to 64, the finest of which has 8 to 16
+        sites a side. The paper's are four of 32 to 256 at full resolution.
         """
         side = max(shape[1:])
         channels: tuple[int, ...]
-        if side <= 16:
+        if self.size == "paper":
+            latent, channels, stride = (128,), (32, 64, 128, 256), 1
+        elif side <= 16:
             latent, channels, stride = (16,), (16, 16), 1
         elif side <= 32:
             latent, channels, stride = (64,), (16, 32), 2
         else:
-            latent, channels, stride = (128,), (32, 64, 128, 256), 1
+            latent, channels, stride = (128,), (16, 32, 64), 2 ** (side - 1).bit_length() // 16
         return replace(
             self,
             latent=self.latent or latent,
@@ -75,6 +86,8 @@ class Architecture:
             stride=full.stride,
             expansion=full.expansion,
             groups=full.groups,
+            padding=full.padding,
+            upsampling=full.upsampling,
         )
 
 
@@ -99,7 +112,8 @@ class TrainConfig:
         folder: where a named data set lies: torchvision's root, or Debian's of Fashion-MNIST
         resize: of files: crop images to their central square and scale it to so many pixels
         resume: go on with the run in --out. Its own settings hold, of which epochs, steps, folder,
-            accelerator and checkpoint_every may be given anew
+            accelerator, loggers and how often
+            something is written may be given anew
         model: sizes of the decoder. A field left out is chosen by the images' size
         latents: where a step's joint optimisation starts: at zero as in the paper, at the latents
             of the image's last visit (kept in a table), or at an encoder's guess
@@ -121,12 +135,15 @@ class TrainConfig:
         precision: bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32
         accelerator: auto takes a GPU where there is one
         checkpoint_every: steps between checkpoints
+        checkpoint_seconds: and seconds after which there is one whatever the step
         pictures_every: steps between pictures and held-out fits
+        pictures_seconds: and seconds, likewise. It is longer where drawing takes over a tenth of it
+        loggers: where losses are logged: tensorboard, wandb (Weights & Biases), both, or nothing
         latents_kept: training images whose latents are fitted at the end, to sample from
         seed: of all that is random in the run
 
     Raises:
-        ValueError: a count below 1, or a negative latent_penalty.
+        ValueError: a count below 1, seconds that are not above 0, or a negative latent_penalty.
     """
 
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])]
@@ -152,13 +169,17 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     checkpoint_every: int = 200
+    checkpoint_seconds: float = 20.0
     pictures_every: int = 500
+    pictures_seconds: float = 20.0
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
     latents_kept: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("out", "folder"):
             object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "loggers", tuple(self.loggers))
         counts = (
             "iterations",
             "epochs",
@@ -173,6 +194,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("checkpoint_seconds", "pictures_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         check_penalty(self.latent_penalty)
 
     def given(self) -> dict[str, Any]:

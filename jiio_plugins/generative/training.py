@@ -17,10 +17,11 @@ from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import files
 from jiio_plugins.generative.config import CONFIG, TrainConfig
 from jiio_plugins.generative.latents import fit, fit_latents
+from jiio_plugins.generative.pace import Every, duration, open_logger
 from jiio_plugins.generative.pictures import PICTURES, write_pictures
 from jiio_plugins.generative.step import Encoder, TrainingStep
 from jiio_plugins.utils.checkpoint import TrainingState, fingerprint
-from jiio_plugins.utils.console import progress_bar
+from jiio_plugins.utils.console import note, progress_bar
 from jiio_plugins.utils.distributed import launch
 from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.signals import Interrupted, Stop
@@ -35,7 +36,19 @@ if TYPE_CHECKING:
     from jiio_plugins.methods.base import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
-_RESUMABLE = ("out", "resume", "epochs", "steps", "folder", "accelerator", "checkpoint_every")
+_RESUMABLE = (  # by what a resumed run may differ
+    "out",
+    "resume",
+    "epochs",
+    "steps",
+    "folder",
+    "accelerator",
+    "checkpoint_every",
+    "checkpoint_seconds",
+    "pictures_every",
+    "pictures_seconds",
+    "loggers",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ def train(
     with _owning(config.out) if fabric.is_global_zero else nullcontext():
         config = _settle(config, fabric)
         images = load_images(config.data, config.folder, config.resize, without=config.out)
-        _report(images, config, fabric)
+        if fabric.is_global_zero:
+            _report(images, config, fabric)
         run = _Run(config, images, fabric, method)
         if config.resume:
             run.load()
@@ -135,9 +149,9 @@ def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
 
 def _report(images: Images, config: TrainConfig, fabric: Fabric) -> None:
     for path in images.skipped:
-        fabric.print(f"skipped, not readable: {path}")
+        note(f"skipped, not readable: {path}")
     count = f", {len(images.skipped)} files skipped" if images.skipped else ""
-    fabric.print(
+    note(
         f"{len(images.train)} training and {len(images.held_out)} held-out images "
         f"{tuple(images.shape)}{count}; {fabric.world_size} × {fabric.device}; run: {config.out}"
     )
@@ -178,20 +192,24 @@ class _Run:
             self.total = min(self.total, config.steps)
         self.planned = config.epochs * self.per_epoch
         self.done = 0
-        self.psnr = math.nan
-        self.writer: Any = None
+        self.psnr = self.lowest = math.nan
+        self.loggers: list[Any] = []
         self.data = fingerprint(images.train)
         given = json.loads(config.to_json()).items()
-        own = {*_RESUMABLE, "checksum"}  # of this call, not of the training
+        own = {*_RESUMABLE, "checksum", "jiio_plugins"}  # of this call, not of the training
         same = {name: value for name, value in given if name not in own}
         same["set of training images"] = f"{len(images.train)}, fingerprint {self.data}"
         self.state = TrainingState(step, optimizer, None, same)
 
     def record(self) -> None:
-        """Write the settings, where they are new."""
+        """Open the loggers, and write the settings where they are new."""
+        if not self.fabric.is_global_zero:
+            return
+        names = self.config.loggers
+        self.loggers = [open_logger(name, self.config.out, self.done) for name in names]
         path = self.config.out / CONFIG
         known = TrainConfig.read(path) if path.is_file() else None
-        if self.fabric.is_global_zero and known != replace(self.config, resume=False):
+        if known != replace(self.config, resume=False):
             self.config.out.mkdir(parents=True, exist_ok=True)
             files.save_config(path, self.config)
 
@@ -206,18 +224,27 @@ class _Run:
                 total=self.total, initial=self.done, desc="training", disable=not rank_zero
             ) as bar,
         ):
-            clock, seen = time.perf_counter(), 0
+            checkpoint = Every(config.checkpoint_every, config.checkpoint_seconds)
+            pictures = Every(config.pictures_every, config.pictures_seconds)
+            first, clock, seen = self.done + 1, time.perf_counter(), 0
             for rows in self._batches():
                 result = self._step(rows)
                 seen += len(rows) * self.fabric.world_size
                 if on_step is not None:
                     on_step(self.done, result)
                 bar.update()
+                if self.done == first and rank_zero:
+                    self._estimate(time.perf_counter() - clock)
                 if self.done % 10 == 0 or self.done == self.total or self.done <= 3:
                     rate, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
                     self._log(result, rate, bar)
-                if self.done % config.checkpoint_every == 0:
-                    self.save()
+                save, draw = self._agreed(checkpoint.due(self.done), pictures.due(self.done))
+                if draw and rank_zero:
+                    with pictures.doing():
+                        self._pictures()
+                if save:
+                    with checkpoint.doing():
+                        self.save()
                 if stop.number is not None:
                     self.save()
                     raise Interrupted(
@@ -225,8 +252,20 @@ class _Run:
                         f"step {self.done} of {self.total} is done, and in the checkpoint. Go on "
                         f"with --resume and --out {config.out}",
                     )
-                if self.done % config.pictures_every == 0 and rank_zero:
-                    self._pictures(bar)
+
+    def _agreed(self, *due: bool) -> tuple[bool, ...]:
+        """What the first process decides, whose clock is not that of the others."""
+        if self.fabric.world_size == 1:
+            return due
+        return self.fabric.broadcast(due)
+
+    def _estimate(self, seconds: float) -> None:
+        """Say after the first step how long the others will take."""
+        left = self.total - self.done
+        note(
+            f"the first step took {seconds:.1f} s: {left} more take about "
+            f"{duration(left * seconds)}. --steps or --epochs makes it shorter, also with --resume"
+        )
 
     def _batches(self) -> Iterator[Tensor]:
         """Rows of this process's images. The order of an epoch depends on (seed, epoch) alone."""
@@ -284,8 +323,11 @@ class _Run:
             f"loss {loss:.4f}, PSNR {values['PSNR']:.2f} dB, residual {values['residual']:.0e}, "
             f"adjoint {values['adjoint']:.0e}, {rate:.0f} images/s"
         )
-        for name, value in values.items():
-            self.tensorboard.add_scalar(f"train/{name}", value, self.done)
+        self._to_loggers({f"train/{name}": value for name, value in values.items()})
+
+    def _to_loggers(self, values: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values, self.done)
 
     def _diverged(self, what: str) -> FloatingPointError:
         there = (self.config.out / files.CHECKPOINT).is_file()
@@ -295,32 +337,22 @@ class _Run:
         )
 
     @property
-    def tensorboard(self) -> Any:
-        """The writer, made on first use."""
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.config.out), purge_step=self.done or None)
-        return self.writer
-
-    @property
     def averaged(self) -> MDEQDecoder:
         """The decoder with averaged weights."""
         return cast("MDEQDecoder", self.ema.module)
 
-    def _pictures(self, bar: Any = None) -> None:
+    def _pictures(self) -> None:
         """Fit held-out images with the averaged weights, and draw them."""
         config = self.config
         held_out = to_unit(self.images.held_out[:32].to(self.fabric.device))
         fitted = fit(self.averaged, held_out, latent_penalty=config.latent_penalty)
-        self.psnr = float(fitted.psnr.mean())
+        self.psnr, self.lowest = float(fitted.psnr.mean()), float(fitted.psnr.min())
         visited = self.table[self.table.flatten(1).any(1)][-config.latents_kept :]
         write_pictures(
             config.out, self.averaged, held_out, fitted, visited.to(self.fabric.device), config.seed
         )
-        self.tensorboard.add_scalar("held-out/PSNR", self.psnr, self.done)
-        if bar is not None:
-            bar.write(f"step {self.done}: held-out fits {self.psnr:.2f} dB")
+        self._to_loggers({"held-out/PSNR": self.psnr})
+        note(f"step {self.done}: held-out fits {self.psnr:.2f} dB, pictures in {config.out}")
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -333,10 +365,13 @@ class _Run:
         if self.fabric.is_global_zero:
             progress = {"step": self.done, "ema": self.ema.state_dict(), "table": table}
             self.state.save(self.config.out / files.CHECKPOINT, progress)
-            files.save_generator(
-                self.config.out / files.GENERATOR, self.averaged, self.model, step=self.done
-            )
+            self._save_generator()
         self.fabric.barrier()
+
+    def _save_generator(self) -> None:
+        known = {} if math.isnan(self.lowest) else {"lowest_psnr": self.lowest}
+        path = self.config.out / files.GENERATOR
+        files.save_generator(path, self.averaged, self.model, step=self.done, **known)
 
     def _gathered(self) -> Tensor:
         """The latents of all training images, in their order."""
@@ -353,7 +388,8 @@ class _Run:
         """Go on from the checkpoint, or from the beginning if the run never had one."""
         path = self.config.out / files.CHECKPOINT
         if not path.is_file() and not (self.config.out / files.GENERATOR).exists():
-            self.fabric.print(f"{self.config.out} has no checkpoint yet: from the first step")
+            if self.fabric.is_global_zero:
+                note(f"{self.config.out} has no checkpoint yet: from the first step")
             return
         progress, _ = self.state.load(path)
         with understood(path):
@@ -367,15 +403,15 @@ class _Run:
         out, config = self.config.out, self.config
         if self.fabric.is_global_zero:
             self._pictures()
+            self._save_generator()  # which now says how well it fits
             some = self.images.train[: config.latents_kept]
             latents = fit_latents(
                 self.averaged, some, latent_penalty=config.latent_penalty, desc="final latents"
             )
             files.save_latents(out / files.LATENTS, latents, step=self.done, images=self.data)
-            self.tensorboard.close()
-            self.fabric.print(
-                f"{self.done} steps, held-out fits {self.psnr:.2f} dB, written to {out}"
-            )
+            for logger in self.loggers:
+                logger.finalize("success")
+            print(f"{self.done} steps, held-out fits {self.psnr:.2f} dB, written to {out}")
         self.fabric.barrier()
         return Trained(out, self.averaged, self.done, self.psnr)
 

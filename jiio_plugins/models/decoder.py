@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from jiio_plugins.equilibrium.layer import Equilibrium
-from jiio_plugins.models.mdeq import MDEQCell, check_sizes, make_contractive
+from jiio_plugins.models.mdeq import MDEQCell, Padding, make_contractive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jiio_plugins.equilibrium.adjoints import Adjoint
     from jiio_plugins.equilibrium.solvers import Solver
+
+
+class _Bilinear(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.times == 1:
+            return x
+        return interpolate(x, scale_factor=self.times, mode="bilinear", align_corners=False)
 
 
 class MDEQDecoder(nn.Module):
@@ -34,9 +45,12 @@ class MDEQDecoder(nn.Module):
         channels: channels of each scale, the finest first. The paper's generator is
             ``(32, 64, 128, 256)`` with ``latent_shape=128``, ``image_shape=(3, 64, 64)`` and
             ``stride=1``.
-        stride: the finest scale has ``height / stride × width / stride`` sites. A pixel shuffle in
-            the head makes pixels of them.
-        expansion, groups: of :class:`MDEQCell`.
+        stride: the finest scale has ``height / stride × width / stride`` sites. The
+            head makes pixels of them. An image whose sides are no multiple of that, or of what
+            all scales need, is cut out of the middle of a larger one.
+        upsampling: "shuffle", where a pixel shuffle in the head makes pixels of sites, or
+            "bilinear", which leaves no grid.
+        expansion, groups, padding: of :class:`MDEQCell`. The padding is the head's too.
         solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
 
     Attributes:
@@ -47,7 +61,7 @@ class MDEQDecoder(nn.Module):
         latents ``(rows, *latent_shape)`` → images ``(rows, *image_shape)`` in [0, 1].
 
     Raises:
-        ValueError: sizes that do not divide, or latents of another shape.
+        ValueError: shapes of other lengths, or latents of another shape.
 
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1. The cell is that of
     Bai, Koltun and Kolter (NeurIPS 2020).
@@ -62,6 +76,8 @@ class MDEQDecoder(nn.Module):
         stride: int = 2,
         expansion: int = 2,
         groups: int = 4,
+        padding: Padding = "zeros",
+        upsampling: Literal["shuffle", "bilinear"] = "shuffle",
         solver: Solver | None = None,
         adjoint: Adjoint | None = None,
     ) -> None:
@@ -76,10 +92,10 @@ class MDEQDecoder(nn.Module):
                 f"got {self.latent_shape} and {self.image_shape}"
             )
         colours, height, width = self.image_shape
-        check_sizes(height, width, len(channels), stride)
-        self.sizes = [
-            (height // (stride * 2**s), width // (stride * 2**s)) for s in range(len(channels))
-        ]
+        coarsest = stride * 2 ** (len(channels) - 1)  # pixels of a site of the coarsest scale
+        rows, columns = -(-height // coarsest), -(-width // coarsest)
+        self.sizes = [(rows * 2**s, columns * 2**s) for s in reversed(range(len(channels)))]
+        self.margin = (rows * coarsest - height) // 2, (columns * coarsest - width) // 2
         if len(self.latent_shape) == 1:
             width, size = channels[-1], self.sizes[-1]
             self.embed = nn.Sequential(
@@ -89,21 +105,25 @@ class MDEQDecoder(nn.Module):
         else:
             width = channels[0]
             pairs = zip(self.sizes[0], self.latent_shape[1:], strict=True)
-            finer = max(1, min(fine // own for fine, own in pairs))
+            times = max(1, min(fine // own for fine, own in pairs))
             self.embed = nn.Sequential(
-                nn.Conv2d(self.latent_shape[0], width * finer**2, 3, padding=1),
-                nn.PixelShuffle(finer),
+                nn.Conv2d(
+                    self.latent_shape[0], width * times**2, 3, padding=1, padding_mode=padding
+                ),
+                nn.PixelShuffle(times),
             )
         self.inject = nn.ModuleList(nn.Conv2d(width, c, 1) for c in channels)
-        cell = MDEQCell(channels, expansion, groups)
+        cell = MDEQCell(channels, expansion, groups, padding=padding)
         make_contractive(cell)
         self.equilibrium = Equilibrium(cell, solver=solver, adjoint=adjoint)
         wide = max(8, channels[0] // stride)
+        first = wide * stride**2 if upsampling == "shuffle" else wide
+        finer = nn.PixelShuffle(stride) if upsampling == "shuffle" else _Bilinear(stride)
         self.head = nn.Sequential(
-            nn.Conv2d(channels[0], wide * stride**2, 3, padding=1),
-            nn.PixelShuffle(stride),
+            nn.Conv2d(channels[0], first, 3, padding=1, padding_mode=padding),
+            finer,
             nn.ReLU(),
-            nn.Conv2d(wide, colours, 3, padding=1),
+            nn.Conv2d(wide, colours, 3, padding=1, padding_mode=padding),
             nn.Sigmoid(),
         )
 
@@ -130,7 +150,8 @@ class MDEQDecoder(nn.Module):
     def decode(self, z: tuple[Tensor, ...]) -> Tensor:
         """The head h: images ``(rows, *image_shape)`` of a state, read off its finest scale."""
         image: Tensor = self.head(z[0])
-        return image
+        (top, left), (_, height, width) = self.margin, self.image_shape
+        return image[..., top : top + height, left : left + width]
 
     def forward(self, w: Tensor) -> Tensor:
         """Images ``(rows, *image_shape)`` in [0, 1]."""

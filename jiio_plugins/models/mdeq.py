@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
     Activation = Callable[[], nn.Module]
 
+Padding = Literal["zeros", "replicate"]
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, padding: Padding = "zeros"
+) -> nn.Module:
+    conv = nn.Conv2d(
+        inputs,
+        outputs,
+        kernel,
+        stride=stride,
+        padding=kernel // 2,
+        bias=False,
+        padding_mode=padding,
+    )
     nn.init.normal_(conv.weight, std=0.5 / (inputs * kernel * kernel) ** 0.5)
     wrapped: nn.Module = weight_norm(conv)
     return wrapped
@@ -60,17 +72,23 @@ class ResidualBlock(nn.Module):
         expansion: the first convolution has ``expansion · channels`` outputs.
         groups: groups of every GroupNorm.
         activation: class of the non-linearity, in place of relu.
+        padding: of the convolutions.
     """
 
     def __init__(
-        self, channels: int, expansion: int, groups: int, activation: Activation = nn.ReLU
+        self,
+        channels: int,
+        expansion: int,
+        groups: int,
+        activation: Activation = nn.ReLU,
+        padding: Padding = "zeros",
     ) -> None:
         super().__init__()
         self.activation = activation()
         wide = channels * expansion
-        self.conv1 = _conv(channels, wide, 3)
+        self.conv1 = _conv(channels, wide, 3, padding=padding)
         self.norm1 = _norm(wide, groups)
-        self.conv2 = _conv(wide, channels, 3)
+        self.conv2 = _conv(wide, channels, 3, padding=padding)
         self.norm2 = _norm(channels, groups)
         self.norm3 = _norm(channels, groups)
 
@@ -98,6 +116,8 @@ class MDEQCell(nn.Module):
         expansion: widening inside a residual block (the paper: 5).
         groups: groups of every GroupNorm, a divisor of all channels.
         activation: class of the non-linearity.
+        padding: of the convolutions. With "replicate" a picture that is read off the state has no
+            frame.
 
     Raises:
         ValueError: an expansion or groups below 1, or groups that do not divide the channels.
@@ -109,13 +129,14 @@ class MDEQCell(nn.Module):
         expansion: int = 2,
         groups: int = 4,
         activation: Activation = nn.ReLU,
+        padding: Padding = "zeros",
     ) -> None:
         super().__init__()
         if expansion < 1 or groups < 1:
             raise ValueError(f"expansion and groups must be at least 1, got {expansion}, {groups}")
-        self.channels, self.activation = tuple(channels), activation
+        self.channels, self.activation, self.padding = tuple(channels), activation, padding
         self.blocks = nn.ModuleList(
-            ResidualBlock(c, expansion, groups, activation) for c in channels
+            ResidualBlock(c, expansion, groups, activation, padding) for c in channels
         )
         self.fuse = nn.ModuleList(
             nn.ModuleList(self._transfer(i, j) for i in range(len(channels)))
@@ -136,7 +157,7 @@ class MDEQCell(nn.Module):
         steps: list[nn.Module] = []
         for k in range(target - source):
             last = k + 1 == target - source
-            steps.append(_conv(a, b if last else a, 3, stride=2))
+            steps.append(_conv(a, b if last else a, 3, 2, self.padding))
             if not last:
                 steps.append(self.activation())
         return nn.Sequential(*steps)

@@ -33,6 +33,8 @@ OPTIONS = [
     "4",
     "4",
     "--checkpoint-every=2",
+    "--checkpoint-seconds=3600",
+    "--pictures-seconds=3600",
     "--accelerator=cpu",
     "--latents-kept=64",
 ]
@@ -50,6 +52,8 @@ def config(out: Path, **kw: Any) -> TrainConfig:
         step_size=0.3,
         accelerator="cpu",
         checkpoint_every=2,
+        checkpoint_seconds=3600,
+        pictures_seconds=3600,
         latents_kept=64,
     )
     return replace(base, **kw)

@@ -132,7 +132,7 @@ def test_unreadable_files_are_skipped_counted_and_named(
     (pictures / "broken.png").write_bytes(b"no image")
     settings = config(tmp_path / "run", data=str(pictures), resize=8, batch_size=8, steps=2)
     train(settings)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"skipped, not readable: {pictures / 'broken.png'}" in printed
     assert "18 training and 2 held-out images (1, 8, 8), 1 files skipped" in printed
 

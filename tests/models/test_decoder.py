@@ -14,6 +14,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "garments": {"latent_shape": 32, "image_shape": (1, 28, 28), "channels": (8, 12)},
     "spatial": {"latent_shape": (3, 7, 7), "image_shape": (3, 28, 28), "channels": (8, 8)},
     "wide": {"latent_shape": 5, "image_shape": (3, 16, 32), "channels": (8, 8, 4)},
+    "odd": {
+        "latent_shape": (3, 4, 4),
+        "image_shape": (3, 29, 21),
+        "channels": (8, 8),
+        "padding": "replicate",
+        "upsampling": "bilinear",
+    },
 }
 
 
@@ -71,16 +78,41 @@ def test_the_papers_generator() -> None:
     assert shapes == [(32, 64, 64), (64, 32, 32), (128, 16, 16), (256, 8, 8)]
 
 
-@pytest.mark.parametrize(
-    ("kw", "match"),
-    [
-        ({"image_shape": (1, 30, 28)}, "divisible by 4, got 30×28"),
-        ({"latent_shape": (2, 3)}, r"latent_shape must be d or \(c, h, w\).*got \(2, 3\)"),
-    ],
-)
-def test_decoders_that_do_not_fit(kw: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        MDEQDecoder(**kw)
+def test_sizes_that_no_scale_divides_are_cut_out_of_larger_ones() -> None:
+    torch.manual_seed(0)
+    small, large = (
+        MDEQDecoder(latent_shape=4, image_shape=(1, side, side), channels=(4, 4)).eval()
+        for side in (25, 28)
+    )
+    small.load_state_dict(large.state_dict())
+    w = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(small(w), large(w)[:, :, 1:26, 1:26])
+
+
+def test_a_constant_state_makes_a_flat_picture_but_for_a_grid_and_a_frame() -> None:
+    """Which replicating and bilinear upsampling leave out."""
+    torch.manual_seed(0)
+    flat = (torch.ones(1, 8, 8, 8), torch.ones(1, 8, 4, 4))
+    shape: dict[str, Any] = {"image_shape": (1, 32, 32), "channels": (8, 8), "stride": 4}
+    for padding, upsampling, spread in (
+        ("replicate", "bilinear", 0.0),
+        ("zeros", "bilinear", 1e-3),
+        ("replicate", "shuffle", 1e-3),
+    ):
+        model = MDEQDecoder(**shape, padding=padding, upsampling=upsampling)
+        f = model.equilibrium.cell
+        with torch.no_grad():
+            states = f(flat, *flat)
+            image = model.decode(states)
+        parts = [*states, image]
+        uneven = max(float((p - p[..., :1, :1]).abs().max()) for p in parts)
+        assert uneven < 1e-5 if spread == 0 else uneven > spread
+
+
+def test_a_decoder_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"latent_shape must be d or \(c, h, w\).*got \(2, 3\)"):
+        MDEQDecoder(latent_shape=(2, 3))
 
 
 def test_latents_of_another_shape() -> None:
