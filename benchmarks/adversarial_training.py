@@ -31,7 +31,6 @@ Whatever is done is kept in ``--out``: run the command again and it goes on.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -41,6 +40,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from records import read
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -76,6 +76,7 @@ from jiio_plugins.evaluation import (
     robust_accuracy,
 )
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.utils import write_json
 
 PGD_20, PGD_10 = "PGD-20 warm, tol 0.1, cap 2", "PGD-10 warm, tol 0.1, cap 2"
 LONG, MIDDLE, CHEAP, CHEAPEST = (f"PGD-{n} warm, cap 1" for n in (15, 12, 10, 5))
@@ -298,16 +299,14 @@ class Store:
             "args": _plain(asdict(args)),
         }
         if self.path.is_file():
-            self.content = json.loads(self.path.read_text())
+            self.content = read(self.path)
 
     def get(self, key: str) -> Any:
         return self.content.get(key)
 
     def put(self, key: str, value: Any) -> None:
         self.content[key] = value
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n")
-        part.replace(self.path)
+        write_json(self.path, self.content)
 
 
 def _plain(value: Any) -> Any:

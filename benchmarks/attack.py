@@ -11,7 +11,6 @@ For an L2 ball (ε = 1) and an L∞ ball (ε = 0.03), both within the pixel box,
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -29,6 +28,7 @@ from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.evaluation import Comparison, Row, compare_with_nested
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.utils import write_json
 
 EPS = {"L2": 1.0, "Linf": 0.03}  # fixed before Joint was run: PGD-20 leaves 23 % at Linf 0.03
 
@@ -153,7 +153,7 @@ def main(args: Args) -> None:
     for norm in args.norms:
         results.append(run_norm(args, norm))
         record = {"images": args.images, "results": results}
-        (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out / "results.json", record)
     print(f"written: {args.out}/results.json and a curve for each norm")
 
 

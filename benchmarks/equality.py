@@ -48,6 +48,7 @@ from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.evaluation import Backpropagated
 from jiio_plugins.generative import fit
 from jiio_plugins.models import SinusoidDEQ, load_pretrained
+from jiio_plugins.utils import write_json
 from jiio_torchattacks import JIIO
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     found = {name: fingerprint(tensor) for name, tensor in results(args.data)}
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found)
         print(f"{len(found)} fingerprints: {args.out}")
     if args.against is not None:
         before = json.loads(args.against.read_text())

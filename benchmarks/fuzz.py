@@ -22,7 +22,6 @@ inputs and of parameters, differentiable or not), ``attack``, ``joint_solution``
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
@@ -34,6 +33,8 @@ from typing import Any
 import torch
 import tyro
 from fuzzing import checks, drawn
+
+from jiio_plugins.utils import write_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run(args: Args) -> dict[str, Any]:
     print(f"{args.count} calls in {seconds:.0f} s, {dict(kinds)}: {len(violations)} violations")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"seed": args.seed, **record}, indent=1) + "\n")
+        write_json(args.out, {"seed": args.seed, **record})
     return record
 
 

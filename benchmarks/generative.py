@@ -23,7 +23,6 @@ against the mean target is reported beside it, with seconds.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import default_step_size, load_generator
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import MDEQDecoder, load_pretrained
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -294,7 +294,7 @@ def main(args: Args) -> None:
         "target": target.tolist(),
         "rows": [asdict(r) for r in rows],
     }
-    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out / "results.json", record)
 
 
 def show(rows: list[Row], target: Tensor, args: Args) -> None:

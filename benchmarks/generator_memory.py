@@ -11,7 +11,6 @@ latents, a checkpoint and pictures in each; the largest value of every epoch is 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
+
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,10 +118,7 @@ def main(args: Args) -> None:
             epoch = min(seen.step // per_epoch, args.epochs - 1)
             largest[epoch] = max(largest[epoch], seen.resident)
     print("largest resident memory of each epoch, MB:", " ".join(f"{mb:.0f}" for mb in largest))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        json.dumps({"first step, s": first, "epochs, MB": largest}, indent=1) + "\n"
-    )
+    write_json(args.out, {"first step, s": first, "epochs, MB": largest})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ holds runs of the same settings alone.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 from adam import NestedAdam
-from records import keep_settings
+from records import keep_settings, read
 from torch import Tensor, nn
 
 from jiio_plugins import Anderson, Nested
@@ -52,6 +51,7 @@ from jiio_plugins.generative import (
     train,
 )
 from jiio_plugins.models import MDEQDecoder, load_pretrained
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from jiio_plugins.generative import StepResult
@@ -160,7 +160,7 @@ def folder_of(name: str, args: Args) -> Path:
 def load_curve(name: str, args: Args) -> Curve | None:
     """What there is of a method."""
     record = folder_of(name, args).with_suffix(".json")
-    return Curve(**json.loads(record.read_text())) if record.exists() else None
+    return Curve(**read(record)) if record.exists() else None
 
 
 def run(name: str, method: Method | None, args: Args) -> Curve:
@@ -188,7 +188,7 @@ def run(name: str, method: Method | None, args: Args) -> Curve:
         curve.steps.append(trained.steps)
         curve.seconds.append((curve.seconds[-1] if curve.seconds else 0.0) + clock.seconds)
         curve.psnr.append(trained.psnr)
-        folder.with_suffix(".json").write_text(json.dumps(asdict(curve), indent=1) + "\n")
+        write_json(folder.with_suffix(".json"), asdict(curve))
     return curve
 
 
@@ -275,7 +275,7 @@ def main(args: Args) -> None:
             f"kernel distance {row['kernel']:.3f}"
         )
     record = {"curves": {n: asdict(c) for n, c in curves.items()}, "judged": rows}
-    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out / "results.json", record)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ CPU, an image, in batches. deepinv's wavelets need ``ptwt``.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,12 +34,13 @@ from typing import TYPE_CHECKING, Any
 import inverse_methods as m
 import torch
 import tyro
-from records import keep_settings
+from records import keep_settings, read
 from torch import Tensor
 
 from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.generative import load_generator, psnr, ssim
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,8 +130,8 @@ class Benchmark:
                         if method in m.LEARNERS
                         else self.tuned(task, method)
                     )
-                    path.write_text(json.dumps(asdict(found), indent=1) + "\n")
-                yield Result(**json.loads(path.read_text()))
+                    write_json(path, asdict(found))
+                yield Result(**read(path))
 
     def tuned(self, task: m.Task, method: str) -> Result:
         """A method without training."""
@@ -238,9 +238,9 @@ class Benchmark:
                 ]
                 for family, methods in runs.items()
             }
-            path.write_text(json.dumps(found, indent=1) + "\n")
-        read = json.loads(path.read_text())
-        return {family: [Result(**r) for r in rows] for family, rows in read.items()}
+            write_json(path, found)
+        rows_of = read(path)
+        return {family: [Result(**r) for r in rows] for family, rows in rows_of.items()}
 
 
 def show(results: list[Result]) -> None:

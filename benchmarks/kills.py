@@ -16,7 +16,6 @@ noticed by whatever reads the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import runpy
@@ -40,6 +39,7 @@ from jiio_plugins.data import load_digits
 from jiio_plugins.generative import TrainConfig, load_generator, load_latents
 from jiio_plugins.methods import Joint
 from jiio_plugins.models import ConvDEQClassifier
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -270,7 +270,7 @@ def run(args: Args) -> dict[str, Any]:
             flush=True,
         )
     if args.out is not None:
-        args.out.write_text(json.dumps(records, indent=1) + "\n")
+        write_json(args.out, records)
     return records
 
 

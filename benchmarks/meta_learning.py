@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import platform
 import statistics
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import learn2learn as l2l
 import torch
 import tyro
-from records import keep_settings
+from records import keep_settings, read
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -45,6 +44,7 @@ from jiio_plugins.equilibrium import jacobian_penalty
 from jiio_plugins.implicit import attach
 from jiio_plugins.joint import ParameterVariable, Problem, layer_mode
 from jiio_plugins.models import MDEQFewShot
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -574,9 +574,7 @@ def save(args: Args, results: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    part = args.out / "results.part"
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(args.out / "results.json")
+    write_json(args.out / "results.json", results)
 
 
 def main(args: Args) -> None:
@@ -584,7 +582,7 @@ def main(args: Args) -> None:
     free = ("out", "cache", "methods", "parts", "repeats")
     keep_settings(args.out, {k: v for k, v in asdict(args).items() if k not in free})
     path = args.out / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    results: dict[str, Any] = read(path) if path.is_file() else {}
     parts = {"training": part_training, "adaptation": part_adaptation, "overhead": part_overhead}
     for name in args.parts:
         parts[name](args, results)

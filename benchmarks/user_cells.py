@@ -26,7 +26,6 @@ of TorchDEQ with its solver, ``dense`` fully connected.
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from jiio_plugins import Anderson, Equilibrium
 from jiio_plugins.adversarial import AdversarialTraining, validate
 from jiio_plugins.data import load_digits
 from jiio_plugins.evaluation import quick_suite, robust_accuracy
+from jiio_plugins.utils import write_json
 from jiio_torchdeq import adapt
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def main(args: Args) -> None:
             row["judged"] = judged(args, target.model)
             results[f"{kind} / {name}"] = row
             show(name, row)
-            (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_json(args.out / "results.json", results)
     print(f"\nwritten: {args.out}/results.json")
 
 

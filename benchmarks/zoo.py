@@ -23,7 +23,6 @@ the last gradient of each loop with the exact one at the same x. The columns:
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -38,6 +37,7 @@ from tqdm import tqdm
 from zoo_models import KINDS, Case, Judge, load
 
 from jiio_plugins import Anderson, Joint, Nested, Status, count_evaluations, optimize_input
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,7 +245,7 @@ def main(args: Args) -> None:
     for kind in args.kinds:
         results.append(run_kind(args, kind))
         record = {"samples": args.samples, "results": results}
-        (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out / "results.json", record)
     print(f"\nwritten: {args.out}/results.json")
 
 
