@@ -10,16 +10,16 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench wheel clean
+.PHONY: help env demo test lint bench wheel release-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Options: PYTHON=python3.11 (makes the environment with it), ARGS="..." (passed on to the command).'
 
 env: $(READY) ## make the environment and do nothing else
 
 demo: $(READY) ## attack a trained classifier with JIIO and with PGD, and compare
-	$(BIN)/jiio demo $(ARGS)
+	$(BIN)/jiio demo --overwrite $(ARGS)
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +38,9 @@ wheel: $(READY) ## build the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
 
+release-check: $(READY) ## build, check, install elsewhere and try; ARGS="extra ..." tries those too
+	PYTHON=$(PYTHON) .ci/release_check $(ARGS)
+
 clean: ## remove the environment, the builds and the caches
 	rm -rf $(VENV) build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -46,8 +49,8 @@ clean: ## remove the environment, the builds and the caches
 $(READY): requirements/dev.txt pyproject.toml
 	@echo 'Installing the pinned requirements into $(VENV): about 6 GB and a few minutes, once.'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-		$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit( \
-			"The requirements need Python 3.11 or 3.12; this is %d.%d. Try: make PYTHON=python3.11" % v)' && \
+		$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \
+			"The requirements need Python 3.11, 3.12 or 3.13; this is %d.%d. Try: make PYTHON=python3.11" % v)' && \
 		$(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --no-deps -r requirements/dev.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from jiio_plugins.data.classification import load_digits
@@ -16,11 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
+    from art.estimators.classification import PyTorchClassifier
 
 SHAPE = (1, 8, 8)
 
 
 def classifier_of(model: nn.Module, **options: Any) -> PyTorchClassifier:
+    # not above: pytest wants this file also where ART is not installed
+    from art.estimators.classification import PyTorchClassifier
+
     options = {"clip_values": (0.0, 1.0), "device_type": "cpu", **options}
     return PyTorchClassifier(model, nn.CrossEntropyLoss(), SHAPE, 10, **options)
 
