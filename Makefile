@@ -6,11 +6,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench wheel release-check clean
+.PHONY: help env demo test lint bench docs docs-serve wheel release-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,12 @@ lint: $(READY) ## ruff, mypy, import-linter and codespell
 bench: $(READY) ## measure the attacks side by side
 	$(BIN)/python benchmarks/attack.py $(ARGS)
 
+docs: $(DOCS_VENV)/.ready ## build the pages into site/: open site/index.html
+	$(MKDOCS) build --quiet
+
+docs-serve: $(DOCS_VENV)/.ready ## show the pages at http://127.0.0.1:8000 while they are edited
+	$(MKDOCS) serve
+
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
@@ -42,7 +50,7 @@ release-check: $(READY) ## build, check, install elsewhere and try; ARGS="extra 
 	PYTHON=$(PYTHON) .ci/release_check $(ARGS)
 
 clean: ## remove the environment, the builds and the caches
-	rm -rf $(VENV) build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) build dist site .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Everything is pinned, so pip has nothing to resolve (--no-deps), and `pip check` finds what is missing.
@@ -55,4 +63,10 @@ $(READY): requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps -r requirements/dev.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
+	@touch $@
+
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/docs.txt
+	$(DOCS_VENV)/bin/python -m pip check
 	@touch $@

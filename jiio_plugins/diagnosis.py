@@ -377,8 +377,8 @@ def _settings(found: Diagnosis, solved: bool) -> None:
         )
         if rate >= _SLOW:
             why += (
-                ", or damp the cell (Damped), see docs/cells-that-do-not-contract.md for others "
-                "with the same fixed points"
+                ", or damp the cell (Damped), see docs/how-to/cells-that-do-not-contract.md for "
+                "others with the same fixed points"
             )
     elif rate <= _EASY:
         found.settings, why = "Joint()", "the defaults"
@@ -388,7 +388,7 @@ def _settings(found: Diagnosis, solved: bool) -> None:
         found.settings = "Joint(max_iter=80, anchors=4)"
         why = (
             "rows that plain iteration repels are solved afresh now and then. Compare with "
-            "Nested(), and see docs/cells-that-do-not-contract.md"
+            "Nested(), and see docs/how-to/cells-that-do-not-contract.md"
         )
     found.sentences.append(f"Start with method={found.settings}: {why}.")
 

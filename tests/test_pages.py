@@ -16,7 +16,7 @@ ELSEWHERE = {"gbml_test.py", "metasgd_test.py", "tests/unit/algorithms/maml_test
 pages = pytest.mark.parametrize(
     "page",
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))],
-    ids=lambda page: page.name,
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 
 

@@ -17,7 +17,7 @@ from tests.helpers import rand
 
 physics_tests = upstream("test_physics")
 
-# What is left out, and why; docs/deepinv.md says the same.
+# What is left out, and why; docs/how-to/deepinv.md says the same.
 EXCEPTIONS = {
     "haze": "its image is a TensorList: a map, a depth and a number",
     "lidar": "deepinv's own forward takes one image at a time; below by itself",

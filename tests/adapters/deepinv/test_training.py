@@ -56,7 +56,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_tests, "DummyCircles", lambda samples, imsize: circles(2, imsize))
 
 
-# What is left out, and why: docs/deepinv.md
+# What is left out, and why: docs/how-to/deepinv.md
 @pytest.mark.parametrize(
     "name",
     [
