@@ -321,7 +321,7 @@ def deq_pgd(task: Task) -> Learner:
     return Learner(model, [Stage(0.0, model, batch=32)])
 
 
-def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
+def end_to_end(guess: Callable[[Task], nn.Module], task: Task, *, largest: float = 0.25) -> Learner:
     """JIIO around an encoder's guess: first the guess, then with the generator, then jointly.
 
     How far off the guess may be is learned in the last stage, from a constant; λ is 1. Above 0.25
@@ -336,7 +336,7 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
     spread = dinv.models.UNet(2, 1, scales=3, channels_per_scale=[8, 16, 32], residual=False)
     model = JIIOReconstructor(
         generator,
-        encoder=GaussianEncoder(encoder, spread, mode=task.back, largest=0.25),
+        encoder=GaussianEncoder(encoder, spread, mode=task.back, largest=largest),
         latent_penalty=1.0,
         method=Joint(max_iter=8, step_size=1.0, tol=1e-3),
         implicit=Anderson(max_iter=8, memory=8, tol=0.1),
@@ -359,12 +359,18 @@ def end_to_end(guess: Callable[[Task], nn.Module], task: Task) -> Learner:
     return Learner(model, stages, regularise, {"guess": encoder, "G of it": corrected})
 
 
+_around_unet = partial(end_to_end, partial(artifact_removal, widths=(20, 40, 80)))
+_around_unfolded = partial(end_to_end, partial(unfolded_pgd, iterations=4, widths=(10, 20, 40)))
 LEARNERS: dict[str, Callable[[Task], Learner]] = {
     "U-Net": plain_unet,
     "unfolded PGD": unfolded,
     "DEQ-PGD": deq_pgd,
-    "JIIO, end to end": partial(end_to_end, partial(artifact_removal, widths=(20, 40, 80))),
-    "JIIO, unfolded": partial(end_to_end, partial(unfolded_pgd, iterations=4, widths=(10, 20, 40))),
+    "JIIO, end to end": _around_unet,
+    "JIIO, unfolded": _around_unfolded,
+}
+VARIANTS: dict[str, Callable[[Task], Learner]] = {  # trained where --methods names them
+    "JIIO, end to end, largest 1": partial(_around_unet, largest=1.0),
+    "JIIO, unfolded, largest 1": partial(_around_unfolded, largest=1.0),
 }
 
 

@@ -127,7 +127,7 @@ class Benchmark:
                 if not path.exists():
                     found = (
                         self.learned(task, method)
-                        if method in m.LEARNERS
+                        if method in m.LEARNERS | m.VARIANTS
                         else self.tuned(task, method)
                     )
                     write_json(path, asdict(found))
@@ -174,7 +174,7 @@ class Benchmark:
     def learned(self, task: m.Task, method: str) -> Result:
         """A method that is trained for the problem."""
         torch.manual_seed(0)
-        learner = m.LEARNERS[method](task)
+        learner = (m.LEARNERS | m.VARIANTS)[method](task)
         curve = m.train(
             learner,
             task,
