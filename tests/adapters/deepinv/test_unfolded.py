@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import deepinv as dinv
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import L2Ball, Nested, Status, adapt, optimize_input, unadapt
-from tests.helpers import ROOT
 
 
 class Denoiser(nn.Module):
@@ -69,20 +67,6 @@ def test_other_iterations(kind: str) -> None:
     )
     assert bool((found.status == Status.CONVERGED).all())
     assert torch.allclose(found.output, model(found.x), atol=1e-4)
-
-
-def test_the_page_runs() -> None:
-    text = (ROOT / "docs" / "deepinv.md").read_text()
-    section = text.split("## deepinv's own DEQ")[1].split("\n## ")[0]
-    names: dict[str, Any] = {"__name__": "page"}
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 3
-    with torch.random.fork_rng():
-        for block in blocks:
-            exec(compile(block, "deepinv.md", "exec"), names)
-    again = -names["nearness"](names["net"](names["found"].x)).mean().detach()
-    assert bool((names["found"].status == Status.CONVERGED).all())
-    assert float(again) < 0.9 * float(-names["found"].value.mean())
 
 
 def test_a_model_with_deq_is_attacked_as_it_is() -> None:
