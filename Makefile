@@ -37,7 +37,7 @@ bench: $(READY) ## measure the attacks side by side
 	$(BIN)/python benchmarks/attack.py $(ARGS)
 
 docs: $(DOCS_VENV)/.ready ## build the pages into site/: open site/index.html
-	$(MKDOCS) build --quiet
+	$(MKDOCS) build
 
 docs-serve: $(DOCS_VENV)/.ready ## show the pages at http://127.0.0.1:8000 while they are edited
 	$(MKDOCS) serve

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LANGUAGES = {"python", "text", "sh", "bibtex"}  # python runs; text is output, a formula or a sketch
-HOSTS = {"art", "deepinv", "learn2learn", "torchattacks", "torchdeq", "sklearn", "matplotlib"}
+NEEDS = {  # pages with such code are skipped where the library is not installed
+    r"^(?:from|import) (?:jiio_)?art\b": "art",
+    r"^(?:from|import) (?:jiio_)?deepinv\b": "deepinv",
+    r"^(?:from|import) (?:jiio_)?learn2learn\b": "learn2learn",
+    r"^(?:from|import) (?:jiio_)?torchattacks\b": "torchattacks",
+    r"^(?:from|import) (?:jiio_)?torchdeq\b": "torchdeq",
+    r"^from matplotlib\b": "matplotlib",
+    r"load_digits|data=\"digits\"": "sklearn",
+    r"\btrain\(TrainConfig": "lightning_fabric",
+}
 FENCE = re.compile(r"^( *)```(\w*)(.*)\n((?:.*\n)*?)\1```$", re.M)
 NUMBER = r"\d+(?:\.\d+)?"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -81,12 +90,10 @@ def test_blocks_run(
 ) -> None:
     """One after the other, as a reader would type them into one session."""
     code = [block for block in blocks(page) if block.language == "python"]
-    imported = set(
-        re.findall(r"^(?:from|import) (?:jiio_)?(\w+)", "\n".join(b.text for b in code), re.M)
-    )
-    for host in sorted(imported & HOSTS):
-        if importlib.util.find_spec(host) is None:
-            pytest.skip(f"{host} is not installed")
+    text = "\n".join(block.text for block in code)
+    for pattern, library in NEEDS.items():
+        if re.search(pattern, text, re.M) and importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)

@@ -56,7 +56,8 @@ class ConvDEQClassifier(nn.Module):
         channels: channels of the state.
         stride: of the stem. The state has about ``h / stride × w / stride`` sites.
         groups: of :class:`ConvCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its default.
+        adjoint: likewise.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, classes)``.

@@ -50,8 +50,11 @@ class MDEQDecoder(nn.Module):
             all scales need, is cut out of the middle of a larger one.
         upsampling: "shuffle", where a pixel shuffle in the head makes pixels of sites, or
             "bilinear", which leaves no grid.
-        expansion, groups, padding: of :class:`MDEQCell`. The padding is the head's too.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
+        expansion: of :class:`MDEQCell`.
+        groups: likewise.
+        padding: likewise, and of the head.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its default.
+        adjoint: likewise.
 
     Attributes:
         latent_shape: shape of one latent, a tuple.

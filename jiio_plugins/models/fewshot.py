@@ -161,8 +161,10 @@ class MDEQFewShot(nn.Module):
         context: entries of v (the paper: 400).
         stride: of the stem, 1, 2 or 4. The first scale has ``size / stride`` pixels a side. Images
             are padded with zeros until the last scale comes out even (28 to 32).
-        expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
+        expansion: of :class:`MDEQCell`.
+        groups: likewise.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its default.
+        adjoint: likewise.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, ways)``.
@@ -279,7 +281,8 @@ class SinusoidDEQ(nn.Module):
     Args:
         width: entries of the state.
         context: entries of v, the parameter ``context`` of shape ``(1, context)``.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``.
+        adjoint: likewise.
 
     Source: the task is that of Finn, Abbeel and Levine, "MAML" (ICML 2017), section 5.1.
     """

@@ -235,8 +235,10 @@ class MDEQClassifier(nn.Module):
         classes: number of classes.
         channels: channels of each scale, the finest first.
         stride: of the stem. The first scale has ``size / stride`` pixels a side.
-        expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
+        expansion: of :class:`MDEQCell`.
+        groups: likewise.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its default.
+        adjoint: likewise.
 
     Shape:
         images ``(rows, in_channels, h, w)`` in [0, 1] → logits ``(rows, classes)``.

@@ -29,8 +29,10 @@ class MDEQRefiner(nn.Module):
         image_shape: ``(channels, height, width)`` in pixels, of latents and images.
         channels: channels of each scale of the :class:`MDEQCell`, the finest first.
         stride: the finest scale has ``height / stride`` pixels.
-        expansion, groups: of :class:`MDEQCell`.
-        solver, adjoint: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its defaults.
+        expansion: of :class:`MDEQCell`.
+        groups: likewise.
+        solver: of the :class:`Equilibrium` layer ``self.equilibrium``. None: its default.
+        adjoint: likewise.
 
     Attributes:
         latent_shape: ``image_shape``.
