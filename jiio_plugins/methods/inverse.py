@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import mixing_weights
-from jiio_plugins.equilibrium.state import row_norm
+from jiio_plugins.equilibrium.state import products, row_norm
 
 _RIDGE = 1e-3  # of the least squares, relative to their unit diagonal
 _LEAST = 1e-4  # change of a residual that is worth a pair, relative to what moved: less is noise
@@ -71,6 +71,6 @@ class SecantInverse:
     def __call__(self, r: Tensor) -> Tensor:
         """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""
         gram = torch.bmm(self.y, self.y.mT).double()
-        along = torch.bmm(self.y, r[:, :, None]).double()
-        gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype)
-        return torch.baddbmm(r[:, :, None], (self.d + self.y).mT, gamma, alpha=-1).squeeze(2)
+        along = products(self.y, r).double()[:, :, None]
+        gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype).squeeze(2)
+        return r - products((self.d + self.y).mT, gamma)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.state import row_norm, surely_finite, surely_none
+from jiio_plugins.equilibrium.state import products, row_norm, surely_finite, surely_none
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -231,17 +231,16 @@ class QuasiNewton(Mixing):
 
     def _direction(self, r: Tensor) -> Tensor:
         """``H r``, H made from ``scale · I``. A pair of zeros has no part in it."""
-        s, y, column = self.s, self.y, r.double().unsqueeze(2)
-        scale = self.scale.double().unsqueeze(2)
-        upper = torch.bmm(s, y.transpose(1, 2)).triu()
+        s, y, r_wide, scale = self.s, self.y, r.double(), self.scale.double()
+        upper = torch.bmm(s, y.mT).triu()
         curvature = upper.diagonal(dim1=1, dim2=2).unsqueeze(2).clone()
         upper.diagonal(dim1=1, dim2=2).copy_(torch.where(curvature > 0, curvature, 1.0).squeeze(2))
-        along_s = torch.linalg.solve_triangular(upper, torch.bmm(s, column), upper=True)
-        along_y = torch.bmm(y.transpose(1, 2), along_s)
-        rhs = curvature * along_s + scale * torch.bmm(y, along_y - column)
-        a = torch.linalg.solve_triangular(upper.transpose(1, 2), rhs, upper=False)
-        direction = torch.bmm(s.transpose(1, 2), a) + scale * (column - along_y)
-        return direction.squeeze(2).to(r.dtype)
+        along_s = torch.linalg.solve_triangular(upper, products(s, r_wide)[:, :, None], upper=True)
+        along_y = products(y.mT, along_s.squeeze(2))
+        rhs = curvature * along_s + (scale * products(y, along_y - r_wide))[:, :, None]
+        a = torch.linalg.solve_triangular(upper.mT, rhs, upper=False).squeeze(2)
+        direction = products(s.mT, a) + scale * (r_wide - along_y)
+        return direction.to(r.dtype)
 
 
 MIXINGS: dict[str, type[Mixing]] = {"quasi-newton": QuasiNewton, "anderson": BlockAnderson}

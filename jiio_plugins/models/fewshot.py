@@ -142,7 +142,7 @@ class TaskLinear(nn.Module):
         """``(rows, inputs) -> (rows, outputs)``."""
         if len(self.weight) == 1:
             return linear(x, self.weight[0]) + self.bias
-        return torch.baddbmm(self.bias[:, :, None], self.weight, x[:, :, None]).squeeze(2)
+        return torch.baddbmm(self.bias[:, None], x[:, None], self.weight.mT).squeeze(1)
 
 
 class MDEQFewShot(nn.Module):

@@ -14,7 +14,7 @@ from jiio_plugins.equilibrium.solvers.base import (
     check_positive,
     looks,
 )
-from jiio_plugins.equilibrium.state import surely_none
+from jiio_plugins.equilibrium.state import products, surely_none
 from jiio_plugins.utils.checks import check_counts
 
 _SHORTEST, _LONGEST = 5, 40  # differences kept by a memory that grows
@@ -102,8 +102,8 @@ class _AndersonState(SolverState):
             return at.fz if self.damping == 1.0 else torch.lerp(at.z, at.fz, self.damping)
         used = min(self.count, self.memory)
         y, d = self.y[:, :used], self.d[:, :used]
-        along = self._along(r, used)
-        gamma = mixing_weights(self.gram[:, :used, :used], along.mT, self.ridge).to(r.dtype).mT
+        along = self._along(r, used).unsqueeze(2)
+        gamma = mixing_weights(self.gram[:, :used, :used], along, self.ridge).to(r.dtype).mT
         z_next = torch.baddbmm(at.fz.unsqueeze(1), gamma, d, alpha=-1).squeeze(1)
         if self.damping != 1.0:
             r_left = torch.baddbmm(r.unsqueeze(1), gamma, y, alpha=-1).squeeze(1)
@@ -121,7 +121,7 @@ class _AndersonState(SolverState):
         torch.sub(at.fz, f_last, out=self.d[:, slot])
         if at.reject is not None or not self.whole:
             self._sift(slot, at)
-        column = self._along(self.y[:, slot], used).squeeze(1)
+        column = self._along(self.y[:, slot], used)
         self.gram[:, slot, :used] = column
         self.gram[:, :used, slot] = column
 
@@ -139,12 +139,9 @@ class _AndersonState(SolverState):
         self.whole = surely_none(~self.valid)
 
     def _along(self, vector: Tensor, used: int) -> Tensor:
-        """``(Yᵀ vector)ᵀ``, ``(rows, 1, used)`` in float64.
-
-        This order of the factors is much the faster one on a CPU.
-        """
-        along = torch.bmm(vector.unsqueeze(1), self.y[:, :used].mT).double()
-        return along if self.whole else along.masked_fill_(~self.valid[:, None, :used], 0)
+        """``Yᵀ vector``, ``(rows, used)`` in float64."""
+        along = products(self.y[:, :used], vector).double()
+        return along if self.whole else along.masked_fill_(~self.valid[:, :used], 0)
 
     def _grow(self) -> None:
         """Twice the memory: the cell is slow."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers.base import Observed, Solver, SolverState
+from jiio_plugins.equilibrium.state import products
 from jiio_plugins.utils.checks import check_counts
 
 
@@ -58,8 +59,7 @@ class _BroydenState(SolverState):
     @staticmethod
     def _times_h(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
         """``−vector + Σ left_i ⟨right_i, vector⟩``."""
-        weights = torch.bmm(vector.unsqueeze(1), right.mT)  # much the faster order on a CPU
-        return torch.baddbmm(vector.unsqueeze(1), weights, left, beta=-1).squeeze(1)
+        return products(left.mT, products(right, vector)) - vector
 
     def advance(self, at: Observed) -> Tensor:
         r = at.residual
