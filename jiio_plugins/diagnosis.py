@@ -337,7 +337,7 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
         value = problem.loss(problem.call(leaf)).sum()
         return torch.autograd.grad(value, leaf)[0]
 
-    solver = Anderson(max_iter=_TIGHT, memory=20, tol=default_verifier(v.dtype).tol)
+    solver = Anderson(max_iter=_TIGHT, tol=default_verifier(v.dtype).tol)
     counter, exact_rule = Counter(), layers_as(solver=solver, adjoint=Implicit(solver=solver))
     with exact_rule, counting_into((counter,)):
         exact = gradient()
@@ -371,9 +371,9 @@ def _settings(found: Diagnosis, solved: bool) -> None:
         found.settings = "Joint(max_iter=80)"
         why = (
             f"a tight solve has not converged in {default_verifier(torch.float32).max_iter} "
-            "evaluations. Compare with Nested(solver=Anderson(max_iter=200, memory=10, "
-            "tol=1e-4)), which costs far more. What is found may not be verified: give that more, "
-            "verify=Anderson(max_iter=1000, memory=20, tol=1e-5)"
+            "evaluations. Compare with Nested(solver=Anderson(max_iter=200, tol=1e-4)), which "
+            "costs far more. What is found may not be verified: give that more, "
+            "verify=Anderson(max_iter=1000, tol=1e-5)"
         )
         if rate >= _SLOW:
             why += (

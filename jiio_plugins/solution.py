@@ -43,7 +43,7 @@ _MESSAGES = {
     Status.CONVERGED: "the fixed point converged; at an optimised input, by an independent solve",
     Status.MAX_ITER: (
         "the iteration limit came before the tolerance: raise max_iter, loosen tol, use Anderson "
-        "instead of Picard, with more memory if the cell is slow, or damp the cell (Damped)"
+        "instead of Picard, or damp the cell (Damped)"
     ),
     Status.DIVERGED: (
         "the residual grew instead of shrinking: the cell is not contractive here; damp it "

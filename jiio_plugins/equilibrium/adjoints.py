@@ -248,7 +248,7 @@ def _warn_if_loose(found: FlatSolution, solver: Solver) -> None:
     warnings.warn(
         f"the adjoint of an equilibrium layer has not settled in up to {share:.0%} of the rows: "
         f"its relative residual is {about}, asked for was {solver.tol:.0e}. Their gradients may be "
-        "off by far more than that. Raise max_iter, or the memory of Anderson, in "
+        "off by far more than that. Raise max_iter in "
         "Equilibrium(adjoint=Implicit(solver=...)), damp the cell (Damped), or train with a "
         "Jacobian penalty",
         ConvergenceWarning,
