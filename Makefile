@@ -12,7 +12,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench docs docs-serve wheel release-check clean
+.PHONY: help env demo test lint bench gpu docs docs-serve wheel release-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ lint: $(READY) ## ruff, mypy, import-linter and codespell
 
 bench: $(READY) ## measure the attacks side by side
 	$(BIN)/python benchmarks/attack.py $(ARGS)
+
+gpu: $(READY) ## on a CUDA device: its tests, and what a search costs there
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 docs: $(DOCS_VENV)/.ready ## build the pages into site/: open site/index.html
 	$(MKDOCS) build

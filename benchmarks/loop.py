@@ -2,9 +2,10 @@
 
     python benchmarks/loop.py [--cells tiny digits] [--batches 1 64 256]
 
-What a run of :class:`Joint` needs is encoder and head once an iteration, and the evaluations of f
-and vector-Jacobian products that it counts. The *bare* loop makes these, and nothing else, by
-hand. Both run interleaved in one process, on one thread, and the best of several is taken.
+What a run of :class:`Joint` needs is encoder and head once an iteration, two evaluations of f and a
+vector-Jacobian product. The *bare* loop makes these, and nothing else, by hand. Slow rows take
+more, unless ``--even`` is given. Both run interleaved in one process, on one thread, and the best
+of several is taken.
 
 Operations are those that torch dispatches, of one iteration after the first few. On the meta
 device the loop takes the branches of an accelerator, so the count is that of its path. Views start
@@ -54,6 +55,8 @@ class Args:
     iterations: int = 20
     repeats: int = 7
     """runs of each, the best is taken"""
+    even: bool = False
+    """slow rows take no more passes than others, so that those of the bare loop are the same"""
     lines: bool = False
     """where in the package the operations come from"""
 
@@ -65,21 +68,35 @@ class Cell:
         name: "tiny", a state of 1,024 numbers, or "digits", the shipped multiscale classifier.
         rows: images.
         device: where.
+        model: another classifier, with ``equilibrium``, ``encoder`` and ``decode``.
+        images: for it, and their labels.
     """
 
-    def __init__(self, name: str, rows: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        device: str = "cpu",
+        model: Any = None,
+        images: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        x, y = (t[:rows] for t in load_digits("test"))
-        model: Any = load_pretrained("digits")
+        some, labels = images if images is not None else load_digits("test")
+        index = torch.arange(rows) % len(some)
+        if model is None:
+            model = load_pretrained("digits")
         if name == "tiny":
             model = ConvDEQClassifier(channels=16, stride=1).eval()
-        self.model = model.to(device).requires_grad_(False)
-        self.x, self.f = x.to(device), self.model.equilibrium.cell
+        self.name, self.model = name, model.to(device).requires_grad_(False)
+        self.x, self.y = some[index].to(device), labels[index]
+        self.f = self.model.equilibrium.cell
         self.head: nn.Module | Callable[[Any], Tensor]
         self.head = self.model.head if name == "tiny" else self.model.decode
-        self.objective = attack_objective("cross-entropy", y)
-        if device != "cpu":  # labels that are nowhere have no range
+        if device == "meta":  # labels that are nowhere have no range
             self.objective = lambda logits: logits[:, 0] - logits.logsumexp(1)
+        else:
+            self.y = self.y.to(device)
+            self.objective = attack_objective("cross-entropy", self.y)
 
     def bare(self, iterations: int, warmup: int, second: int) -> None:
         """The passes of a run, and nothing else.
@@ -117,14 +134,13 @@ class Cell:
 
     def problem(self, norm: str) -> Problem:
         """An attack on the images."""
-        feasible = Intersection(BALLS[norm], Box(0.0, 1.0))
-        where = self.x.device
-        bound = feasible.bind(torch.zeros(self.x.shape))
-        for name, value in vars(bound).items():
-            if isinstance(value, Tensor):
-                setattr(bound, name, value.to(where))
-        chosen = feasible if where.type == "cpu" else bound
-        return Problem(Variable(self.model, self.x), self.objective, chosen)
+        feasible: Any = Intersection(BALLS[norm], Box(0.0, 1.0))
+        if self.x.is_meta:  # where nothing can be checked
+            feasible = feasible.bind(torch.zeros(self.x.shape))
+            for name, value in vars(feasible).items():
+                if isinstance(value, Tensor):
+                    setattr(feasible, name, value.to("meta"))
+        return Problem(Variable(self.model, self.x), self.objective, feasible)
 
 
 def _leaves(z: Any) -> tuple[Tensor, ...]:
@@ -135,9 +151,9 @@ def _like(z: Any, parts: tuple[Tensor, ...]) -> Any:
     return parts if isinstance(z, tuple) else parts[0]
 
 
-def method(iterations: int) -> Joint:
-    """The defaults, but no row leaves: every iteration does the same."""
-    return Joint(max_iter=iterations, gap_tol=1e-30)
+def method(iterations: int, even: bool = False) -> Joint:
+    """The defaults, but no row leaves. With ``even`` slow rows take no more passes than others."""
+    return Joint(max_iter=iterations, gap_tol=1e-30, max_state_steps=2 if even else 4)
 
 
 class Operations(TorchDispatchMode):
@@ -228,9 +244,9 @@ def seconds(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
     return best
 
 
-def loop_of(cell: Cell, norm: str) -> Callable[[int], None]:
+def loop_of(cell: Cell, norm: str, even: bool = False) -> Callable[[int], None]:
     """A run of so many iterations."""
-    return lambda iterations: void(solve(cell.problem(norm), method(iterations)))
+    return lambda iterations: void(solve(cell.problem(norm), method(iterations, even)))
 
 
 def void(_: Any) -> None:
@@ -241,14 +257,14 @@ def show_seconds(args: Args, name: str, rows: int) -> None:
     """One row of the table of seconds and memory."""
     cell, norm = Cell(name, rows), args.norms[0]
     problem = cell.problem(norm)
-    solve(problem, method(args.iterations))
+    solve(problem, method(args.iterations, args.even))
     warmup = round(float(problem.f_evals.mean())) - 2 * args.iterations + 1
     second = round(float(problem.vjps.mean())) - args.iterations
 
     def bare(iterations: int) -> None:
         cell.bare(iterations, warmup, second)
 
-    loop = loop_of(cell, norm)
+    loop = loop_of(cell, norm, args.even)
     runs = {"loop": lambda: loop(args.iterations), "bare": lambda: bare(args.iterations)}
     best = seconds(runs, args.repeats)
     with Operations() as plain:
