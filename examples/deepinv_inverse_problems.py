@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib as mpl
 import torch
 import tyro
 from deepinv.physics import (
@@ -27,9 +26,9 @@ from deepinv.physics import (
     Physics,
     PoissonNoise,
 )
-from torch import Tensor
 
 from jiio_deepinv import JIIOReconstructor
+from jiio_plugins import plots
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.models import load_pretrained
 
@@ -75,7 +74,7 @@ def main(args: Args) -> None:
     x = images[: args.images]
     model = JIIOReconstructor(generator, iters=args.iters)
     psnr = dinv.metric.PSNR()
-    rows: list[tuple[str, Tensor]] = [("truth", x)]
+    rows = {"truth": x}
     for name, physics in problems(tuple(x.shape[1:]), rng).items():
         y = physics(x)
         start = time.perf_counter()
@@ -90,28 +89,9 @@ def main(args: Args) -> None:
             f"{stats.f_evals.mean():.0f} f + {stats.vjps.mean():.0f} VJP an image, "
             f"{seconds / len(x):.2f} s an image"
         )
-        rows += [(f"{name}: seen", seen), ("JIIO", found)]
-    draw(rows, args.out)
-
-
-def draw(rows: list[tuple[str, Tensor]], path: Path) -> None:
-    """One row of images for each entry."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    columns = len(rows[0][1])
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.1 * columns + 2.2, 1.1 * len(rows)), squeeze=False
-    )
-    for line, (name, images) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(image.clamp(0, 1).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
+        rows |= {f"{name}: seen": seen, f"{name}: JIIO": found}
+    plots.save(args.out, plots.images(rows))
+    print(f"saved {args.out}")
 
 
 if __name__ == "__main__":

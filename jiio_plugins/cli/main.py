@@ -51,6 +51,9 @@ _OF_EXTRA = {
 def main(args: list[str] | None = None) -> None:
     """Parse the command line and run the command."""
     words = sys.argv[1:] if args is None else args
+    # torch comes later, and reads it then: threads that wait for each other in a loop take twenty
+    # times as long on cores that something else runs on
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if words == ["--version"]:
         print(f"jiio {__version__}")
         return

@@ -169,9 +169,9 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     checkpoint_every: int = 200
-    checkpoint_seconds: float = 20.0
+    checkpoint_seconds: float = 15.0
     pictures_every: int = 500
-    pictures_seconds: float = 20.0
+    pictures_seconds: float = 15.0
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     latents_kept: int = 4096
     seed: int = 0

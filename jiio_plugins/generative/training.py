@@ -239,9 +239,6 @@ class _Run:
                     rate, clock, seen = seen / (time.perf_counter() - clock), time.perf_counter(), 0
                     self._log(result, rate, bar)
                 save, draw = self._agreed(checkpoint.due(self.done), pictures.due(self.done))
-                if draw and rank_zero:
-                    with pictures.doing():
-                        self._pictures()
                 if save:
                     with checkpoint.doing():
                         self.save()
@@ -252,6 +249,9 @@ class _Run:
                         f"step {self.done} of {self.total} is done, and in the checkpoint. Go on "
                         f"with --resume and --out {config.out}",
                     )
+                if draw and rank_zero:
+                    with pictures.doing():
+                        self._pictures(16)
 
     def _agreed(self, *due: bool) -> tuple[bool, ...]:
         """What the first process decides, whose clock is not that of the others."""
@@ -341,10 +341,10 @@ class _Run:
         """The decoder with averaged weights."""
         return cast("MDEQDecoder", self.ema.module)
 
-    def _pictures(self) -> None:
-        """Fit held-out images with the averaged weights, and draw them."""
+    def _pictures(self, images: int) -> None:
+        """Fit so many held-out images with the averaged weights, and draw them."""
         config = self.config
-        held_out = to_unit(self.images.held_out[:32].to(self.fabric.device))
+        held_out = to_unit(self.images.held_out[:images].to(self.fabric.device))
         fitted = fit(self.averaged, held_out, latent_penalty=config.latent_penalty)
         self.psnr, self.lowest = float(fitted.psnr.mean()), float(fitted.psnr.min())
         visited = self.table[self.table.flatten(1).any(1)][-config.latents_kept :]
@@ -402,7 +402,7 @@ class _Run:
         self.save()
         out, config = self.config.out, self.config
         if self.fabric.is_global_zero:
-            self._pictures()
+            self._pictures(32)
             self._save_generator()  # which now says how well it fits
             some = self.images.train[: config.latents_kept]
             latents = fit_latents(

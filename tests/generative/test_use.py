@@ -159,3 +159,18 @@ def test_shipped_generators(name: str, latent: tuple[int, ...], shape: tuple[int
     images = decode(model, 0.5 * torch.randn(4, *latent))
     assert images.shape == (4, *shape)
     assert float(images.std(0).mean()) > 0.01  # the latent matters
+
+
+@pytest.mark.parametrize("command", ["sample", "fit"])
+def test_what_a_killed_command_left_is_cleared_away(
+    command: str, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    save_picture(tmp_path / "0.png", (8, 8))
+    what = ["--no-metrics"] if command == "sample" else [str(tmp_path / "0.png"), "--iterations=2"]
+    main([command, str(folder), *what, "--out", str(out), "--quiet"])
+    names = {path.name for path in out.iterdir()}
+    for name in names:
+        (out / f".{name}.0123456789abcdef.tmp").write_bytes(b"half")  # of a killed writer
+    main([command, str(folder), *what, "--out", str(out), "--quiet", "--overwrite"])
+    assert {path.name for path in out.iterdir()} == names
