@@ -83,7 +83,7 @@ def images(
     columns = max((len(row) for row in rows.values()), default=0)
     if not columns:
         raise ValueError("no images to show: give one row of them at least")
-    figure = _figure(1.3 * columns + 0.4, 1.5 * len(rows) + 0.1)
+    figure = _figure(1.3 * columns + 0.1 * max(map(len, rows)), 1.5 * len(rows) + 0.1)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         shown, style = row.detach().float().cpu(), {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
@@ -93,7 +93,7 @@ def images(
             style = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
         else:
             shown = shown.clamp(0, 1)
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axis, title in zip(line, (titles or {}).get(name, ()), strict=False):
             axis.set_title(title)
         for k, axis in enumerate(line):
