@@ -131,7 +131,8 @@ class TrainConfig:
         grad_clip: largest norm of the parameters' gradient
         jacobian_weight: weight of the penalty that keeps the cell easy to solve, beside the error
             per pixel
-        ema_decay: of the averaged weights that pictures, samples and fits use
+        ema_decay: of the averaged weights that pictures, samples and fits use, smaller in the first
+            steps
         precision: bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32
         accelerator: auto takes a GPU where there is one
         checkpoint_every: steps between checkpoints

@@ -175,9 +175,7 @@ class _Run:
         optimizer = torch.optim.AdamW(
             step.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
-        self.ema = AveragedModel(
-            decoder.to(fabric.device), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
+        self.ema = AveragedModel(decoder.to(fabric.device), multi_avg_fn=self._average)
         self.ema.eval()
         self.optimizer: Any
         self.wrapped, self.optimizer = fabric.setup(step, optimizer)
@@ -200,6 +198,11 @@ class _Run:
         same = {name: value for name, value in given if name not in own}
         same["set of training images"] = f"{len(images.train)}, fingerprint {self.data}"
         self.state = TrainingState(step, optimizer, None, same)
+
+    def _average(self, averaged: Any, current: Any, count: Any) -> None:
+        """An exponential average that is short at first: pictures of the start are none of it."""
+        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
 
     def record(self) -> None:
         """Open the loggers, and write the settings where they are new."""
