@@ -32,7 +32,7 @@ from jiio_plugins.utils.trees import leaves
 from jiio_plugins.verification import default_verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from jiio_plugins.equilibrium.cell import CellMap
@@ -113,17 +113,22 @@ class Diagnosis:
 
 
 def check(
-    model: nn.Module, x: Tensor, objective: Callable[[Any], Tensor] | None = None
+    model: nn.Module,
+    x: Tensor,
+    objective: Callable[[Any], Tensor] | None = None,
+    *,
+    given: Sequence[Tensor] = (),
 ) -> Diagnosis:
     """Say what a model is like, which lines to write, and which settings to start with.
 
     A model that :func:`jiio_plugins.adapt` would serve is adapted meanwhile.
 
     Args:
-        model: any module, called as ``model(x)``. It is looked at in eval mode.
+        model: any module, called as ``model(x, *given)``. It is looked at in eval mode.
         x: a few samples, ``(rows, ...)``, two at least, that differ.
         objective: what gradients are taken of, ``objective(output) -> (rows,)``. None: the square
             of the first tensor in the output.
+        given: what else the model takes, tensors ``(rows, ...)``.
 
     Returns:
         A :class:`Diagnosis`. ``print`` it for a page of sentences.
@@ -139,7 +144,13 @@ def check(
         equilibrium is a layer with a joint mode: nothing has to be written.
     """
     one = isinstance(model, nn.Module) and is_one_problem(model)
-    problem = problem_of(model, x, objective or (_sum_of_squares if one else _square))
+    if objective is not None and not callable(objective):
+        raise TypeError(
+            f"objective must be a function of the model's output, got {type(objective).__name__}: "
+            "what else the model takes goes in given=(...)"
+        )
+    objective = objective or (_sum_of_squares if one else _square)
+    problem = problem_of(model, x, objective, given=given)
     if problem.rows < 2 and not one:
         raise ValueError(f"x must have two rows at least, got {problem.rows}")
     found = Diagnosis(layers=recognise(model))
@@ -199,11 +210,17 @@ def _look(problem: Problem, found: Diagnosis) -> None:
     found.evaluations = float(evals.mean()), float(evals.max())
     residual = relative(problem.evaluate(v, own.z) - own.z, own.z)
     found.residual = float(residual.max())
-    say(
-        f"A call takes {found.evaluations[0]:.0f} evaluations of f a row, "
-        f"{found.evaluations[1]:.0f} at most, and stops at a relative residual of "
-        f"{found.residual:.1e} at worst."
-    )
+    if found.evaluations[1]:
+        say(
+            f"A call takes {found.evaluations[0]:.0f} evaluations of f a row, "
+            f"{found.evaluations[1]:.0f} at most, and stops at a relative residual of "
+            f"{found.residual:.1e} at worst."
+        )
+    else:
+        say(
+            "What a call costs is not counted, as the layer runs a solver of its own. It stops at "
+            f"a relative residual of {found.residual:.1e} at worst."
+        )
     first, second = _first(own.output), _first(again.output)
     found.repeatable = torch.equal(first, second)
     if found.repeatable:

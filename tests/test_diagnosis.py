@@ -54,6 +54,24 @@ def test_a_model_without_faults(tmp_path: Path) -> None:
     assert (tmp_path / "check.png").stat().st_size > 1000
 
 
+class Conditioned(Around):
+    """Takes something else beside x."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x + condition)
+
+
+def test_a_model_that_takes_something_else() -> None:
+    model = Conditioned(Affine(contraction(6, 0.6, symmetric=True, seed=2)))
+    found = check(model, X, given=(rand(6, 5, seed=9),))
+    assert found.independent
+    assert found.settings == "Joint()"
+    with pytest.raises(TypeError, match=r"got Tensor: what else the model takes goes in given="):
+        check(model, X, X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"given must be a tuple or list of tensors.*got a tensor"):
+        check(model, X, given=X)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("angles", "radius", "settings"),
     [([0.5, 1.0, 2.0], 0.95, "Joint(max_iter=80)"), ([2.0, 2.5, 3.0], 1.3, "anchors=4")],

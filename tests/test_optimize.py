@@ -239,7 +239,7 @@ def test_a_model_without_a_gradient() -> None:
 
 def test_what_is_no_tensor() -> None:
     x = rand(4, 5, seed=1)
-    with pytest.raises(TypeError, match="several inputs go in as one"):
+    with pytest.raises(TypeError, match="Several inputs go in as one"):
         optimize_input(Net(), (x, x), squared)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tensor of booleans, one per row, got bool"):
         optimize_input(Net(), x, squared, stop=lambda _: True)  # type: ignore[arg-type, return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,11 @@ def check_names(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...
                 f"scripted, traced or compiled ({name or 'itself'}): give the module that it was "
                 "made of"
             )
+    if names is not None and not isinstance(names, Iterable):
+        raise TypeError(
+            f"adapt must be a list of names, got {names!r}: what else MAML takes by position is "
+            "named here, such as first_order=True"
+        )
     if isinstance(names, str):
         raise TypeError(f"adapt must be a list of names, got the string {names!r}: [{names!r}]")
     there = [name for name, _ in model.named_parameters()]

@@ -132,8 +132,9 @@ def check_input(x: Tensor, name: str = "x") -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"{name} must be one tensor, got {type(x).__name__}; several inputs go in as one, "
-            "flattened and concatenated, and a wrapper of the model splits them"
+            f"{name} must be one tensor, got {type(x).__name__}. torch.from_numpy makes one of an "
+            "array. Several inputs go in as one, flattened and concatenated, and a wrapper of the "
+            "model splits them"
         )
     check_floating(x, name)
     if x.ndim < 2:
@@ -157,8 +158,10 @@ def check_given(given: Any, rows: int | None) -> tuple[Tensor, ...]:
         ValueError: another number of rows.
     """
     if not isinstance(given, (tuple, list)) or not all(isinstance(t, Tensor) for t in given):
+        got = "a tensor" if isinstance(given, Tensor) else repr(given)
         raise TypeError(
-            f"given must be a tuple or list of tensors, model(x, *given), got {given!r}"
+            f"given must be a tuple or list of tensors, model(x, *given), got {got}. What is no "
+            "tensor goes into a module that holds it and calls the model"
         )
     for t in given:
         if rows is not None and t.shape[:1] != (rows,):

@@ -33,6 +33,8 @@ def test_bad_settings() -> None:
         JIIOLearner(Toy(), 1.0, adapt=[])
     with pytest.raises(TypeError, match="must be a list of names, got the string 'context'"):
         JIIOLearner(Toy(), 1.0, adapt="context")
+    with pytest.raises(TypeError, match=r"list of names, got True: .* first_order=True"):
+        JIIOLearner(Toy(), 1.0, True)  # as of MAML
     with pytest.raises(ValueError, match="has no parameter called 'context'"):
         JIIOLearner(linear(3, 3, seed=1), 1.0)
     for name, value in (("lr", -1.0), ("lr", float("nan")), ("reg", -0.1)):
