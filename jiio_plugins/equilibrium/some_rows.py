@@ -58,24 +58,18 @@ def some_rows(f: FlatMap, rows: Tensor, z: Tensor) -> FlatMap | None:
         part = split(rows)
     except REFUSALS as error:  # an adjoint's map is evaluated where it is restricted
         warn_of_refusal("the cell", error)
-        return SomeRows(f, None, rows, z)
-    return None if part is None else SomeRows(f, part, rows, z)
+        return _SomeRows(f, None, rows, z)
+    return None if part is None else _SomeRows(f, part, rows, z)
 
 
-class SomeRows:
-    """A map of some rows: by itself, or by the map of all, whose other rows stand still.
-
-    Attributes:
-        part: the map by itself. None where it has been refused.
-        tried: whether that has been seen to work.
-    """
+class _SomeRows:
+    """A map of some rows: by itself, or by the map of all, whose other rows stand still."""
 
     def __init__(self, f: FlatMap, part: FlatMap | None, rows: Tensor, z: Tensor) -> None:
         self.f, self.part, self.rows, self.z = f, part, rows, z
         self.tried = False
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``f`` at these rows, for z ``(these rows, n)``."""
         if self.part is not None:
             try:
                 found = self.part(z)
@@ -91,7 +85,6 @@ class SomeRows:
         return self.f(self.z)[self.rows]
 
     def restrict(self, rows: Tensor) -> FlatMap | None:
-        """The map for some of these rows. None where there is none."""
         split = getattr(self.part, "restrict", None)
         found: FlatMap | None = None if split is None else split(rows)
         return found

@@ -55,6 +55,7 @@ class JointIteration(Iteration):
         self.jz_mu = torch.zeros_like(self.z) if known is None else known
         self.vjp_twice = 0  # iterations at the beginning that take a second VJP
         self.rows: Tensor | None = None
+        self.together = False  # whether all rows have one graph in any case
         self._last: Evaluation | None = None
         self._ended: dict[str, Tensor] = {}
         self._called: Tensor | None = None  # the rows that the model has been called on
@@ -149,8 +150,11 @@ class JointIteration(Iteration):
         z, before = self.z, self.before
 
         def call(rows: Tensor | None) -> Linearization:
-            apart = None if before is None else lambda: before.apart
-            return self.problem.linearize(v, z, rows, advance=before, apart=apart)
+            apart = None if before is None or self.together else lambda: before.apart
+            found = self.problem.linearize(v, z, rows, advance=before, apart=apart)
+            if before is not None and before.apart is not None and found.apart is None:
+                self.together = True  # the cell refuses, or there are several layers
+            return found
 
         if self.rows is self._called:
             return call(self.rows)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jiio_plugins.equilibrium.some_rows import SomeRows, some_rows
+from jiio_plugins.equilibrium.some_rows import some_rows
 from jiio_plugins.equilibrium.state import by_row, row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 
@@ -39,7 +39,7 @@ class StateSteps:
     Attributes:
         evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
         apart: indices of the rows that the last layer has not settled, and of those that it has.
-            None where f has not been seen to work for some rows alone.
+            None where they are not evaluated apart from each other.
         sizes: of each layer, ``‖f(z) − z‖`` before the last step of the fast rows, ``(rows,)``.
     """
 
@@ -56,27 +56,33 @@ class StateSteps:
     def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, taken on."""
         fast = _Rows(f, None if self.slow is None else ~self.slow, z)
+        slow = None if self.slow is None else _Rows(f, self.slow, z)
+        first = None  # residual of all rows, where both kinds begin with one
+        if slow is not None and self.steps and self.most and not (fast.none or slow.none):
+            first = f(z) - z
         size = torch.full_like(z[:, 0], torch.inf)
+        start = z
         if self.steps and not fast.none:
-            moved, now = self._relaxed(fast.f, fast.take(z), fast.take(self.omega))
+            moved, now = self._relaxed(fast, start, first)
             z, size = fast.put(z, moved), fast.put(size, now)
             evals: Any = self.evals
             self.evals = fast.put(evals, fast.take(evals) + self.steps)
         self.sizes.append(size)
-        if self.slow is not None:
-            settled = _Settled(_Rows(f, self.slow, z), z, self.most)
+        if slow is not None:
+            settled = _Settled(slow, start, self.most, first)
             self._settled.append(settled)
             z = settled.rows.put(z, settled.z)
             evals = self.evals
             self.evals = settled.rows.put(evals, settled.rows.take(evals) + settled.evals)
-            # what works for slow rows is likely to work for fast ones that take no step
-            rest, some = fast.apart if self.steps else fast.index, settled.rows.apart
-            self.apart = None if rest is None or some is None else (rest, some)
+            self.apart = None
+            if fast.index is not None and slow.index is not None:
+                self.apart = fast.index, slow.index
         return z
 
-    def _relaxed(self, f: FlatMap, z: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(self.steps):
-            r = f(z) - z
+    def _relaxed(self, rows: _Rows, z: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, omega = rows.take(z), rows.take(self.omega)
+        for k in range(self.steps):
+            r = rows.f(z) - z if k or first is None else rows.take(first)
             size = row_norm(r)
             z = relaxed(z, omega, r, size)
         return z, size
@@ -133,11 +139,6 @@ class _Rows:
         if part is not None:
             self.f, self.index = part, index
 
-    @property
-    def apart(self) -> Tensor | None:
-        """Indices of the rows, if the map has been called on them alone."""
-        return self.index if isinstance(self.f, SomeRows) and self.f.tried else None
-
     def take(self, t: Tensor) -> Tensor:
         """What belongs to the rows that are evaluated."""
         return t if self.index is None else t[self.index]
@@ -161,13 +162,14 @@ class _Settled:
         rows: the rows.
         z: where the batch starts, ``(rows, n)``.
         most: steps at most.
+        first: the residual there, if it is known, ``(rows, n)``.
 
     Attributes:
         z: where they end.
         evals: evaluations of f.
     """
 
-    def __init__(self, rows: _Rows, z: Tensor, most: int) -> None:
+    def __init__(self, rows: _Rows, z: Tensor, most: int, first: Tensor | None = None) -> None:
         self.rows, self.z = rows, rows.take(z)
         self.inverse = SecantInverse(self.z, MEMORY)
         self.last: tuple[Tensor, Tensor] | None = None
@@ -175,8 +177,8 @@ class _Settled:
         running = rows.take(rows.mask)
         self.evals = torch.zeros(len(self.z), device=z.device)
         share = _AT_REST * _SETTLED  # the step of no pairs is the residual, small in a slow row
-        for _ in range(0 if rows.none else most):
-            r = rows.f(self.z) - self.z
+        for k in range(0 if rows.none else most):
+            r = rows.f(self.z) - self.z if k or first is None else rows.take(first)
             self.evals = self.evals + running
             before, self.z = self.z, self._step(self.z, r, running)
             running = running & (row_norm(self.z - before) > share * row_norm(before))

@@ -90,25 +90,53 @@ class _Mixed(CountedCell):
         return z + rate * (super().forward(z, u) - z)
 
 
+class Refusing(_Mixed):
+    """Wants its whole batch where there is a graph."""
+
+    refused = 0
+
+    def forward(self, z: Tensor, u: Tensor, rate: Tensor) -> Tensor:  # type: ignore[override]
+        if torch.is_grad_enabled() and len(z) < 12:
+            self.refused += 1
+            raise RuntimeError("all rows, please")
+        return super().forward(z, u, rate)
+
+
+STEPS = 12
+
+
+def run(kind: type[_Mixed] = _Mixed) -> tuple[Any, Problem, Any]:
+    """A search in which some rows are slow, with the cell, which has counted products."""
+    model, x = Mixed(), rand(12, 5, seed=4)
+    cell = model.cell = model.equilibrium.cell = kind(8, 1.2, seed=1)
+    rate = torch.where(torch.arange(12) % 3 == 0, 0.05, 1.0).double()[:, None]
+    problem = Problem(Variable(model, x, [rate]), lambda y: -squared(y), L2Ball(0.5))
+    found = solve(problem, Joint(max_iter=STEPS, gap_tol=0.0, adjoint_warmup=0))
+    assert 0 < int((problem.vjps > 1.5 * STEPS).sum()) < 6
+    return found, problem, cell
+
+
+def in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = property(lambda _: None, lambda *_: None)
+    monkeypatch.setattr(RecordMode, "apart", nothing, raising=False)
+
+
 def test_a_row_takes_part_in_the_products_that_it_pays_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x, steps = rand(12, 5, seed=4), 12
-    rate = torch.where(torch.arange(12) % 3 == 0, 0.05, 1.0).double()[:, None]
-    found = []
-    for together in (False, True):
-        if together:
-            nothing = property(lambda _: None, lambda *_: None)
-            monkeypatch.setattr(RecordMode, "apart", nothing, raising=False)
-        model = Mixed()
-        variable = Variable(model, x, [rate])
-        problem = Problem(variable, lambda y: -squared(y), L2Ball(0.5))
-        method = Joint(max_iter=steps, gap_tol=0.0, adjoint_warmup=0)
-        found.append((solve(problem, method), problem, sum(model.cell.products)))
-    (apart, problem, rows), (whole, same, more) = found
-    assert 0 < int((problem.vjps > 1.5 * steps).sum()) < 6  # there are some slow rows
+    apart, problem, cell = run()
+    in_one_graph(monkeypatch)
+    whole, same, other = run()
     assert torch.equal(problem.vjps, same.vjps)
     torch.testing.assert_close(apart.v, whole.v, rtol=0, atol=1e-9)
-    paid = float(problem.vjps.sum())  # in the first iteration nothing is known to work apart
-    assert rows < 1.3 * paid
-    assert more > 1.7 * paid
+    paid = float(problem.vjps.sum())
+    assert sum(cell.products) < 1.1 * paid  # a slow row that has settled waits for the others
+    assert sum(other.products) > 1.7 * paid
+
+
+def test_a_cell_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _, cell = run(Refusing)
+    assert cell.refused == 1
+    in_one_graph(monkeypatch)
+    whole, _, _ = run()
+    torch.testing.assert_close(found.v, whole.v, rtol=0, atol=1e-9)
