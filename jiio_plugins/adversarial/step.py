@@ -402,8 +402,9 @@ class _Passed:
         v, gradient = self.x.detach().flatten(1), self.x.grad.flatten(1)
         # a gradient scaler may let a pass overflow, and skips the parameters' step then
         broken = ~torch.isfinite(gradient).all(1, keepdim=True)
-        direction = set_.descent_direction(-gradient.masked_fill(broken, 0), v)
-        return set_.project(v + self.eps * direction).reshape(self.x.shape)
+        direction = set_.descent_direction(-gradient, v)
+        there = torch.where(broken, v, set_.project(v + self.eps * direction))
+        return there.reshape(self.x.shape)
 
 
 class _Adversary:
