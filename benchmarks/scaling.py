@@ -13,7 +13,6 @@ side grows: 1 is linear. It is below 1 at small sizes, as a call has costs of it
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from torch.nn.functional import interpolate
 from jiio_plugins import Joint, attack
 from jiio_plugins.data import load_digits
 from jiio_plugins.models import ConvDEQClassifier
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,9 +161,8 @@ def main(args: Args) -> None:
         raise SystemExit(f"no such axis: {sorted(unknown)}. There are {', '.join(AXES)}")
     torch.set_num_threads(args.threads)
     results = {axis: run_axis(args, axis) for axis in args.axes}
-    args.out.mkdir(parents=True, exist_ok=True)
     record = {"iterations": args.iterations, "threads": args.threads, "results": results}
-    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out / "results.json", record)
     plot(args.out / "scaling.png", results)
     print(f"\nwritten: {args.out}/results.json and scaling.png")
 

@@ -14,7 +14,6 @@ the best peer's.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -37,6 +36,7 @@ from jiio_plugins import Anderson, Broyden, Equilibrium, Picard, Solver, count_e
 from jiio_plugins.data import load_digits
 from jiio_plugins.equilibrium import Layout
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.utils import write_json
 
 MOST = 500  # evaluations after which a solver has not arrived
 OURS: dict[str, Solver] = {"Anderson": Anderson(), "Picard": Picard(), "Broyden": Broyden()}
@@ -292,9 +292,8 @@ def main(args: Args) -> None:
         "  peers: fewest evaluations, fastest"
     )
     results = [compare(args, cell, tol) for cell in args.cells for tol in args.tolerances]
-    args.out.mkdir(parents=True, exist_ok=True)
     record = {"rows": args.rows, "threads": args.threads, "results": results}
-    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out / "results.json", record)
     print(f"\nwritten: {args.out}/results.json")
 
 

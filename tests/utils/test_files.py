@@ -131,6 +131,12 @@ def test_what_json_has_no_word_for() -> None:
     assert json.loads(said) == {**version, "a": "inf", "b": ["nan", 1.0], "c": "d"}
 
 
+def test_benchmarks_write_results_by_what_adds_the_version() -> None:
+    own = {"tables.py"}  # it has the version, and the commit besides
+    paths = [path for path in (ROOT / "benchmarks").glob("*.py") if path.name not in own]
+    assert [path.name for path in paths if "json.dumps(" in path.read_text()] == []
+
+
 def write_a_figure(path: Path) -> None:
     from matplotlib.figure import Figure
 
