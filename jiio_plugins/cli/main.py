@@ -94,7 +94,7 @@ def _how_to_go_on(command: Command) -> str:
         return (
             f"the last checkpoint in {command.out}, if there is one, is whole. Go on with --resume"
         )
-    return "run the command again, it starts afresh"
+    return "run the command again, it starts afresh. --overwrite replaces what it has written"
 
 
 def run(command: Command) -> dict[str, Any] | None:
