@@ -200,11 +200,12 @@ def reports() -> str:
             ]
             for a in report["attacks"]
         ]
-        share = report["accuracy"]
+        share, warned = report["accuracy"], len(report["warnings"])
+        bound = "at most " if report["unverified"] else ""
         parts += [
-            f"L2 ball of radius {report['eps']:g}: robust accuracy {100 * share['value']:.1f} % "
-            f"[{100 * share['low']:.1f}, {100 * share['high']:.1f}], "
-            f"{len(report['warnings'])} warnings.",
+            f"L2 ball of radius {report['eps']:g}: robust accuracy {bound}"
+            f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}], "
+            f"{warned or 'no'} warning{'s' if warned > 1 else ''}.",
             table("attack | attacked | broken | accuracy so far | f | VJP", rows),
         ]
     return "\n\n".join(parts)
