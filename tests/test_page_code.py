@@ -27,7 +27,7 @@ NEEDS = {  # pages with such code are skipped where the library is not installed
     r"^(?:from|import) (?:jiio_)?learn2learn\b": "learn2learn",
     r"^(?:from|import) (?:jiio_)?torchattacks\b": "torchattacks",
     r"^(?:from|import) (?:jiio_)?torchdeq\b": "torchdeq",
-    r"^from matplotlib\b": "matplotlib",
+    r"^from matplotlib\b|\bplots\b": "matplotlib",
     r"load_digits|data=\"digits\"": "sklearn",
     r"\btrain\(TrainConfig": "lightning_fabric",
 }
