@@ -180,9 +180,10 @@ def fits(name: str) -> str:
     return table(head, rows)
 
 
-def _price(row: dict[str, Any]) -> tuple[bool, float]:
+def _price(row: dict[str, Any]) -> tuple[int, float]:
+    """What is cheapest, and of what has not reached the target what missed it on fewest images."""
     cost = row["batch_cost"]
-    return (cost is None, row["f_evals"] + row["vjps"] if cost is None else cost)
+    return (row["missed"], row["f_evals"] + row["vjps"]) if cost is None else (-1, cost)
 
 
 def reports() -> str:
