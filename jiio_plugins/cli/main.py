@@ -92,7 +92,8 @@ def _how_to_go_on(command: Command) -> str:
     """What is said of a command that a signal ended."""
     if isinstance(command, TrainGenerator):
         return (
-            f"the last checkpoint in {command.out}, if there is one, is whole. Go on with --resume"
+            f"the last checkpoint in {command.out}, if there is one, is whole. Go on with "
+            "the same command and --resume"
         )
     return "run the command again, it starts afresh. --overwrite replaces what it has written"
 

@@ -50,7 +50,8 @@ def no_layer(model: nn.Module) -> str:
     return (
         f"{NO_LAYER}. Looked at {type(model).__name__} and its modules: {looked}"
         f"{f' and {more} more' if more > 0 else ''}. None has a solver of its own, an attribute "
-        "f_solver, or solver beside f, which jiio_plugins.adapt(model) would serve"
+        "f_solver, or solver beside f, which jiio_plugins.adapt(model) would serve. A loop in "
+        "a forward goes into such a solver first: see docs/how-to/your-own-deq.md"
     )
 
 

@@ -29,7 +29,7 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
     """Fit image files. Write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
 
     An image is *far* if its fit is worse than those of all held-out images that the generator was
-    judged by when it was trained.
+    judged by when it was trained, of 20 at least.
 
     Returns:
         The PSNR of each fit, whether the image is far (None: not known), and the files written.

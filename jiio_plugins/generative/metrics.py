@@ -7,6 +7,7 @@ network the figures are on another scale, and so is their name here.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from jiio_plugins.utils.console import progress_bar
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_ENOUGH = 100  # held-out images, of whose distances a hundredth part is asked for
 _BATCH = 500
 
 
@@ -201,6 +203,7 @@ class Nearness(NamedTuple):
         held_out: the same of held-out images.
         ratio: samples / held_out. Far below 1 means that training images are repeated.
         copies: share of samples nearer to a training image than 99 % of the held-out images are.
+            NaN where there are fewer than 100 of these.
     """
 
     samples: float
@@ -217,6 +220,8 @@ def nearness(samples: Neighbours, held_out: Neighbours) -> Nearness:
         held_out: :func:`nearest` of held-out images, in the same features.
     """
     ours, theirs = float(samples.distance.median()), float(held_out.distance.median())
-    threshold = held_out.distance.quantile(0.01)
-    copies = float((samples.distance < threshold).float().mean())
+    copies = math.nan
+    if len(held_out.distance) >= _ENOUGH:
+        threshold = held_out.distance.quantile(0.01)
+        copies = float((samples.distance < threshold).float().mean())
     return Nearness(ours, theirs, ours / max(theirs, 1e-12), copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,8 @@ def show(report: dict[str, Any]) -> None:
     print(
         f"median distance to the nearest training image, in {near['distance in']}: "
         f"samples {near['samples']:.2f}, held-out images {near['held_out']:.2f}, "
-        f"ratio {near['ratio']:.2f}; "
-        f"{100 * near['copies']:.1f} % of the samples are nearer than 99 % of the held-out images"
+        f"ratio {near['ratio']:.2f}"
     )
+    if math.isfinite(near["copies"]):
+        share = f"{100 * near['copies']:.1f} % of the samples"
+        print(f"{share} are nearer than 99 % of the held-out images")

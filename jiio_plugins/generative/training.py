@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jiio_plugins.methods.base import Method
     from jiio_plugins.models.decoder import MDEQDecoder
 
+_ENOUGH = 20  # held-out fits, the worst of which says what is far from the data
 _RESUMABLE = (  # by what a resumed run may differ
     "out",
     "resume",
@@ -250,7 +251,7 @@ class _Run:
                     raise Interrupted(
                         stop.number,
                         f"step {self.done} of {self.total} is done, and in the checkpoint. Go on "
-                        f"with --resume and --out {config.out}",
+                        "with the same command and --resume",
                     )
                 if draw and rank_zero:
                     with pictures.doing():
@@ -349,7 +350,9 @@ class _Run:
         config = self.config
         held_out = to_unit(self.images.held_out[:images].to(self.fabric.device))
         fitted = fit(self.averaged, held_out, latent_penalty=config.latent_penalty)
-        self.psnr, self.lowest = float(fitted.psnr.mean()), float(fitted.psnr.min())
+        self.psnr = float(fitted.psnr.mean())
+        if len(held_out) >= _ENOUGH:
+            self.lowest = float(fitted.psnr.min())
         visited = self.table[self.table.flatten(1).any(1)][-config.latents_kept :]
         write_pictures(
             config.out, self.averaged, held_out, fitted, visited.to(self.fabric.device), config.seed

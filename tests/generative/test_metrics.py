@@ -91,6 +91,8 @@ def test_copies_of_training_images_are_found() -> None:
     fresh = metrics.nearness(metrics.nearest(held_out[:250], train), reference)
     assert fresh.ratio == pytest.approx(1, abs=0.1)
     assert fresh.copies < 0.05
+    few = metrics.nearest(held_out[:99], train)
+    assert math.isnan(metrics.nearness(few, few).copies)  # no hundredth part of these
 
 
 def test_the_shipped_features_know_garments() -> None:

@@ -227,6 +227,6 @@ def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(
     said = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert said == (
         f"jiio: stopped by {number.name}: step 3 of 12 is done, and in the checkpoint. Go on with "
-        f"--resume and --out {out}"
+        "the same command and --resume"
     )
     assert states(out)["progress"]["step"] == 3
