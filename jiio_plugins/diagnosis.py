@@ -65,7 +65,8 @@ class Diagnosis:
         rate: estimate of ρ, the largest eigenvalue of J_z in modulus, over the rows the largest.
         evaluations: of f a row, in one call of the model: mean and largest.
         residual: relative residual that the model stops at, the largest.
-        gradient_cosine: of the model's own gradient with the exact one, the smallest.
+        gradient_cosine: of the model's own gradient with the exact one, the smallest of the rows
+            whose fixed point was found.
         gradient_ratio: its length over that of the exact one, of that row.
         plain: relative residuals of plain iteration, median and largest, one pair an evaluation.
         anderson: those of Anderson's method.
@@ -236,7 +237,7 @@ def _look(problem: Problem, found: Diagnosis) -> None:
     if not problem.variable.one:
         _rows(problem, found, tight.z)
     _contraction(problem, found, tight.z)
-    _gradient(problem, found)
+    _gradient(problem, found, tight.converged)
     _settings(found, bool(tight.converged.all()))
 
 
@@ -346,8 +347,16 @@ def _contraction(problem: Problem, found: Diagnosis, z: Tensor) -> None:
     )
 
 
-def _gradient(problem: Problem, found: Diagnosis) -> None:
+def _gradient(problem: Problem, found: Diagnosis, solved: Tensor) -> None:
+    """Compare the model's own gradient with the exact one in the rows whose z was found."""
     v = problem.v_start
+    solved = problem.groups.worst((~solved).float()) == 0
+    if not bool(solved.any()):
+        found.sentences.append(
+            "How good the model's own gradient is cannot be said: no fixed point was found at "
+            "which there would be an exact one."
+        )
+        return
 
     def gradient() -> Tensor:
         leaf = v.clone().requires_grad_()
@@ -370,6 +379,8 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
     except RuntimeError as error:
         found.sentences.append(f"The model's own gradient cannot be had: {error}.")
         return
+    own, exact = own[solved], exact[solved]
+    of = "" if bool(solved.all()) else f", of the {len(own)} whose fixed point was found"
     cosine = cosine_similarity(own.double(), exact.double(), dim=1)
     worst = int(cosine.argmin())
     found.gradient_cosine = float(cosine[worst])
@@ -378,7 +389,7 @@ def _gradient(problem: Problem, found: Diagnosis) -> None:
     found.sentences.append(
         f"The model's own gradient is {good}: its cosine with the exact one is "
         f"{found.gradient_cosine:.3f} at worst, where its length is {found.gradient_ratio:.2f} of "
-        f"that, and {float(cosine.median()):.3f} in the median."
+        f"that, and {float(cosine.median()):.3f} in the median{of}."
     )
 
 

@@ -54,6 +54,25 @@ def test_a_model_without_faults(tmp_path: Path) -> None:
     assert (tmp_path / "check.png").stat().st_size > 1000
 
 
+def test_a_gradient_is_judged_where_there_is_an_exact_one() -> None:
+    class Some(nn.Module):
+        """Rows whose injection is negative have no fixed point."""
+
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return torch.where(u[:, :1] > 0, 0.5 * z.roll(1, 1) + u, z + 1)
+
+    model = Around(Some())
+    model.encoder = nn.Identity()  # type: ignore[assignment]
+    model.head = linear(5, 3, seed=3)
+    x = torch.cat([X.abs()[:4], -X.abs()[:2]])
+    found = check(model, x)
+    assert found.gradient_cosine == pytest.approx(1.0)
+    assert "of the 4 whose fixed point was found" in str(found)
+    hopeless = check(model, -X.abs())
+    assert hopeless.gradient_cosine is None
+    assert "no fixed point was found at which there would be an exact one" in str(hopeless)
+
+
 class Conditioned(Around):
     """Takes something else beside x."""
 
