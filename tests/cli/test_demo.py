@@ -42,4 +42,5 @@ def test_no_images_for_the_demo(tmp_path: Path) -> None:
 
 def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
-        main(["demo", "--dataset", "fashion-mnist", "--data", str(tmp_path)])
+        out = str(tmp_path / "demo")
+        main(["demo", "--dataset", "fashion-mnist", "--data", str(tmp_path), "--out", out])
