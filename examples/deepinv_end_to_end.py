@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import tyro
 from deepinv.physics import GaussianNoise, Physics
-from deepinv_inverse_problems import draw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from jiio_deepinv import GaussianEncoder, JacobianLoss, JIIOReconstructor
-from jiio_plugins import Anderson, Joint
+from jiio_plugins import Anderson, Joint, plots
 from jiio_plugins.models import MDEQRefiner
 
 SIDE = 32
@@ -161,11 +160,10 @@ def main(args: Args) -> None:
     assert model.solution is not None
     print(model.solution.report(), model.solution.stats.summary())
     shown = torch.linspace(0, len(others) - 1, args.images).round().long()
-    rows = [("truth", others), ("measured", seen), ("guess", first), ("JIIO", found)]
-    draw(
-        [(name, visible(images[shown])) for name, images in rows],
-        args.out or Path(f"deepinv_{args.problem}.png"),
-    )
+    rows = {"truth": others, "measured": seen, "guess": first, "JIIO": found}
+    out = args.out or Path(f"deepinv_{args.problem}.png")
+    plots.save(out, plots.images({name: visible(t[shown]) for name, t in rows.items()}))
+    print(f"saved {out}")
 
 
 def visible(images: Tensor) -> Tensor:

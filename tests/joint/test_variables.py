@@ -240,7 +240,7 @@ def test_parameters_of_a_model_that_is_given_more() -> None:
 @pytest.mark.parametrize(
     ("more", "error", "match"),
     [
-        (torch.zeros(2, 1), TypeError, "a tuple or list of tensors, .* got tensor"),
+        (torch.zeros(2, 1), TypeError, "a tuple or list of tensors, .* got a tensor"),
         ([1.0], TypeError, r"got \[1.0\]"),
         (iter([torch.zeros(2, 1)]), TypeError, "a tuple or list of tensors"),
         (None, TypeError, "got None"),
