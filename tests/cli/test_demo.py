@@ -41,6 +41,6 @@ def test_no_images_for_the_demo(tmp_path: Path) -> None:
 
 
 def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:
+    out = str(tmp_path / "demo")
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
-        out = str(tmp_path / "demo")
         main(["demo", "--dataset", "fashion-mnist", "--data", str(tmp_path), "--out", out])
