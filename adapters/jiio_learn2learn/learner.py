@@ -90,7 +90,8 @@ class JIIOLearner(BaseLearner):
     Args:
         model: reaches at least one :class:`jiio_plugins.Equilibrium` in its forward.
         lr: step size α on v, in units of v² / loss. It changes the way to v*, not v*. A loss summed
-            over samples wants it divided by their number.
+            over samples wants it divided by their number. Residuals are of the step that it makes,
+            so one that is far too small looks converged.
         adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
             after it. None: those called ``context``. Where the graph of no equilibrium leads to
             them (a head alone), ``adapt`` refines the fixed point once and leaves it there.
