@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from jiio_plugins.equilibrium.solvers.base import (
     Observed,
@@ -112,7 +113,7 @@ class _AndersonState(SolverState):
 
     def _remember(self, at: Observed, r_last: Tensor, f_last: Tensor) -> None:
         """Take in the newest pair of differences."""
-        if self.count >= 2 * self.memory < 2 * self.limit:
+        if self.count == 2 * self.memory < 2 * self.limit:
             self._grow()
         slot = self.count % self.memory
         self.count += 1
@@ -144,17 +145,12 @@ class _AndersonState(SolverState):
         return along if self.whole else along.masked_fill_(~self.valid[:, :used], 0)
 
     def _grow(self) -> None:
-        """Twice the memory: the cell is slow."""
+        """Twice the memory: the cell is slow. Two rounds are full, so slot 0 has the oldest."""
         old, self.memory = self.memory, min(2 * self.memory, self.limit)
-        order = [(self.count + i) % old for i in range(old)]  # the oldest first
-        rows, _, n = self.y.shape
-        y, d = self.y.new_zeros(rows, self.memory, n), self.d.new_zeros(rows, self.memory, n)
-        y[:, :old], d[:, :old] = self.y[:, order], self.d[:, order]
-        gram = self.gram.new_zeros(rows, self.memory, self.memory)
-        gram[:, :old, :old] = self.gram[:, order][:, :, order]
-        valid = torch.ones(rows, self.memory, dtype=torch.bool, device=y.device)
-        valid[:, :old] = self.valid[:, order]
-        self.y, self.d, self.gram, self.valid = y, d, gram, valid
+        new = self.memory - old
+        self.y, self.d = pad(self.y, (0, 0, 0, new)), pad(self.d, (0, 0, 0, new))
+        self.gram = pad(self.gram, (0, new, 0, new))
+        self.valid = pad(self.valid, (0, new), value=True)
         self.count = old
 
 
