@@ -21,7 +21,7 @@ from jiio_plugins import (
     Status,
     solve_fixed_point,
 )
-from jiio_plugins.equilibrium.solvers import anderson, loop
+from jiio_plugins.equilibrium.solvers import Observed, SolverState, anderson, loop
 from tests.helpers import PROBLEMS, SOLVERS, Affine, Elementwise, FixedPoint, Spy, contraction, rand
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
@@ -154,6 +154,26 @@ def test_rows_judged_one_by_one_take_the_same_path(
     assert torch.equal(looking.status, blind.status)
     assert torch.equal(looking.stats.f_evals, blind.stats.f_evals)
     torch.testing.assert_close(flat(looking.z), flat(blind.z), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rise", "taken_back"), [(9.0, False), (11.0, True)])
+def test_a_residual_may_rise_before_it_falls(rise: float, taken_back: bool) -> None:
+    seen = []
+
+    class Steps(SolverState):
+        """One step away from the fixed point at 0, then to it."""
+
+        def advance(self, at: Observed) -> Tensor:
+            seen.append(at.reject is not None)
+            return at.z * (rise if len(seen) == 1 else 0.0)
+
+    class Scripted(Solver):
+        def start(self, z: Tensor) -> SolverState:
+            return Steps()
+
+    found = solve_fixed_point(torch.zeros_like, torch.ones(1, 1).double(), Scripted(max_iter=9))
+    assert bool(found.converged)
+    assert seen[:2] == [False, taken_back]
 
 
 @pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)

@@ -37,11 +37,6 @@ class Broyden(Solver):
         super().__post_init__()
         check_counts(self, memory=1)
 
-    @property
-    def growth(self) -> float:
-        """Broyden's residuals rise before they fall: far less than 10 undoes steps it needs."""
-        return 10.0
-
     def start(self, z: Tensor) -> SolverState:
         """Preallocate the low-rank factors."""
         return _BroydenState(self, z)
