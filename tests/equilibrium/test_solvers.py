@@ -176,6 +176,25 @@ def test_a_residual_may_rise_before_it_falls(rise: float, taken_back: bool) -> N
     assert seen[:2] == [False, taken_back]
 
 
+def test_plain_steps_get_away_from_where_residuals_do_not_change() -> None:
+    """The residual is 0.1 on the way from 0 to 1, and what is mixed there is of no use."""
+
+    class Useless(SolverState):
+        def advance(self, at: Observed) -> Tensor:
+            return at.z + 1e3
+
+    class Astray(Solver):
+        def start(self, z: Tensor) -> SolverState:
+            return Useless()
+
+    def f(z: Tensor) -> Tensor:
+        return torch.where(z < 1, z + 0.1, 1 + 0.5 * z)
+
+    found = solve_fixed_point(f, torch.zeros(2, 1).double(), Astray(max_iter=200, tol=1e-5))
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.z, torch.full_like(found.z, 2.0), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
 def test_float64_reaches_1e10_where_torchdeq_stalls(rate: float, kind: type[Solver]) -> None:

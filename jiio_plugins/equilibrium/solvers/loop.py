@@ -15,6 +15,7 @@ from jiio_plugins.solution import Status
 _PATIENCE = 10  # steps taken back in a row before a row is given up
 _IDLE = 20  # evaluations without a new best, at the dtype's precision, before it is
 _ABSOLUTE = 1e-12
+_PLAIN = 5  # the most plain steps in a row are 2 to the power of this
 _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compacted
 
 
@@ -102,7 +103,8 @@ class _Running(ByRow):
         self.abs_tol = torch.zeros_like(self.r_best)
         self.scale = torch.ones_like(self.r_best)
         # half precision cannot count far
-        self.evals, self.fails, self.idle = torch.zeros(3, rows, device=z.device).unbind()
+        zeros = torch.zeros(5, rows, device=z.device)
+        self.evals, self.fails, self.idle, self.fruitless, self.plain = zeros.unbind()
         self.floor = 100 * torch.finfo(z.dtype).eps
         self.active = torch.ones(rows, dtype=torch.bool, device=z.device)
         self.converged = ~self.active
@@ -110,6 +112,7 @@ class _Running(ByRow):
         self.nonfinite = ~self.active
         self.watched = looks(z)
         self.uneventful = False  # the last evaluation was
+        self.mixing = True  # surely no row takes plain steps
         self.calm = False  # surely no fails, nothing idle, all finite
         self.all_active = True  # surely
         self.begun = False
@@ -150,9 +153,13 @@ class _Running(ByRow):
 
     def _calm_down(self) -> None:
         """No row failed."""
+        if not self.mixing:
+            self.plain = (self.plain - 1).clamp(min=0)
+            self.mixing = surely_none(self.plain > 0)
         if not self.calm:
             self.fails, self.idle = torch.zeros(2, *self.fails.shape, device=self.z.device).unbind()
             self.nonfinite = torch.zeros_like(self.nonfinite)
+            self.fruitless = torch.zeros_like(self.fruitless)
             self.calm = True
 
     def _sort_out(
@@ -175,6 +182,14 @@ class _Running(ByRow):
         self.idle = torch.where(better, 0.0, self.idle + 1)
         finite = torch.isfinite(r)
         taken_back = ~(finite & (r <= solver.growth * self.r_best))
+        # mixing that fails again and again from the same best iterate: there the residual hardly
+        # changes from one iterate to the next, and least squares say nothing. Plain steps do get
+        # away from it. Where they fail themselves, it is mixing's turn
+        self.fruitless = torch.where(better, 0.0, self.fruitless + taken_back)
+        more = torch.where(self.fruitless < 2, 0.0, 2.0 ** self.fruitless.clamp(max=_PLAIN))
+        more = torch.where(self.plain > 0, 0.0, more)
+        self.plain = torch.where(taken_back, more, (self.plain - 1).clamp(min=0))
+        self.mixing = surely_none(self.plain > 0)
         reject: Tensor | None = taken_back
         if surely_none(taken_back):
             self.fails, self.nonfinite = torch.zeros_like(self.fails), ~finite
@@ -199,8 +214,11 @@ class _Running(ByRow):
         at_floor = self.r_best <= self.floor * self.scale
         return (self.fails >= _PATIENCE) | (at_floor & (self.idle >= _IDLE))
 
-    def advance(self, z_next: Tensor, reject: Tensor | None) -> None:
+    def advance(self, z_next: Tensor, at: Observed) -> None:
         """Move on. Rejected rows go back to the best iterate and try ever shorter plain steps."""
+        reject = at.reject
+        if not self.mixing:
+            z_next = torch.where((self.plain > 0)[:, None], at.fz, z_next)
         if reject is not None:
             step = (0.5**self.fails).clamp(max=1.0)[:, None].to(self.z.dtype)
             plain = self.z_best + step * (self.f_best - self.z_best)
@@ -253,7 +271,7 @@ def iterate(f: FlatMap, z0: Tensor, solver: Solver) -> FlatSolution:
             break
         with full_precision(z0.device.type):  # products of iterates, not of layers
             z_next = state.advance(at)
-        run.advance(z_next, at.reject)
+        run.advance(z_next, at)
         if not run.watched or run.all_active:
             continue
         if int(run.active.sum()) < compact_below * len(rows):
