@@ -195,6 +195,22 @@ def test_plain_steps_get_away_from_where_residuals_do_not_change() -> None:
     torch.testing.assert_close(found.z, torch.full_like(found.z, 2.0), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("damping", [0.5, 1.5])
+def test_damped_picard_keeps_its_damping_where_residuals_rise(damping: float) -> None:
+    a = torch.tensor([[0.0, -40.0], [40.0, 0.0]]).double()  # runs off, tenfold and more a step
+    expected = z = torch.ones(1, 2).double()
+    seen: list[Tensor] = []
+
+    def f(z: Tensor) -> Tensor:
+        seen.append(z)
+        return z @ a
+
+    solve_fixed_point(f, z, Picard(max_iter=8, damping=damping))
+    for k in range(8):
+        torch.testing.assert_close(seen[k], expected)
+        expected = expected + damping * (expected @ a - expected)
+
+
 @pytest.mark.parametrize("kind", [Anderson, Broyden], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
 def test_float64_reaches_1e10_where_torchdeq_stalls(rate: float, kind: type[Solver]) -> None:

@@ -182,14 +182,8 @@ class _Running(ByRow):
         self.idle = torch.where(better, 0.0, self.idle + 1)
         finite = torch.isfinite(r)
         taken_back = ~(finite & (r <= solver.growth * self.r_best))
-        # mixing that fails again and again from the same best iterate: there the residual hardly
-        # changes from one iterate to the next, and least squares say nothing. Plain steps do get
-        # away from it. Where they fail themselves, it is mixing's turn
-        self.fruitless = torch.where(better, 0.0, self.fruitless + taken_back)
-        more = torch.where(self.fruitless < 2, 0.0, 2.0 ** self.fruitless.clamp(max=_PLAIN))
-        more = torch.where(self.plain > 0, 0.0, more)
-        self.plain = torch.where(taken_back, more, (self.plain - 1).clamp(min=0))
-        self.mixing = surely_none(self.plain > 0)
+        if solver.safeguarded:
+            self._count_fruitless(better, taken_back)
         reject: Tensor | None = taken_back
         if surely_none(taken_back):
             self.fails, self.nonfinite = torch.zeros_like(self.fails), ~finite
@@ -207,6 +201,18 @@ class _Running(ByRow):
         self.active = self.active & ~done & ~hopeless & ~torch.isinf(self.r_best)
         self.all_active = self.watched and bool(self.active.all())
         return reject
+
+    def _count_fruitless(self, better: Tensor, taken_back: Tensor) -> None:
+        """Grant plain steps where mixing fails again and again from the same best iterate.
+
+        There the residual hardly changes from one iterate to the next, and least squares say
+        nothing. Plain steps do get away from it. Where they fail themselves, it is mixing's turn.
+        """
+        self.fruitless = torch.where(better, 0.0, self.fruitless + taken_back)
+        more = torch.where(self.fruitless < 2, 0.0, 2.0 ** self.fruitless.clamp(max=_PLAIN))
+        more = torch.where(self.plain > 0, 0.0, more)
+        self.plain = torch.where(taken_back, more, (self.plain - 1).clamp(min=0))
+        self.mixing = surely_none(self.plain > 0)
 
     @property
     def stalled(self) -> Tensor:
