@@ -107,8 +107,8 @@ class Solver(abc.ABC):
     def growth(self) -> float:
         """A residual this many times the best one seen is taken back.
 
-        Residuals of accelerated iterations rise before they fall, where a cell is slow: a limit of
-        2 undoes steps that they need, and cells of rate 0.99 then take three times as long.
+        Residuals of accelerated iterations rise before they fall, where a cell is slow. A limit
+        close to 1 undoes steps that they need.
         """
         return 10.0
 
