@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from benchmarks.zoo_models import KINDS, Case, Judge, load
 from jiio_plugins import Anderson, Joint, L2Ball, Status, optimize_input
 from jiio_plugins.joint import layer_mode
 from tests.helpers import LinearNet, rand
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VERIFIED = 1e-5  # residual of a row that is called CONVERGED
 SOME = [
@@ -85,3 +88,10 @@ def test_judge_of_a_linear_model() -> None:
     torch.testing.assert_close(verdict.radius, expected.expand(4), rtol=0.02, atol=0)
     assert verdict.converged.all()
     assert verdict.gradient_converged.all()
+
+
+@pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")
+def test_an_attack_is_the_same_whether_its_model_was_trained_or_loaded(tmp_path: Path) -> None:
+    trained, loaded = (load("unfolded-pgd", samples=2, cache=tmp_path, steps=1) for _ in range(2))
+    assert list(tmp_path.iterdir())
+    assert torch.equal(trained.x, loaded.x)

@@ -88,6 +88,24 @@ class Training:
             model.load_state_dict(load_file(path))
             model.eval()
             return
+        # what is drawn afterwards must not depend on whether there was anything to train
+        with torch.random.fork_rng(devices=()):
+            self._train(name, model, loss, steps, lr, batch, after_step)
+        model.eval()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+
+    def _train(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: Loss,
+        steps: int,
+        lr: float,
+        batch: int,
+        after_step: Callable[[], None] | None,
+    ) -> None:
         images, labels = load_digits("train")
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -105,10 +123,6 @@ class Training:
             if after_step is not None:
                 after_step()
             bar.set_postfix(loss=f"{value.item():.3f}")
-        model.eval()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
 
 
 def classification(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
