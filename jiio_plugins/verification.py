@@ -39,11 +39,13 @@ _AGREE = 1e-2  # model's value and tight value further apart than this (relative
 # Where the relative errors of z and μ come to more than this, the loop's gradient is likely to be
 # more than 25 degrees off that of the model. benchmarks/zoo.py counts the rows where it errs.
 _UNSETTLED = 0.2
-# The start's running loss ℓ is off by about ‖∂ℓ/∂z‖ ‖f(z) − z‖ / (1 − ρ). A result is trusted to be
-# better than the start beyond this many times that, plus this share of ℓ. Else the start is judged.
+# The loss ℓ at the start is known to first order, up to ‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖ / (1 − ρ). A
+# result is trusted to be better than the start beyond this share of ℓ, this many times the first
+# order itself, and this amplification of the rest. Else the start is judged.
+_CLEAR = 0.1
+_SHIFTED = 3.0
 _AMPLIFY = 10.0
 _SLOWER = 3.0  # or this many times what the verification shows, where that is more
-_CLEAR = 0.5
 _NOISE = 100.0  # two answers are two where they are this many times the dtype's epsilon apart
 
 
@@ -317,7 +319,8 @@ def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candid
     promising = result.loss_best < last - 0.02 * last.abs()
     final = judge.take_better(final, result.v_best, promising)
     amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
-    error = _CLEAR * result.loss_first.abs() + amplified * result.error_first
+    error = _CLEAR * result.loss_first.abs() + _SHIFTED * result.shift_first
+    error = error + amplified * result.error_first
     unsafe = ~(final.value < result.loss_first - error)
     unsafe &= (final.v != problem.v_start).any(1)
     return judge.take_better(final, problem.v_start, unsafe)

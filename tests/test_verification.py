@@ -26,6 +26,8 @@ from jiio_plugins import (
     is_adversarial,
     optimize_input,
 )
+from jiio_plugins.joint import Problem, Variable
+from jiio_plugins.methods import solve
 from tests.cases import (
     CONSTRAINTS,
     METHODS,
@@ -115,6 +117,23 @@ def test_never_worse_than_the_start(
     )
     start = objective(independent_output(model, x, steps=6000))
     assert bool((solution.value <= start * (1 + 1e-5) + 1e-8).all())
+
+
+def test_the_adjoint_tells_the_loss_at_the_fixed_point() -> None:
+    """Of a linear network and loss, to first order is all, but for what μ is off by."""
+    model, x = LinearNet(inputs=5, n=8, outputs=3, rate=0.95, seed=1), rand(6, 5, seed=2)
+    exact = independent_output(model, x, steps=2000).sum(1)
+    few = Anderson(max_iter=3, tol=1e-12)
+    for method, off in (
+        (Nested(max_iter=1, solver=few, adjoint_solver=TIGHT), 1e-8),
+        (Joint(max_iter=8, warmup=2), torch.inf),
+    ):
+        problem = Problem(Variable(model, x), lambda y: y.sum(1), L2Ball(1.0))
+        result = solve(problem, method)
+        error = (result.loss_first - exact).abs()
+        assert bool((result.shift_first > 1e-3).all())
+        assert bool((error <= off).all())
+        assert bool((error <= 20 * result.error_first + 1e-8).all())  # 20 is 1 / (1 - 0.95)
 
 
 @pytest.mark.parametrize("kind", [Picard, Broyden])

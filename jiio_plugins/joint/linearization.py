@@ -156,6 +156,7 @@ class Linearization:
                 each = [part.product(mu[part.rows]).jz_mu for part in self._parts]
                 return together(self._parts, each), []
             jz_mu, of_v = products(self._parts, mu, self._sent, self._v)
+            self.own_jz_mu = jz_mu  # there is but one layer
             return jz_mu, [of_v]
         parts = mu.split([leaf.shape[1:].numel() for leaf in self._leaves], dim=1)
         outputs, weights = [], []

@@ -94,7 +94,8 @@ class _BackpropagatedIteration(Iteration):
         self.z = torch.cat(view.z, dim=1).detach()
         unknown = torch.full_like(self.z[:, :1], torch.inf)  # no residual: the start is judged
         nan = torch.full_like(loss.detach(), torch.nan)
-        return Evaluation(loss, output, gradient, self.z, unknown, self.z, unknown, nan)
+        none = torch.zeros_like(self.z)
+        return Evaluation(loss, output, gradient, self.z, unknown, self.z, self.z, nan, none)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`. Autograd treats a batch as a whole, so rows share the cost."""

@@ -96,7 +96,7 @@ class _NestedIteration(Iteration):
         warm = self.method.warm_start
         self.warm, self.mu_start = (self.z, self.mu) if warm else (None, None)
         r = linearized.fz - z
-        at = z, r, linearized.fz, dl_dz, found.residual
+        at = z, r, linearized.fz, dl_dz, found.residual, found.fz - dl_dz
         return Evaluation(loss, linearized.output, gradient, *at)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
