@@ -30,7 +30,7 @@ from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.recognition import no_layer, servable
 from jiio_plugins.equilibrium.solvers import Anderson
 from jiio_plugins.equilibrium.some_rows import REFUSALS, warn_of_refusal
-from jiio_plugins.equilibrium.state import StateLayout, flatten
+from jiio_plugins.equilibrium.state import StateLayout, flatten, row_norm
 from jiio_plugins.joint.guard import Replay
 from jiio_plugins.joint.linearization import Linearization
 from jiio_plugins.joint.modes import IterateMode, RecordMode, SolveMode
@@ -395,7 +395,8 @@ class Problem:
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
         # one step further for free, unless it is the step that overflows
         z = torch.where(torch.isfinite(found.fz), found.fz, found.z)
-        rate = (found.residual * found.amplification) ** (1 / found.evals)
+        error, tiny = found.residual * found.amplification, torch.finfo(z.dtype).tiny
+        rate = (error / (error + found.travelled).clamp(min=tiny)) ** (1 / found.evals)
         return WarmUp(z.expand(self.rows, -1).contiguous(), rate.expand(self.rows))
 
     def evaluate(self, v: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -470,8 +471,8 @@ class WarmUp(NamedTuple):
     Attributes:
         z: flat, ``(rows, n)``.
         rate: by how much each evaluation has brought z nearer to its fixed point, ``(rows,)``. It
-            is the n-th root of ``‖z − z*‖ / ‖z‖`` after n evaluations, as the residual, times how
-            far the state moved for each unit of it, tells. 0 where nothing was solved.
+            is the n-th root of ``‖z − z*‖ / ‖z0 − z*‖`` after n evaluations, as the residual, times
+            how far the state moved for each unit of it, tells. 0 where nothing was solved.
     """
 
     z: Tensor
@@ -538,6 +539,13 @@ class Solved(NamedTuple):
         sizes = [(r.first_size + r.size).clamp(min=tiny) for r in self.results]
         ratios = torch.stack(self.moved) / torch.stack(sizes)
         return torch.where((ratios > 0).all(0), ratios.amax(0), 0.0)
+
+    @property
+    def travelled(self) -> Tensor:
+        """``‖z − z0‖ / ‖f(z)‖``, the least of any layer, ``(rows,)``."""
+        tiny = torch.finfo(self.z.dtype).tiny
+        each = zip(self.moved, self.results, strict=True)
+        return torch.stack([moved / row_norm(r.fz).clamp(min=tiny) for moved, r in each]).amin(0)
 
     @property
     def fz(self) -> Tensor:

@@ -11,7 +11,9 @@ from jiio_plugins.equilibrium.solvers import mixing_weights
 from jiio_plugins.equilibrium.state import products, row_norm
 
 _RIDGE = 1e-3  # of the least squares, relative to their unit diagonal
-_LEAST = 1e-4  # change of a residual that is worth a pair, relative to what moved: less is noise
+# Roundings of what has moved below which the change of a residual is noise. No more than that: in a
+# cell that contracts slowly all residuals are small, and so are the changes that tell about it.
+_NOISE = 10
 
 
 class SecantInverse:
@@ -28,12 +30,14 @@ class SecantInverse:
     Args:
         like: a state, ``(rows, n)``, for shape, dtype and device.
         memory: pairs kept. Each takes the memory of two states.
+        precision: dtype in which residuals are computed. None: that of the state.
 
     Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2.
     """
 
-    def __init__(self, like: Tensor, memory: int) -> None:
+    def __init__(self, like: Tensor, memory: int, precision: torch.dtype | None = None) -> None:
         rows, n = like.shape
+        self.noise = _NOISE * torch.finfo(precision or like.dtype).eps
         self.memory = min(memory, n)
         self.count = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.y = like.new_zeros(rows, self.memory, n)
@@ -45,15 +49,15 @@ class SecantInverse:
         Args:
             d: the move, ``(rows, n)``.
             y: how the residual changed by it, ``(rows, n)``.
-            size: norm of what has moved, ``(rows,)``. A change by less than 1e-4 of it is not
-                taken in.
+            size: norm of what has moved, ``(rows,)``. A change by less than ten of its roundings
+                is not taken in.
             rows: which rows have moved, bool ``(rows,)``. The others keep their pairs.
         """
         if not self.memory:
             return
         change = row_norm(y)
         usable = rows & torch.isfinite(row_norm(d)) & torch.isfinite(change)
-        usable = usable & (change > _LEAST * size)
+        usable = usable & (change > self.noise * size)
         slot = (self.count % self.memory)[:, None, None].expand(-1, 1, self.y.shape[2])
         for kept, new in ((self.y, y), (self.d, d)):
             oldest = kept.gather(1, slot)

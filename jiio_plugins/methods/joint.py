@@ -67,9 +67,13 @@ class Joint(Method):
     (:class:`jiio_plugins.methods.inverse.SecantInverse`): B by those seen at this v, C by the last
     ones. So it does not matter whether plain iteration creeps or even leaves the fixed point.
 
-    A state that follows v may stay with a fixed point that the model's own solve, which starts
-    anew, no longer finds. So slow rows are solved from the initial state ``anchors`` times during
-    the run, and go on from there where that is elsewhere.
+    They settle more tightly as v comes to rest. The first step is the longest, and decides which
+    maximum a row ends in. It is not taken where z or μ has not settled before it.
+
+    Where f has been seen to take two states apart there may be several fixed points. A state that
+    follows v may stay with one that the model's own solve, which starts anew, no longer finds. So
+    such rows are solved from the initial state ``anchors`` times during the run, and go on from
+    there where that is elsewhere.
 
     Without a ball v settles, and the history of z, μ and v helps it to. With ``mixing``
     "quasi-newton" v takes L-BFGS steps, and z and μ follow along their secants
@@ -93,8 +97,9 @@ class Joint(Method):
         max_state_steps: the same of a slow row, at most. No more than ``state_steps`` switches the
             control off: all rows then count as fast.
         max_adjoint_steps: VJPs an iteration of a slow row, at most.
-        anchors: times that slow rows are solved from the initial state, evenly spread over the run,
-            at most once in five iterations. There are none where a state to start with is given.
+        anchors: times that slow rows in which f takes states apart are solved from the initial
+            state, evenly spread over the run, at most once in five iterations. There are none where
+            a state to start with is given.
         adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
             none do.
         relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1
@@ -115,8 +120,8 @@ class Joint(Method):
     """
 
     state_steps: int = 2
-    max_state_steps: int = 4
-    max_adjoint_steps: int = 4
+    max_state_steps: int = 6
+    max_adjoint_steps: int = 6
     anchors: int = 2
     adjoint_warmup: int = 3
     relaxation: float = 1.5

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 _SLOW = 0.6
 _SHORT = 0.2
 _LOST = 0.5
-_BEGIN = 3  # iterations in which the residual of μ says only that it has just begun
-_SETTLED_ADJOINT = 0.05  # a slow row's μ has settled where a mixed step moves it by less (relative)
+_BEGIN = 3  # iterations in which the residual of μ says only that it has just begun, unless it is
+_GROWN = 1.0  # or more: J_zᵀ makes μ larger
+# A slow row's z and μ have settled where a mixed step moves them by less (relative). As v comes to
+# rest, what they are off by is more and more of what is left to be gained. The first step is the
+# longest, and the loss at the start is told from there.
+_SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
 _ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
@@ -54,23 +58,26 @@ class Relaxed(JointIteration):
     Attributes:
         omega: length of the relaxed steps, ``(rows, 1)``. It is halved where it proves too long.
         slow: rows whose z and μ are settled at each v, bool ``(rows,)``.
+        expands: slow rows in which f has been seen to take two states apart, bool ``(rows,)``. An f
+            that never does has but one fixed point.
         unsure: slow rows whose z may have followed another fixed point, bool ``(rows,)``.
     """
 
     leaves = True
-    per_row = ("omega", "slow", "unsure")
+    per_row = ("omega", "slow", "expands", "unsure")
 
     def __init__(self, method: Method, problem: Problem, following: Following) -> None:
         super().__init__(method, problem)
         self.following = following
-        self.vjp_twice = following.adjoint_warmup
+        self.vjp_twice, self.share = following.adjoint_warmup, _SETTLED_FIRST
         # with one state step there is no second residual at the same v that could halve it
         longest = 1.0 if following.state_steps == 1 else 2.0
         self.omega = torch.full_like(self.z[:, :1], min(following.relaxation, longest))
         layers = bool(problem.layout.layouts)
         self.controlled = layers and following.max_state_steps > following.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
-        self.unsure, self.none_slow = self.slow, HostFlag(self.z.device)
+        self.unsure = self.expands = torch.zeros_like(self.slow)
+        self.none_slow = HostFlag(self.z.device)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
         # mode another solve would draw other random numbers
@@ -82,7 +89,10 @@ class Relaxed(JointIteration):
         self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
-        """See :class:`JointIteration`. Here it tells whether there are slow rows at all."""
+        """See :class:`JointIteration`. Whether there are slow rows, and how far they settle."""
+        last = self.method.max_iter - 1
+        self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
+        self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
         self.adjoint_begun = k > max(self.following.adjoint_warmup, _BEGIN)
         self.control = self.controlled and not self.none_slow(~self.slow.any())
         if k in self.anchors and self.control and not surely_none(self.unsure):
@@ -101,7 +111,10 @@ class Relaxed(JointIteration):
             evals = torch.zeros_like(active).index_copy(0, among, evals)
         problem.pay(f_evals=self.spread(evals * unsure))
         # NaN is no state to go on from
-        elsewhere = unsure & (row_norm(z - self.z) > _ELSEWHERE * row_norm(z))
+        far = _ELSEWHERE + found.amplification * found.residual  # it may not have arrived itself
+        if among is not None:
+            far = far.new_zeros(len(active)).index_copy(0, among, far)
+        elsewhere = unsure & (row_norm(z - self.z) > far * row_norm(z))
         self.z = torch.where(elsewhere[:, None], z, self.z)
         self.jz_mu = torch.where(elsewhere[:, None], 0.0, self.jz_mu)
         self.unsure = elsewhere
@@ -114,7 +127,8 @@ class Relaxed(JointIteration):
         if self.control:
             most = following.max_state_steps - 1 + (0 if k else following.max_state_steps)
             slow = self.slow & (active > 0)
-            return StateSteps(following.state_steps - 1 if k else 0, self.omega, slow, most)
+            steps = following.state_steps - 1 if k else 0
+            return StateSteps(steps, self.omega, slow, most, self.share, self.method.precision)
         return StateSteps(following.state_steps - 1, self.omega) if k else None
 
     def second_product(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> None:
@@ -199,9 +213,10 @@ class Relaxed(JointIteration):
             size = row_norm(move)
             running = running & (size < torch.inf)
             settled = by_row(running, before + move, settled)
-            running = running & (size > _SETTLED_ADJOINT * row_norm(mu))
+            running = running & (size > self.share * row_norm(mu))
             if surely_none(running):
                 break
+        self.unsettled = running
         return mu, before, settled, jz_mu, jv_mu
 
     def _recall(self, rows: Tensor | None) -> SecantInverse:
@@ -210,7 +225,8 @@ class Relaxed(JointIteration):
         On a CPU only slow rows have any. On an accelerator nobody may ask which these are.
         """
         if self.inverse is None:
-            self.inverse = SecantInverse(self.z if rows is None else self.z[rows], MEMORY)
+            like = self.z if rows is None else self.z[rows]
+            self.inverse = SecantInverse(like, MEMORY, self.method.precision)
         elif not _same(rows, self.recalled):
             every = torch.arange(len(self.z), device=self.z.device)
             old = every if self.recalled is None else self.recalled
@@ -237,14 +253,38 @@ class Relaxed(JointIteration):
         self.z = relaxed(z, self.omega, self.r, size)
         if self.before is not None and self.before.slow is not None:
             self.z = self.before.settled(split(z), split(self.r), split(self.z))
-        if self.controlled and self.adjoint_begun:
-            lost = (self.omega[:, 0] < _SHORT * self.following.relaxation) | ~(
-                self.mu_residual < _LOST
-            )
-            self.unsure = self.unsure | (lost & ~self.slow)
-            self.slow = self.slow | lost
+            expanded = self.before.expanded
+            self.unsure = self.unsure | (expanded & ~self.expands)
+            self.expands = self.expands | expanded
+        if self.controlled:
+            short = self.omega[:, 0] < _SHORT * self.following.relaxation
+            lost = short | ~(self.mu_residual < (_LOST if self.adjoint_begun else _GROWN))
+            lost = lost & ~self.slow
+            self.unsure, self.slow = self.unsure | lost, self.slow | lost
+            if not self.adjoint_begun:
+                if self.first and self.control:
+                    lost = lost | self._unsettled()
+                v_next = self._not_along(lost, v, v_next)
         self.jz_mu = finite_or(self.jz_mu_next, self.jz_mu)
         return v_next
+
+    def _unsettled(self) -> Tensor:
+        """Slow rows whose z or μ would have moved on, had they been given more steps."""
+        assert self.before is not None
+        mu = self.unsettled
+        if self.linearized.apart is not None:
+            mu = torch.zeros_like(self.slow).index_copy(0, self.linearized.apart, mu)
+        return mu | self.before.unsettled
+
+    def _not_along(self, lost: Tensor, v: Tensor, v_next: Tensor) -> Tensor:
+        """``v_next``, but v where a row's gradient is one of nothing settled.
+
+        The first steps are the longest. They decide which maximum a row ends in.
+        """
+        if surely_none(lost):
+            return v_next
+        wrong = self.problem.groups.worst(self.spread(lost.float())) > 0
+        return torch.where(wrong[:, None], v, v_next)
 
     def gradient_error(self, at: Evaluation) -> Tensor:
         """See :class:`Iteration`. Of a slow row nobody knows: its residuals are small anyway."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import FlatMap
 
 MEMORY = 4  # secant pairs
-_SETTLED = 0.05  # a slow row stops where a mixed step moves z by less than this share of its size
-_AT_REST = 0.1  # of that share: a residual below it means that the row has not been disturbed
+_AT_REST = 0.1  # of the share: a residual below it means that the row has not been disturbed
+_EXPANDED = 1.01  # times the distance of two states: further apart are those that f makes of them
 
 
 class StateSteps:
@@ -35,6 +35,8 @@ class StateSteps:
         omega: their length ω, ``(rows, 1)``.
         slow: rows that are settled by mixed steps, bool ``(rows,)``. None: there are none.
         most: mixed steps at most.
+        share: a slow row stops where a mixed step moves z by less than this share of its size.
+        precision: dtype in which f is computed. None: that of the state.
 
     Attributes:
         evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
@@ -43,8 +45,17 @@ class StateSteps:
         sizes: of each layer, ``‖f(z) − z‖`` before the last step of the fast rows, ``(rows,)``.
     """
 
-    def __init__(self, steps: int, omega: Tensor, slow: Tensor | None = None, most: int = 0):
+    def __init__(
+        self,
+        steps: int,
+        omega: Tensor,
+        slow: Tensor | None = None,
+        most: int = 0,
+        share: float = 0.0,
+        precision: torch.dtype | None = None,
+    ) -> None:
         self.steps, self.omega, self.slow, self.most = steps, omega, slow, most
+        self.share, self.precision = share, precision
         self.evals: Tensor | float = 0.0  # as many in each row
         if slow is not None:
             self.evals = torch.zeros(len(omega), device=omega.device)
@@ -69,7 +80,7 @@ class StateSteps:
             self.evals = fast.put(evals, fast.take(evals) + self.steps)
         self.sizes.append(size)
         if slow is not None:
-            settled = _Settled(slow, start, self.most, first)
+            settled = _Settled(slow, start, self.most, self.share, self.precision, first)
             self._settled.append(settled)
             z = settled.rows.put(z, settled.z)
             evals = self.evals
@@ -99,6 +110,19 @@ class StateSteps:
         smaller = [now < size for now, size in zip(sizes, self.sizes, strict=True)]
         every = smaller[0] if len(smaller) == 1 else torch.stack(smaller).all(0)
         return every[:, None]
+
+    @property
+    def expanded(self) -> Tensor:
+        """Slow rows in which some layer's f took two states apart, bool ``(rows,)``."""
+        return self._any([layer.rows.put_none(layer.expanded) for layer in self._settled])
+
+    @property
+    def unsettled(self) -> Tensor:
+        """Slow rows in which some layer's z would have moved on, bool ``(rows,)``."""
+        return self._any([layer.rows.put_none(layer.running) for layer in self._settled])
+
+    def _any(self, each: list[Tensor]) -> Tensor:
+        return each[0] if len(each) == 1 else torch.stack(each).any(0)
 
     def settled(self, z: Sequence[Tensor], r: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         """One more mixed step in the slow rows, ``(rows, n)``.
@@ -151,6 +175,11 @@ class _Rows:
             return t.index_copy(0, self.index, new)
         return torch.where(self.mask.reshape(-1, *[1] * (t.ndim - 1)), new, t)
 
+    def put_none(self, new: Tensor) -> Tensor:
+        """What is new in these rows, bool, and False in the others, ``(rows,)``."""
+        assert self.mask is not None
+        return self.put(torch.zeros_like(self.mask), new)
+
 
 class _Settled:
     """Mixed steps of some rows of one layer, until each moves its row by little.
@@ -162,29 +191,43 @@ class _Settled:
         rows: the rows.
         z: where the batch starts, ``(rows, n)``.
         most: steps at most.
+        share: a row stops where a step moves it by less than this share of its size.
+        precision: dtype in which f is computed. None: that of z.
         first: the residual there, if it is known, ``(rows, n)``.
 
     Attributes:
         z: where they end.
         evals: evaluations of f.
+        expanded: rows in which f took two states apart, bool ``(rows,)``.
+        running: rows that took all steps and would have moved on, bool ``(rows,)``.
     """
 
-    def __init__(self, rows: _Rows, z: Tensor, most: int, first: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: _Rows,
+        z: Tensor,
+        most: int,
+        share: float,
+        precision: torch.dtype | None = None,
+        first: Tensor | None = None,
+    ) -> None:
         self.rows, self.z = rows, rows.take(z)
-        self.inverse = SecantInverse(self.z, MEMORY)
+        self.inverse = SecantInverse(self.z, MEMORY, precision)
         self.last: tuple[Tensor, Tensor] | None = None
         assert rows.mask is not None
         running = rows.take(rows.mask)
+        self.expanded = torch.zeros_like(running)
         self.evals = torch.zeros(len(self.z), device=z.device)
-        share = _AT_REST * _SETTLED  # the step of no pairs is the residual, small in a slow row
+        enough = _AT_REST * share  # the step of no pairs is the residual, small in a slow row
         for k in range(0 if rows.none else most):
             r = rows.f(self.z) - self.z if k or first is None else rows.take(first)
             self.evals = self.evals + running
             before, self.z = self.z, self._step(self.z, r, running)
-            running = running & (row_norm(self.z - before) > share * row_norm(before))
-            share = _SETTLED
+            running = running & (row_norm(self.z - before) > enough * row_norm(before))
+            enough = share
             if surely_none(running):
                 break
+        self.running = running
 
     def onward(self, z: Tensor, r: Tensor, others: Tensor) -> Tensor:
         """A mixed step on from z in these rows, of residual ``r`` there, and the others."""
@@ -198,7 +241,9 @@ class _Settled:
             self.last = z, r
         else:
             before, left = self.last
-            self.inverse.learn(z - before, r - left, row_norm(z), rows)
+            d, y = z - before, r - left
+            self.expanded = self.expanded | (rows & (row_norm(d + y) > _EXPANDED * row_norm(d)))
+            self.inverse.learn(d, y, row_norm(z), rows)
             # what a row that stands still does must not hang on how long others go on
             self.last = by_row(rows, z, before), by_row(rows, r, left)
         move = self.inverse(r)

@@ -65,6 +65,22 @@ def test_pairs_of_a_linear_map_solve_it() -> None:
     torch.testing.assert_close(z, solution, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)],
+)
+def test_only_rounding_is_no_pair(dtype: torch.dtype, precision: torch.dtype | None) -> None:
+    """Where a cell contracts slowly all residuals are small, and tell about it nevertheless."""
+    z, everything = rand(2, 6, seed=1, dtype=dtype), torch.ones(2, dtype=torch.bool)
+    rounding = torch.finfo(precision or dtype).eps
+    inverse = SecantInverse(z, 4, precision)
+    for share in (1.0, 100.0):
+        y = -share * rounding * z
+        inverse.learn(0.5 * z, y, z.norm(dim=1), everything)
+        assert inverse.count.tolist() == [int(share > 1)] * 2
+    torch.testing.assert_close(inverse(y), -0.5 * z, rtol=2e-3, atol=0)
+
+
 def test_a_row_that_stands_still_keeps_its_pairs() -> None:
     z = rand(2, 6, seed=1)
     inverse, first = SecantInverse(z, 2), torch.tensor([True, False])
@@ -98,6 +114,22 @@ def test_the_warm_up_tells_slow_rows() -> None:
     assert rates[0] < rates[1] < rates[2]
 
 
+def test_the_rate_is_that_of_the_cell_wherever_z_starts() -> None:
+
+    class Near(Damped):
+        def initial_state(self, u: Tensor) -> Tensor:
+            z = torch.zeros_like(u)
+            for _ in range(200):
+                z = self.cell(z, u)
+            return 1.3 * z
+
+    x, model = rand(12, 5, seed=4), Net(0.1)
+    far = slow_rate(model, x)
+    model.equilibrium.cell = Near(model.equilibrium.cell.cell, 0.1)
+    near = slow_rate(model, x)
+    torch.testing.assert_close(near, far, rtol=0.2, atol=0)
+
+
 @pytest.mark.parametrize("a", [0.1, 2.4])
 def test_damping_a_cell_does_not_weaken_an_attack(a: float) -> None:
     model, x = Net(1.0), rand(12, 5, seed=4)
@@ -111,6 +143,30 @@ def test_damping_a_cell_does_not_weaken_an_attack(a: float) -> None:
     found = attack(a)
     assert float((found.value / reference.value).min()) > 0.97
     assert found.converged.all()
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6, 8])
+def test_no_step_is_taken_along_a_gradient_of_nothing_settled(seed: int) -> None:
+    """A cell that repels is first seen in the first iteration, whose step is the longest."""
+    x, values = rand(12, 5, seed=seed), []
+    for model, method in ((Net(1.0), Nested(max_iter=30, solver=TIGHT)), (Net(2.4), Joint())):
+        found = optimize_input(
+            model, x, lambda y: -squared(y), method=method, constraint=L2Ball(0.5)
+        )
+        values.append(found.value)
+    assert float((values[1] / values[0]).min()) > 0.97
+
+
+def test_a_run_of_one_step_takes_it() -> None:
+    found = attack(0.1, max_iter=1, warmup=1)
+    assert ((found.x - rand(12, 5, seed=4)).norm(dim=1) > 0.4).any()
+
+
+def test_only_where_f_takes_states_apart_a_row_is_solved_afresh() -> None:
+    """Without several fixed points there is nothing to go back to."""
+    for a, solved in ((0.1, False), (2.4, True)):
+        costs = [attack(a, anchors=anchors).stats.f_evals for anchors in (0, 2)]
+        assert bool((costs[0] != costs[1]).any()) == solved
 
 
 def test_without_control_a_repelling_cell_is_attacked_along_no_gradient() -> None:
@@ -255,7 +311,8 @@ def test_an_anchor_that_fails_leaves_a_state_where_it_is(monkeypatch: pytest.Mon
         found = solve_as_it_is(self, *args, **kwargs)
         fz = found.fz.clone()
         fz[0], fz[1] = torch.nan, torch.inf
-        return SimpleNamespace(fz=fz, evals=found.evals)
+        known = {"amplification": found.amplification, "residual": found.residual}
+        return SimpleNamespace(fz=fz, evals=found.evals, **known)
 
     monkeypatch.setattr(Problem, "solve", failing)
     iteration.unsure = torch.ones(3, dtype=torch.bool)
