@@ -35,7 +35,7 @@ class Args:
     batch_size: int = 25
     """images a step and process"""
     lr: float = 5e-3
-    accelerator: str = "cpu"
+    device: str = "cpu"
     """as in Fabric: cpu, cuda, auto"""
     report: Path | None = None
     """folder for one JSON a process: the images it saw, its losses, a digest of its weights"""
@@ -44,7 +44,7 @@ class Args:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    fabric = launch(args.accelerator)
+    fabric = launch(args.device)
     torch.manual_seed(args.seed)
     x, y = (t[: args.images] for t in load_digits("train"))
     model = load_pretrained("digits")

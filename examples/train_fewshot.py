@@ -61,7 +61,7 @@ class Args:
     stop_after: int | None = None
     """end this run after so many steps; start it again to go on"""
     test_tasks: int = 100
-    accelerator: str = "auto"
+    device: str = "auto"
     seed: int = 0
 
 
@@ -92,7 +92,7 @@ def average_gradients(fabric: Fabric, parameters: list[torch.nn.Parameter]) -> N
 
 
 def main(args: Args) -> None:
-    fabric = launch(args.accelerator)
+    fabric = launch(args.device)
     if args.tasks % fabric.world_size:
         raise SystemExit(
             f"--tasks {args.tasks} cannot be shared out evenly over {fabric.world_size} processes"

@@ -25,7 +25,7 @@ def run_bench(settings: Bench) -> dict[str, Any]:
     plots.need_matplotlib()  # rather now than after the last measurement
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    task = load_task(settings, settings.device)
+    task = load_task(settings)
     eps = default_eps(task.dataset, settings.norm) if settings.eps is None else settings.eps
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")

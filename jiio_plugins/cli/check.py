@@ -17,7 +17,7 @@ FILES = ("check.json", "check.png")
 def run_check(settings: Check) -> dict[str, Any]:
     """Print the sentences, write ``check.json`` and, where matplotlib is there, ``check.png``."""
     keep_results(settings.out, FILES, settings.overwrite)
-    task = load_pair(settings, settings.device)
+    task = load_pair(settings)
     found = check(task.model, task.x)
     print(found)
     written = [settings.out / name for name in FILES]

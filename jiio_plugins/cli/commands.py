@@ -71,6 +71,8 @@ class OnImages:
     index; default: what is called logits, or the first"""
     images: int = 128
     """test images, from the first on; of a folder, drawn by a fixed permutation"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,6 @@ class Check(Writing, OnImages):
     """test images, from the first on; of a folder, drawn by a fixed permutation"""
     out: Path = Path("out/check")
     """where the JSON and the picture go"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,6 @@ class Evaluate(Writing, OnClassifier):
     """images the gradients are audited on, at the first radius; 0 switches it off"""
     seed: int = 0
     """of random starts and of Square"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,6 @@ class Bench(Writing, OnClassifier):
     """times the compared rows are run for their seconds"""
     threads: int | None = None
     """of torch; default: its own choice"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
 
 
 @dataclass(frozen=True)

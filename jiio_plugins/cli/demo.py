@@ -32,8 +32,7 @@ def run_demo(settings: Demo) -> dict[str, Any]:
     plots.need_matplotlib()  # rather now than after the last attack
     load_adapter("art")  # says what to install before anything is run
     task = load_task(settings)
-    model, classifier = task.model, _classifier(task)  # which moves the model to its device
-    x, y = task.x.to(classifier.device), task.y.to(classifier.device)
+    model, classifier, x, y = task.model, _classifier(task), task.x, task.y
     eps = default_eps(task.dataset, settings.norm) if settings.eps is None else settings.eps
     comparison = Comparison(model, x, y, norm=float(settings.norm), eps=eps)
     found = _measure(comparison, classifier)
@@ -61,14 +60,19 @@ def _measure(comparison: Comparison, classifier: Any) -> Tensor:
 def _classifier(task: Task) -> Any:
     from art.estimators.classification import PyTorchClassifier
 
-    return PyTorchClassifier(
-        model=task.model,
-        loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(task.x.shape[1:]),
-        nb_classes=task.classes,
-        clip_values=(0.0, 1.0),
-        device_type="gpu" if torch.cuda.is_available() else "cpu",
-    )
+    device = task.x.device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} cannot be used: ART knows cpu and cuda")
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device if on_gpu else -1):  # of the GPUs ART takes the current one
+        return PyTorchClassifier(
+            model=task.model,
+            loss=nn.CrossEntropyLoss(),
+            input_shape=tuple(task.x.shape[1:]),
+            nb_classes=task.classes,
+            clip_values=(0.0, 1.0),
+            device_type="gpu" if on_gpu else "cpu",
+        )
 
 
 def _attack(family: str, classifier: Any, comparison: Comparison, steps: int) -> Run:

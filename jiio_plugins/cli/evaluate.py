@@ -25,7 +25,7 @@ def run_evaluation(settings: Evaluate) -> dict[str, Any]:
     """Judge at each radius, print the tables, write ``robustness.json`` and ``robustness.png``."""
     keep_results(settings.out, FILES, settings.overwrite)
     plots.need_matplotlib()  # rather now than after the last attack
-    task = load_task(settings, settings.device)
+    task = load_task(settings)
     default = default_eps(task.dataset, settings.norm)
     reports: list[RobustnessReport] = []
     for eps in sorted(settings.eps) or [default / 2, default]:

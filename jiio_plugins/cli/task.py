@@ -20,6 +20,7 @@ from jiio_plugins.models import (
     load_pretrained,
 )
 from jiio_plugins.models.pretrained import GENERATORS
+from jiio_plugins.utils.device import check_device
 from jiio_plugins.utils.factory import build_network
 
 
@@ -48,36 +49,34 @@ class Task:
     classes: int = 0
 
 
-def load_task(settings: OnClassifier, device: str = "cpu") -> Task:
+def load_task(settings: OnClassifier) -> Task:
     """The model and its test images, which it has been tried on.
 
     Args:
         settings: of the command.
-        device: for both.
 
     Raises:
         ValueError: see :func:`load_pair`, or images or labels that do not fit the model.
     """
-    found = load_pair(settings, device)
+    found = load_pair(settings)
     images = LabelledImages(found.x, found.y, found.names)
     model, classes = _tried(found.model, images, found.name, found.dataset)
     return replace(found, model=model, classes=classes)
 
 
-def load_pair(settings: OnImages, device: str = "cpu") -> Task:
+def load_pair(settings: OnImages) -> Task:
     """The model and its test images, nothing of which has been tried.
 
     Args:
         settings: of the command.
-        device: for both.
 
     Raises:
-        ValueError: no images asked for, or it is not known what goes with what. See
+        ValueError: no images asked for, no such device, or it is not known what goes with what. See
             :func:`load_model` and :func:`jiio_plugins.data.load_labelled`.
     """
     if settings.images < 1:
         raise ValueError(f"images must be at least 1, got {settings.images}")
-    check_device(device)
+    device = check_device(settings.device)
     weights, factory, dataset = settings.weights, settings.model, settings.dataset
     if weights is None and factory is None:
         if dataset not in (None, *CLASSIFIERS):
@@ -104,23 +103,6 @@ def load_pair(settings: OnImages, device: str = "cpu") -> Task:
     model, name = model.eval().to(device), factory or str(weights)
     x, y = images.x.to(device), images.y.to(device)
     return Task(model, name, weights, dataset, x, y, images.classes)
-
-
-def check_device(device: str) -> None:
-    """Raise unless torch can use it.
-
-    Raises:
-        ValueError: no such device, or none here.
-    """
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        there += ["mps"] * torch.backends.mps.is_available()
-        said = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device {device} cannot be used: {said}. There is {', '.join(there)}"
-        ) from error
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ class TrainConfig:
         ema_decay: of the averaged weights that pictures, samples and fits use, smaller in the first
             steps
         precision: bf16-mixed: the cell runs in bfloat16, the states of the solver stay in float32
-        accelerator: auto takes a GPU where there is one
+        accelerator: cpu, cuda, cuda:1, ..., or auto, which takes a GPU where there is one
         checkpoint_every: steps between checkpoints
         checkpoint_seconds: and seconds after which there is one whatever the step
         pictures_every: steps between pictures and held-out fits
@@ -168,7 +168,7 @@ class TrainConfig:
     jacobian_weight: float = 0.1
     ema_decay: float = 0.99
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Annotated[str, tyro.conf.arg(aliases=["--device"])] = "auto"
     checkpoint_every: int = 200
     checkpoint_seconds: float = 15.0
     pictures_every: int = 500
@@ -287,6 +287,7 @@ class SampleConfig:
         folder: where the images lie now. Default: where they were
         latents: for a shipped generator: training images whose latents are fitted to draw from
         seed: of all that is random
+        device: cpu, cuda, cuda:1, ...
         overwrite: replace the files that an earlier call left in --out
     """
 
@@ -302,6 +303,7 @@ class SampleConfig:
     folder: Path | None = None
     latents: int = 4096
     seed: int = 0
+    device: str = "cpu"
     overwrite: bool = False
 
 
@@ -317,6 +319,7 @@ class FitConfig:
         iterations: joint iterations
         latent_penalty: weight λ of the latent's prior: squared error + λ ‖w‖² is minimised
         resize: crop the images to their central square and scale it to the generator's size
+        device: cpu, cuda, cuda:1, ...
         overwrite: replace the files that an earlier call left in --out
     """
 
@@ -326,4 +329,5 @@ class FitConfig:
     iterations: int = 60
     latent_penalty: float = 0.01
     resize: bool = False
+    device: str = "cpu"
     overwrite: bool = False

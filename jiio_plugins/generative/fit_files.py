@@ -14,6 +14,7 @@ from jiio_plugins.generative.latents import fit
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.utils.console import note
+from jiio_plugins.utils.device import check_device
 from jiio_plugins.utils.files import keep_results, owning
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: a path that is not there, or no generator.
         FileExistsError: ``out`` has such files, and ``overwrite`` is not set.
-        ValueError: nothing readable, or images of another size. ``out`` is a run's folder.
+        ValueError: nothing readable, or images of another size. ``out`` is a run's folder. No such
+            device.
         BlockingIOError: another process writes to ``out``.
     """
     out = config.out
@@ -46,13 +48,15 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
             f"{out} is the folder of a run, whose latents would be replaced: give another --out"
         )
     check_penalty(config.latent_penalty)
-    decoder, lowest = load_generator(config.run), lowest_psnr(config.run)
+    device = check_device(config.device)
+    decoder, lowest = load_generator(config.run).to(device), lowest_psnr(config.run)
     files, images = _read(_find(config.images), decoder.image_shape, config.resize)
     each = [out / f"{k:04d}-{path.stem}.png" for k, path in enumerate(files)]
     written = [out / LATENTS, out / "fits.png", *each]
     keep_results(out, [path.name for path in written], config.overwrite)
     method, penalty = Joint(max_iter=config.iterations), config.latent_penalty
     with owning(*written):
+        images = images.to(device)
         fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
         save_latents(written[0], fitted.latents)
         write_sheet(written[1], torch.stack([images, fitted.images], 1).flatten(0, 1), 8)

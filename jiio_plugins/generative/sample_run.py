@@ -27,6 +27,7 @@ from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.models import load_pretrained
 from jiio_plugins.models.pretrained import FEATURES, GENERATORS
 from jiio_plugins.utils.checkpoint import fingerprint
+from jiio_plugins.utils.device import check_device
 from jiio_plugins.utils.factory import build_network
 from jiio_plugins.utils.files import keep_results, owning, write_json
 
@@ -42,6 +43,8 @@ _COMPARED = 2000  # held-out images, of which neighbours are looked for
 class Source:
     """A generator, latents to draw from, and the images it was trained on (None: not asked for).
 
+    Generator and latents are on one device, where everything is computed.
+
     Attributes:
         latent_penalty: λ that its latents were fitted with.
     """
@@ -52,8 +55,18 @@ class Source:
     images: Images | None
     latent_penalty: float = 0.01
 
+    def held_out(self, count: int | None = None) -> Tensor:
+        """Held-out images ``(rows, c, h, w)`` in [0, 1], on the device."""
+        assert self.images is not None
+        return to_unit(self.images.held_out[:count]).to(self.latents.device)
 
-def open_source(config: SampleConfig) -> Source:
+    def train(self, index: Tensor) -> Tensor:
+        """Some of the training images, likewise."""
+        assert self.images is not None
+        return to_unit(self.images.train[index.cpu()]).to(self.latents.device)
+
+
+def open_source(config: SampleConfig, device: torch.device) -> Source:
     """The folder of a run, or a shipped generator by name, whose latents are fitted here.
 
     Raises:
@@ -62,12 +75,12 @@ def open_source(config: SampleConfig) -> Source:
     path = Path(config.run)
     if is_shipped(config.run):
         data = _SHIPPED[config.run]
-        shipped = load_generator(config.run)
+        shipped = load_generator(config.run).to(device)
         images = load_images(data, config.folder or Path("data"))
         fitted = fit_latents(shipped, images.train[: config.latents], desc="fitting latents")
         return Source(shipped, fitted, data, images)
-    decoder = load_generator(path)
-    fitted = load_latents(path / LATENTS)
+    decoder = load_generator(path).to(device)
+    fitted = load_latents(path / LATENTS).to(device)
     step, trained = about(path / LATENTS).get("step"), about(path / GENERATOR).get("step")
     if step != trained:
         raise ValueError(
@@ -131,6 +144,7 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: there are such files, and ``overwrite`` is not set.
+        ValueError: a count below 1, or no such device.
         BlockingIOError: another process writes them.
     """
     for what in ("count", "columns", "measured"):
@@ -141,8 +155,10 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
     names = ["samples.png", "metrics.json", "neighbours.png"][: 3 if config.metrics else 1]
     files = [out / name.replace(".", f"-{config.prior}.") for name in names]
     keep_results(out, [file.name for file in files], config.overwrite)
-    source = open_source(config)
-    features = find_features(config.features, source.data)
+    device = check_device(config.device)
+    source = open_source(config, device)
+    name, network = find_features(config.features, source.data)
+    features = (name, None if network is None else network.to(device))
     with owning(*files):
         return _sample(config, source, features, files)
 
@@ -169,7 +185,6 @@ def _measure(
     config: SampleConfig, source: Source, samples: Tensor, features: Features, sheet: Path
 ) -> dict[str, Any]:
     """Figures of the samples beside the images of the run. Draws the neighbours."""
-    assert source.images is not None
     name, network = features
     report: dict[str, Any] = {
         "generator": config.run,
@@ -179,17 +194,16 @@ def _measure(
     }
     if network is not None:
         report["features"] = name
-        report["distances"] = set_figures(samples, source.images, network, config.seed)
+        report["distances"] = set_figures(samples, source, network, config.seed)
     report["nearest training images"] = neighbour_figures(
-        samples, source.images, network, sheet, config.columns
+        samples, source, network, sheet, config.columns
     )
     return report
 
 
 def fit_figures(source: Source, count: int) -> dict[str, float]:
     """PSNR and SSIM of latent fits of held-out images."""
-    assert source.images is not None
-    y = to_unit(source.images.held_out[:count])
+    y = source.held_out(count)
     fitted = fit(source.decoder, y, latent_penalty=source.latent_penalty, progress=True)
     return {
         "images": len(y),
@@ -202,12 +216,13 @@ def fit_figures(source: Source, count: int) -> dict[str, float]:
 
 
 def set_figures(
-    samples: Tensor, images: Images, network: nn.Module, seed: int
+    samples: Tensor, source: Source, network: nn.Module, seed: int
 ) -> dict[str, dict[str, float]]:
     """Distances of samples to held-out images, and of as many training images for comparison."""
-    held_out = to_unit(images.held_out)
-    some = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    train = to_unit(images.train[some[: len(samples)]])
+    assert source.images is not None
+    held_out = source.held_out()
+    some = torch.randperm(len(source.images.train), generator=torch.Generator().manual_seed(seed))
+    train = source.train(some[: len(samples)])
     return {
         what: metrics.distances(held_out, shown, network, seed=seed)._asdict()
         for what, shown in (("samples", samples), ("training images", train))
@@ -215,16 +230,17 @@ def set_figures(
 
 
 def neighbour_figures(
-    samples: Tensor, images: Images, network: nn.Module | None, sheet: Path, columns: int
+    samples: Tensor, source: Source, network: nn.Module | None, sheet: Path, columns: int
 ) -> dict[str, Any]:
     """How near samples are to the training images. Draw two rows of them above their neighbours."""
-    both = torch.cat([samples, to_unit(images.held_out[:_COMPARED])])
-    found = metrics.nearest(both, images.train, network, progress=True)
+    assert source.images is not None
+    both = torch.cat([samples, source.held_out(_COMPARED)])
+    found = metrics.nearest(both, source.images.train, network, progress=True)
     ours, theirs = found.split(len(samples))
     pairs = []
     for part in torch.arange(min(2 * columns, len(samples))).split(columns):
         blank = samples.new_ones(columns - len(part), *samples.shape[1:])
-        nearest = to_unit(images.train[ours.index[part]])
+        nearest = source.train(ours.index[part])
         pairs += [samples[part], blank, nearest, blank]
     write_sheet(sheet, torch.cat(pairs), columns)
     print(f"samples above their nearest training images: {sheet}")

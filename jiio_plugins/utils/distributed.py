@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
+from jiio_plugins.utils.device import check_device
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
@@ -17,14 +19,15 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
     """Fabric on one process, or DistributedDataParallel on those that torchrun started.
 
     Args:
-        accelerator: as in Fabric: cpu, gpu, cuda, auto.
+        accelerator: a kind of device, such as cpu, gpu, cuda, or auto. One process takes a certain
+            one too, such as cuda:1.
         **options: further arguments of ``Fabric``, such as ``precision``.
 
     Returns:
         Fabric, launched.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: no such device, or none here. A certain one for several processes.
         ModuleNotFoundError: lightning-fabric is missing: ``pip install jiio-plugins[distributed]``.
     """
     try:
@@ -38,12 +41,20 @@ def launch(accelerator: str = "auto", **options: Any) -> Fabric:
     if accelerator == "gpu" and not (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     ):
-        raise ValueError("the accelerator is to be a gpu, but torch finds none here")
+        raise ValueError("--device gpu cannot be used: torch finds none here. There is cpu")
+    kind, _, index = accelerator.partition(":")
+    if kind not in ("auto", "gpu"):
+        check_device(accelerator)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if index and world > 1:
+        raise ValueError(
+            f"--device {accelerator} is one device, for {world} processes: give {kind}, of which "
+            "each takes its own"
+        )
     fabric = Fabric(
-        accelerator=accelerator,
-        devices=local,
+        accelerator=kind,
+        devices=[int(index)] if index and kind != "cpu" else local,
         num_nodes=max(1, world // local),
         strategy="ddp" if world > 1 else "auto",
         **options,

@@ -9,11 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from jiio_plugins import __version__
 from jiio_plugins.cli import demo
 from jiio_plugins.cli.main import main
 from jiio_plugins.evaluation import against_nested
+from jiio_plugins.utils.distributed import launch
 from tests.data.helpers import save_picture
 
 if TYPE_CHECKING:
@@ -97,10 +99,48 @@ def test_results_are_kept(tmp_path: Path, pictures: Path) -> None:
     assert (tmp_path / "check" / "check.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    for device in ("cuda:7", "abacus"):
+COMPUTE = [name for name in commands(__file__, __file__) if name != "adapters"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", COMPUTE)
+def test_a_device_that_is_not_there(command: str, tmp_path: Path, pictures: Path) -> None:
+    out = tmp_path / "out"
+    words = [word for word in commands(out, pictures)[command] if word != "--accelerator=cpu"]
+    for device in ("cuda:7", "abacus", "meta"):
         with pytest.raises(SystemExit, match=rf"--device {device} cannot be used: .* There is cpu"):
-            main([*CHECK, str(tmp_path / "out"), "--device", device])
+            main([*words, "--device", device])
+    assert not out.exists()
+
+
+def test_a_training_on_a_named_device(tmp_path: Path, pictures: Path) -> None:
+    words = commands(tmp_path, pictures)["train-generator"]
+    main([*[word for word in words if word != "--accelerator=cpu"], "--device=cpu", "--quiet"])
+    assert json.loads((tmp_path / "config.json").read_text())["accelerator"] == "cpu"
+    main([*words, "--resume", "--quiet"])
+
+
+def test_one_device_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="cpu:0 is one device, for 2 processes: give cpu, of"):
+        launch("cpu:0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("command", COMPUTE)
+def test_on_a_gpu(
+    command: str, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With figures and neighbours, which are made of images that lie on the CPU."""
+    monkeypatch.setattr(demo, "STEPS", {"ART PGD": (2,), "JIIO in ART": (4,)})
+    for name, few in {"JOINT": (2,), "RETRY": ()}.items():
+        monkeypatch.setattr(against_nested, name, few)
+    spare = ("--accelerator=cpu", "--no-metrics")
+    words = [word for word in commands(tmp_path, pictures)[command] if word not in spare]
+    words += ["--measured=20", "--fits=4"] if command == "sample" else []
+    torch.cuda.reset_peak_memory_stats()
+    main([*words, "--device", "cuda:0", "--quiet"])
+    assert torch.cuda.max_memory_allocated() > 0
 
 
 def test_a_generator_is_no_classifier(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ SMALL = [
     "--iters",
     "4",
     "--first-order",
-    "--accelerator",
+    "--device",
     "cpu",
     "--checkpoint-every",
     "1",
