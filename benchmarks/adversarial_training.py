@@ -296,7 +296,7 @@ class Store:
         self.content: dict[str, Any] = {
             "machine": platform.machine(),
             "torch": torch.__version__,
-            "args": _plain(asdict(args)),
+            "args": {k: v for k, v in asdict(args).items() if not isinstance(v, Path)},
         }
         if self.path.is_file():
             self.content = read(self.path)
@@ -307,12 +307,6 @@ class Store:
     def put(self, key: str, value: Any) -> None:
         self.content[key] = value
         write_json(self.path, self.content)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 def measure_steps(args: Args, setting: Setting, store: Store, weights: Path | None = None) -> None:
@@ -475,9 +469,12 @@ def _report(saved: dict[str, Any]) -> RobustnessReport:
     return RobustnessReport(**{**saved, **unused})
 
 
-def compare(args: Args, setting: Setting, reports: dict[str, list[RobustnessReport]]) -> None:
+def compare(
+    args: Args, setting: Setting, reports: dict[str, list[RobustnessReport]], store: Store
+) -> None:
     """Paired differences to the reference, over the seeds that both have."""
     reference = reports.get(args.reference, [])
+    gaps: dict[str, dict[str, Any]] = {}
     for name, own in reports.items():
         count = min(len(own), len(reference))
         if name == args.reference or not count:
@@ -485,6 +482,8 @@ def compare(args: Args, setting: Setting, reports: dict[str, list[RobustnessRepo
         for what, clean in (("robust", False), ("clean", True)):
             gap = paired_difference(own[:count], reference[:count], clean=clean)
             print(f"{setting.name}: {name} minus {args.reference}, {what}: {gap}, {count} seeds")
+            gaps.setdefault(name, {})[what] = gap
+    store.put(f"{setting.name} / differences", gaps)
 
 
 def main(args: Args) -> None:
@@ -508,7 +507,7 @@ def main(args: Args) -> None:
         for seed in range(args.seeds):
             for name in names:
                 reports[name].append(train(args, setting, name, seed, store))
-            compare(args, setting, reports)
+            compare(args, setting, reports, store)
         trained = kept_weights(args, setting, args.reference, 0)
         if trained.is_file():
             measure_steps(args, setting, store, trained)

@@ -40,7 +40,8 @@ class Args:
     data: Path = Path("data")
     """folder of Fashion-MNIST"""
     epochs: int = 5
-    out: Path = Path("out/generator-memory.json")
+    out: Path = Path("out/generator-memory")
+    """where results.json goes"""
 
 
 class Seen(NamedTuple):
@@ -118,7 +119,8 @@ def main(args: Args) -> None:
             epoch = min(seen.step // per_epoch, args.epochs - 1)
             largest[epoch] = max(largest[epoch], seen.resident)
     print("largest resident memory of each epoch, MB:", " ".join(f"{mb:.0f}" for mb in largest))
-    write_json(args.out, {"first step, s": first, "epochs, MB": largest})
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "results.json", {"first step, s": first, "epochs, MB": largest})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ to the PSNR at which Adam ends (less 0.1 dB): iterations are swept, each run is 
 converged image, rates are tuned on validation images.
 
 Every result is a file in ``--out``; a run that was stopped goes on with what is missing, and a
-training with its checkpoint; a folder holds results of the same settings alone. Seconds are of the
+training with its checkpoint; a folder holds results of the same settings alone. results.json has
+those that the command asked for. Seconds are of the
 CPU, an image, in batches. deepinv's wavelets need ``ptwt``.
 """
 
@@ -285,11 +286,21 @@ def show_costs(task: str, runs: dict[str, list[Result]]) -> None:
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     benchmark = Benchmark(args)
-    show(list(benchmark.results()))
+    results, costs = list(benchmark.results()), {}
+    show(results)
     if args.cost:
         for task in m.TASKS:
             if task.name in args.tasks:
-                show_costs(task.name, benchmark.costs(task))
+                costs[task.name] = benchmark.costs(task)
+                show_costs(task.name, costs[task.name])
+    record = {
+        "results": [asdict(r) for r in results],
+        "costs": {
+            task: {family: [asdict(r) for r in rows] for family, rows in families.items()}
+            for task, families in costs.items()
+        },
+    }
+    write_json(args.out / "results.json", record)
 
 
 if __name__ == "__main__":

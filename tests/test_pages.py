@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "jiio_plugins", "adapters", "examples", "tests")  # which pages name files from
 # learn2learn's own, and one that a page shows
-ELSEWHERE = {"gbml_test.py", "metasgd_test.py", "tests/unit/algorithms/maml_test.py", "cut.py"}
+ELSEWHERE = {"gbml_test.py", "metasgd_test.py", "tests/unit/algorithms/maml_test.py"}
 
 pages = pytest.mark.parametrize(
     "page",

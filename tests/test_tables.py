@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import tabulation as tables
 
 if TYPE_CHECKING:
     from pathlib import Path

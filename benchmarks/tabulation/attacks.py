@@ -1,0 +1,126 @@
+"""Tables of attacks, of their costs, and of robust accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .kept import table
+
+NAMES = {
+    "nested cold, 20 steps, tol 0.001, 0.3 → 0.03 ε": "nested PGD-20, step 0.3 ε → 0.03 ε",
+    "nested cold, 20 steps, tol 0.001, 2 → 0.1 ε": "nested PGD-20, step 2 ε → 0.1 ε",
+    "nested cold, 20 steps, tol 0.01, 0.3 → 0.03 ε": "the same to 1e-2, step 0.3 ε → 0.03 ε",
+    "nested cold, 20 steps, tol 0.01, 2 → 0.1 ε": "the same to 1e-2, step 2 ε → 0.1 ε",
+}
+
+
+def attacks(found: dict[str, Any], *, timed: bool = True) -> str:
+    """Strength beside cost, an attack a line."""
+    costs = ["f_evals", "vjps", "verification"] + ["seconds"] * timed
+    rows = []
+    for r in found["rows"]:
+        cost = [f"{r[key]:.1f}" if r[key] else "" for key in costs]
+        name = NAMES.get(r["method"], r["method"])
+        rows.append([name, f"{100 * r['accuracy']:.1f} %", f"{r['loss']:.2f}", *cost])
+    head = "attack | accuracy | loss | f | VJP | f of the verification" + " | seconds" * timed
+    return table(head, rows)
+
+
+def shares(found: dict[str, Any], *, timed: bool = True) -> str:
+    """JIIO against the cold nested loop, and against the front of the warm-started ones."""
+    cold, warm = [], []
+    for name, v in found["verdict"].items():
+        if "jiio" in v:
+            seconds = [f"1/{v['seconds']:.1f}"] * timed
+            cold.append([NAMES.get(name, name), v["jiio"], f"1/{v['f+VJP']:.1f}", *seconds])
+        elif v.get("front") is not None:
+            warm.append([name.removesuffix(" / warm"), f"{v['front']:.2f}"])
+    head = "as strong as | JIIO needs | of its f + VJP" + " | of its seconds" * timed
+    front = "JIIO | f + VJP of the warm-started front at equal loss"
+    return "\n\n".join([table(head, cold), table(front, warm)])
+
+
+def norm(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The results of the attack benchmark under one norm."""
+    one: dict[str, Any] = next(r for r in found["results"] if r["norm"] == name)
+    return one
+
+
+def overhead(found: dict[str, Any]) -> str:
+    rows = [[name, f"{norm(found, name)['overhead']['ratio']:.2f}"] for name in ("L2", "Linf")]
+    return table("norm | seconds of JIIO's loop over those of bare passes", rows)
+
+
+def reports(found: dict[str, Any]) -> str:
+    """Each attack of each radius: what it leaves standing, and what it costs."""
+    parts = []
+    for report in found["reports"]:
+        rows = [
+            [
+                a["name"],
+                str(a["attacked"]),
+                str(a["broken"]),
+                f"{100 * a['together']['value']:.1f} %",
+                f"{a['f_evals']:.1f}",
+                f"{a['vjps']:.1f}",
+            ]
+            for a in report["attacks"]
+        ]
+        share, warned = report["accuracy"], len(report["warnings"])
+        bound = "at most " if report["unverified"] else ""
+        parts += [
+            f"L2 ball of radius {report['eps']:g}: robust accuracy {bound}"
+            f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}], "
+            f"{warned or 'no'} warning{'s' if warned > 1 else ''}.",
+            table("attack | attacked | broken | accuracy so far | f | VJP", rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def disagreement(found: dict[str, Any]) -> str:
+    """What is left by both kinds of solves, by either alone, and what was warned of."""
+    (report,) = found["reports"]
+    said = {
+        "both the model's own answer and a converged solve": "accuracy",
+        "the model's own answer": "model_accuracy",
+        "a converged solve": "converged_accuracy",
+    }
+    rows = [[judge, f"{100 * report[key]['value']:.1f} %"] for judge, key in said.items()]
+    kinds = ", ".join(dict.fromkeys(f"`{w['kind']}`" for w in report["warnings"]))
+    return table("judged by | accuracy", rows) + f"\n\nWarnings: {kinds}."
+
+
+def solvers(found: dict[str, Any]) -> str:
+    """Our solvers beside the best peer, by evaluations and by seconds."""
+    rows = []
+    for r in found["results"]:
+        runs = {run["solver"]: run for run in r["runs"]}
+        ours = [runs.pop(name) for name in ("Anderson", "Broyden", "Picard")]
+        cells = [f"{run['evaluations']:.1f}" if run["arrived"] else "no" for run in ours]
+        peers = [run for run in runs.values() if run["arrived"]]
+        fewest = min(peers, key=lambda run: run["evaluations"])
+        fastest = min(peers, key=lambda run: run["seconds"])
+        times = f"{ours[0]['seconds'] / fastest['seconds']:.2f}" if ours[0]["arrived"] else ""
+        rows.append(
+            [
+                r["cell"],
+                f"{r['tol']:.0e}",
+                *cells,
+                f"{fewest['evaluations']:.1f}, {fewest['solver']}",
+                times,
+                fastest["solver"],
+            ]
+        )
+    head = "cell | to | `Anderson` | `Broyden` | `Picard` | fewest of a peer"
+    return table(f"{head} | seconds of `Anderson` over those of the fastest peer | which is", rows)
+
+
+def scaling(found: dict[str, Any]) -> str:
+    """Seconds of an attack by size, and how they grow from one size to the next."""
+    rows = []
+    for axis, sizes in found["results"].items():
+        for r in sizes:
+            cost = f"{r['f_evals']:.0f} + {r['vjps']:.0f}"
+            growth = f"{r['exponent']:.2f}" if "exponent" in r else ""
+            rows.append([axis, f"{r['at']:,}", cost, f"{r['seconds']:.2f}", growth])
+    return table("axis | size | f + VJP | seconds | exponent", rows)
