@@ -69,7 +69,8 @@ def reports(found: dict[str, Any]) -> str:
         share, warned = report["accuracy"], len(report["warnings"])
         bound = "at most " if report["unverified"] else ""
         parts += [
-            f"L2 ball of radius {report['eps']:g}: robust accuracy {bound}"
+            f"L2 ball of radius {report['eps']:g}: clean {100 * report['clean']['value']:.1f} %, "
+            f"robust accuracy {bound}"
             f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}], "
             f"{warned or 'no'} warning{'s' if warned > 1 else ''}.",
             table("attack | attacked | broken | accuracy so far | f | VJP", rows),

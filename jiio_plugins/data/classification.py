@@ -30,9 +30,15 @@ def load_digits(split: str = "test") -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: another split.
+        ModuleNotFoundError: scikit-learn is missing. The message says what to install.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn",
+            name=error.name,
+        ) from error
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     bunch = sklearn_digits()
