@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "results" / "data"
 LONGEST = 60
-_DIGITS = "--data digits --seeds 2 --repeats 3"
+_DIGITS = "--data digits --seeds 1 --repeats 1"
 _GARMENTS = (
     "--data fashion-mnist --data-dir DIR --fashion-penalty 0 --fashion-epochs 4 --seeds 1 "
-    "--repeats 3"
+    "--repeats 1"
 )
 
 COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
@@ -35,7 +35,7 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "scaling": "python benchmarks/scaling.py",
     "robustness": "jiio evaluate --images 500 --eps 0.125 0.25 0.5",
     "robustness-garments": (
-        "jiio evaluate --weights fashion-mnist --data DIR --images 500 --eps 0.25"
+        "jiio evaluate --weights fashion-mnist --data DIR --images 200 --eps 0.25"
     ),
     "robustness-early": (
         "jiio evaluate --model benchmarks.stops_early:classifier --dataset fashion-mnist "
@@ -51,14 +51,16 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
         '"JIIO, 4 iterations, adjoint 2, ω 1.2, step 4" "PGD-7 warm, cap 1, step 4" '
         '"PGD-4 warm, cap 1, step 4, settled" --reference "PGD-4 warm, cap 1, step 4, settled"'
     ),
-    "user-cells": "python benchmarks/user_cells.py --weights 1",
-    "few-shot": "python benchmarks/meta_learning.py --minutes 1.5 --parts training overhead",
+    "user-cells": "python benchmarks/user_cells.py --kinds dense conv",
+    "few-shot": (
+        "python benchmarks/meta_learning.py --minutes 1 --test-tasks 300 --parts training overhead"
+    ),
     "few-shot-optimum": (
         "python benchmarks/meta_learning.py --minutes 2 --methods jiio --parts training adaptation"
     ),
     "inverse-problems": (
-        "python benchmarks/inverse_problems.py --data DIR --images 64 --cost-images 32 "
-        '--validation 32 --tasks "denoise 0.2" box "inpaint 50 %" --methods TV "latent Adam" JIIO'
+        "python benchmarks/inverse_problems.py --data DIR --images 32 --cost-images 16 "
+        '--validation 16 --tasks "denoise 0.2" "inpaint 50 %" --methods TV "latent Adam" JIIO'
     ),
     "inverse-trained": (
         "python benchmarks/inverse_problems.py --data DIR --minutes 40 --no-cost --methods U-Net "
