@@ -5,6 +5,7 @@ What needs a library that is not installed is skipped, be it a module or a test.
 
 import signal
 import sys
+import traceback
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -67,10 +68,17 @@ def missing(error: BaseException | None) -> str | None:
     return None
 
 
+def half_run(error: BaseException) -> set[str]:
+    """Files that were being run as modules, packages of the collected one among them."""
+    frames = (f for one in raised(error) for f, _ in traceback.walk_tb(one.__traceback__))
+    return {frame.f_code.co_filename for frame in frames if frame.f_code.co_name == "<module>"}
+
+
 def _skip(report: Any, path: str, call: Any) -> None:
     name = missing(call.excinfo.value) if call.excinfo else None
     if name and report.outcome == "failed":
-        for module in [m for m, it in sys.modules.items() if getattr(it, "__file__", "") == path]:
+        files = half_run(call.excinfo.value)
+        for module in [m for m, it in sys.modules.items() if getattr(it, "__file__", "") in files]:
             del sys.modules[module]  # half of it: who imports it next is to fail likewise
         report.outcome = "skipped"
         report.longrepr = (path, 0, f"Skipped: {name} is not installed")

@@ -193,6 +193,7 @@ torch.save(train(config).decoder.state_dict(), config.out / f"rank{os.environ['R
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")  # the processes would only say so
     one, two = tmp_path / "one", tmp_path / "two"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = ("--steps", "40", "--lr", "1e-2")
