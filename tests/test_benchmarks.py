@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import scaling, solvers
+from benchmarks.tabulation import attacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +50,8 @@ def test_solvers_arrive_and_are_judged(tmp_path: Path) -> None:
         assert any(name.startswith("scipy") for name in arrived)
         assert all(runs[name]["residual"] <= 1.01e-3 for name in arrived)
         assert runs["Anderson"]["evaluations"] <= runs["Picard"]["evaluations"]
+    _, _, *rows = attacks.solvers(found).splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| linear-0.5", "| digits, one row alone"]
 
 
 def test_scaling_tells_the_cost_of_every_size(tmp_path: Path) -> None:
@@ -58,6 +61,8 @@ def test_scaling_tells_the_cost_of_every_size(tmp_path: Path) -> None:
     assert all(row["f_evals"] == batch[0]["f_evals"] and row["vjps"] > 3 for row in batch)
     assert all(math.isfinite(row["exponent"]) for row in batch[1:])
     assert [row["classes"] for row in classes] == [10]
+    _, _, *rows = attacks.scaling(found).splitlines()
+    assert [row.split(" | ")[1] for row in rows] == ["1", "4", "16", "10"]
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no such axis"):
         run(scaling, tmp_path, axes=["width"])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
+import tyro
 
 from benchmarks import tabulation as tables
+from benchmarks.tabulation.kept import seeds
+from jiio_plugins.cli.main import Command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,3 +43,17 @@ def test_results_say_where_they_are_from(path: Path) -> None:
         "found",
     }
     assert record["command"] == tables.COMMANDS[path.stem]
+
+
+def test_seeds_are_those_that_a_command_asks_for() -> None:
+    assert seeds("python x.py --seeds 3 --rounds 5") == [0, 1, 2]
+    assert seeds("jiio bench") == [0]
+
+
+@pytest.mark.parametrize("command", tables.COMMANDS.values(), ids=tables.COMMANDS)
+def test_commands_are_there(command: str) -> None:
+    first, *words = shlex.split(command)
+    if first == "jiio":
+        tyro.cli(Command, args=words)
+    else:
+        assert (tables.ROOT / words[0]).is_file()
