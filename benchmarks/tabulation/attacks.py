@@ -79,12 +79,12 @@ def reports(found: dict[str, Any]) -> str:
 
 
 def disagreement(found: dict[str, Any]) -> str:
-    """What is left by both kinds of solves, by either alone, and what was warned of."""
+    """What is left where both kinds of solves must be wrong, by either alone, and the warnings."""
     (report,) = found["reports"]
     said = {
-        "both the model's own answer and a converged solve": "accuracy",
-        "the model's own answer": "model_accuracy",
-        "a converged solve": "converged_accuracy",
+        "both must be wrong": "agreed_accuracy",
+        "the model's own answer alone": "model_accuracy",
+        "a converged solve alone": "converged_accuracy",
     }
     rows = [[judge, f"{100 * report[key]['value']:.1f} %"] for judge, key in said.items()]
     kinds = ", ".join(dict.fromkeys(f"`{w['kind']}`" for w in report["warnings"]))
