@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .kept import table
@@ -105,15 +106,14 @@ def solvers(found: dict[str, Any]) -> str:
         rows.append(
             [
                 r["cell"],
-                f"{r['tol']:.0e}",
+                f"{r['tol']:.0e}".replace("e-0", "e-"),
                 *cells,
-                f"{fewest['evaluations']:.1f}, {fewest['solver']}",
-                times,
-                fastest["solver"],
+                f"{fewest['evaluations']:.1f}, {re.split(' (?:m|eps)=', fewest['solver'])[0]}",
+                f"{times}, {re.split(' (?:m|eps)=', fastest['solver'])[0]}",
             ]
         )
-    head = "cell | to | `Anderson` | `Broyden` | `Picard` | fewest of a peer"
-    return table(f"{head} | seconds of `Anderson` over those of the fastest peer | which is", rows)
+    head = "cell | to | Anderson | Broyden | Picard | fewest of a peer"
+    return table(f"{head} | Anderson's seconds over those of the fastest peer", rows)
 
 
 def scaling(found: dict[str, Any]) -> str:
