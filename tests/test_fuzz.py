@@ -108,3 +108,28 @@ def test_a_call_that_does_what_it_must_not_is_seen(monkeypatch: pytest.MonkeyPat
     assert "does not speak of" in checks.check(call, again=False)[0]
     call.options = {}
     assert "no error" in checks.check(call, again=False)[0]
+
+
+def test_an_error_at_the_second_time_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, make, calls = some_call(), checks.make, []
+
+    def once(call: Call) -> Found:
+        calls.append(call)
+        if len(calls) > 1:
+            raise IndexError("what was kept is gone")
+        return make(call)
+
+    monkeypatch.setattr(checks, "make", once)
+    wrong = checks.check(call, again=True)
+    assert any("second time, an error: IndexError: what was kept" in one for one in wrong)
+    assert any("alone, an error: IndexError: what was kept" in one for one in wrong)
+
+
+def test_a_noisy_call_does_not_depend_on_those_before() -> None:
+    calls = (drawn(0, number, hosts=False) for number in range(1000))
+    number = next(n for n, c in enumerate(calls) if c.model.kind == "noisy" and not c.expected)
+    found = []
+    for _ in range(2):
+        found.append(checks.make(drawn(0, number, hosts=False)))
+        torch.rand(1)
+    assert torch.equal(found[0].tensors[0], found[1].tensors[0])
