@@ -64,7 +64,8 @@ def run(args: Args) -> dict[str, Any]:
             for wrong in checks.check(call, again=number % 3 == 0):
                 model, method = call.model, type(call.method).__name__
                 what = [getattr(model, name, "") for name in ("kind", "layer", "form")]
-                line = f"{call.how}, {', '.join(what)}, {method}, {len(call.x)} rows: {wrong}"
+                shape = tuple(getattr(call.x, "shape", ()))
+                line = f"{call.how}, {', '.join(what)}, {method}, x {shape}: {wrong}"
                 again = f"--seed {args.seed} --first {number} --count 1"
                 violations.append(f"{line} [{again}]")
                 print(violations[-1], flush=True)

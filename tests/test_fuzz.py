@@ -133,3 +133,19 @@ def test_a_noisy_call_does_not_depend_on_those_before() -> None:
         found.append(checks.make(drawn(0, number, hosts=False)))
         torch.rand(1)
     assert torch.equal(found[0].tensors[0], found[1].tensors[0])
+
+
+def test_noise_is_trusted_only_where_nobody_hears_it() -> None:
+    calls = (drawn(0, number, hosts=False) for number in range(1000))
+    call = next(
+        c for c in calls if c.how == "optimize" and c.model.kind == "noisy" and len(c.x) > 1
+    )
+    call = replace(call, given=(), expected=None, eps=None, box=None)
+    rows, dtype = len(call.x), call.x.dtype
+    status = torch.full((rows,), int(Status.CONVERGED))
+    found = of(checks.make(call), status=status, z=torch.zeros(rows, 6, dtype=dtype))
+    assert found.solution is not None
+    assert checks.heard(call, call.x, found.solution).all()
+    with torch.no_grad():  # every entry at the end of tanh
+        call.model.context.fill_(100.0)
+    assert not checks.heard(call, call.x, found.solution).any()

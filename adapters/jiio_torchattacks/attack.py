@@ -334,6 +334,10 @@ class JIIO(Attack):
                 f"images must be floating point in [0, 1], got {images.dtype}: convert integers "
                 "with images.float() / 255"
             )
+        if images.ndim < 2:
+            raise ValueError(
+                f"images must be batch first, (batch, ...), got shape {tuple(images.shape)}"
+            )
         dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         dtype = next(dtypes, images.dtype)
         if images.dtype != dtype:

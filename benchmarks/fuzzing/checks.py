@@ -127,7 +127,7 @@ def of_solution(call: Call, found: Found) -> list[str]:
     solution = found.solution
     if solution is None or not len(call.x) or solution.value is None:
         return []
-    wrong = wrong_status(call, solution)
+    wrong = wrong_status(call, found.x, solution)
     if not wrong and not torch.isfinite(solution.value).logical_not().all():
         wrong += wrong_residual(call, found.x, solution)
         there, start = exact_no_grad(call, found.x), exact_no_grad(call, call.x)
@@ -142,8 +142,8 @@ def exact_no_grad(call: Call, x: Tensor) -> Tensor:
     return exact(call, x)
 
 
-def wrong_status(call: Call, solution: Solution) -> list[str]:
-    """A status that its own record contradicts."""
+def wrong_status(call: Call, x: Tensor | None, solution: Solution) -> list[str]:
+    """A status that its own record contradicts. ``x``: that was found, where there is one."""
     assert solution.value is not None
     status, wrong = solution.status, []
     if bool((~torch.isfinite(solution.value) & (status != Status.NONFINITE)).any()):
@@ -153,11 +153,30 @@ def wrong_status(call: Call, solution: Solution) -> list[str]:
         converged = status == Status.CONVERGED
         if bool((converged & ~(residual <= tol_of(call.x.dtype))).any()):
             wrong.append("CONVERGED above the tolerance")
-    # in half precision the noise is within the tolerance
-    noisy = call.model.kind == "noisy" and call.x.dtype not in HALF
-    if noisy and bool(trusted(status).any()):
+    if call.model.kind == "noisy" and bool((trusted(status) & heard(call, x, solution)).any()):
         wrong.append("a model that answers at random was trusted")
     return wrong
+
+
+@torch.no_grad()
+def heard(call: Call, x: Tensor | None, solution: Solution) -> Tensor:
+    """Rows in which the noise is above the tolerance: not in half precision, nor in saturation."""
+    if call.x.dtype in HALF:
+        return torch.zeros_like(solution.status, dtype=torch.bool)
+    if x is None or solution.z is None:
+        return torch.ones_like(solution.status, dtype=torch.bool)
+    u, _ = injected(call, x)
+    cell, z = call.model.layers[0].cell, join(solution.z).double()
+    f = z @ cell.weight.double().T + u
+    low, high = torch.tanh(f - 0.05), torch.tanh(f + 0.05)
+    return (high - low).norm(dim=1) > tol_of(call.x.dtype) * low.norm(dim=1)
+
+
+def injected(call: Call, x: Tensor) -> tuple[Tensor, Any]:
+    """What the first layer is given at x, and the model, in float64."""
+    model = copy.deepcopy(call.model).double()
+    given = sum(g.double() for g in call.given)
+    return model.encoder(x.double().flatten(1)) + model.context + given, model
 
 
 def trusted(status: Tensor) -> Tensor:
@@ -170,9 +189,8 @@ def wrong_residual(call: Call, x: Tensor, solution: Solution) -> list[str]:
     """The residual of z, computed in float64, layer by layer."""
     if call.model.kind == "noisy" or solution.z is None:
         return []
-    model, tol = copy.deepcopy(call.model).double(), tol_of(call.x.dtype)
+    tol, (u, model) = tol_of(call.x.dtype), injected(call, x)
     states = solution.z if call.model.kind == "series" else (solution.z,)
-    u = model.encoder(x.double().flatten(1)) + model.context + sum(g.double() for g in call.given)
     converged = solution.status == Status.CONVERGED
     for layer, state in zip(model.layers, states, strict=True):
         z = join(state).double()
@@ -223,7 +241,7 @@ def of_parameters(call: Call, found: Found) -> list[str]:
     """As of a solution, per problem: the sum over its rows."""
     solution = found.solution
     assert solution is not None
-    if wrong := wrong_status(call, solution):
+    if wrong := wrong_status(call, None, solution):
         return wrong
     groups = torch.zeros(len(call.x), dtype=torch.long) if call.groups is None else call.groups
     problems = int(groups.max()) + 1
@@ -285,7 +303,7 @@ def of_reconstruction(call: Call, found: Found) -> list[str]:
     """As of a solution, with the variational problem written out."""
     solution, settings = found.solution, call.options["settings"]
     assert solution is not None
-    if wrong := wrong_status(call, solution):
+    if wrong := wrong_status(call, found.x, solution):
         return wrong
     if settings["range_penalty"] is not None:
         return []

@@ -37,6 +37,7 @@ BAD_CALLS = {
     "few labels": (lambda x, y: (x, y[:5]), ValueError, r"\(6,\), got.*\(5,\)"),
     "one label": (lambda x, y: (x, y[0]), ValueError, r"\(6,\), got.*\(\)"),
     "list": (lambda x, y: (x, y.tolist()), TypeError, "tensor of classes, got list"),
+    "a number": (lambda x, y: (x[0, 0, 0, 0], y), ValueError, r"batch first.*got shape \(\)"),
     "no batch": (lambda x, y: (x[0], y[:1]), ValueError, r"\(3,\), got.*\(1,\)"),
 }
 
