@@ -23,8 +23,14 @@ def as_images(x: Any, classifier: PyTorchClassifier) -> npt.NDArray[np.float32]:
         classifier: ART's, which names the ``input_shape``.
 
     Raises:
+        TypeError: complex numbers.
         ValueError: another shape, NaN or Inf.
     """
+    if np.iscomplexobj(x):
+        raise TypeError(
+            f"x must be real, got {np.asarray(x).dtype}: give the real and imaginary parts as "
+            "channels, and have the model put them together"
+        )
     with np.errstate(over="ignore"):  # too large for float32 becomes Inf, and an error below
         images: npt.NDArray[np.float32] = np.asarray(x, dtype=ART_NUMPY_DTYPE)
     if images.ndim and not len(images):

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from jiio_plugins.envelope import JointSolution, Refine, envelope_pass, joint_solution, refiner
 from jiio_plugins.equilibrium.mode import layer_mode
 from jiio_plugins.equilibrium.state import StateLayout
+from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 from jiio_plugins.joint.problem import FlatState
 from jiio_plugins.methods.base import Method, Progress
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from jiio_plugins.constraints import Constraint
 
     LossRows = Callable[[Any, Tensor], Tensor]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
 # converged. Of the warm-up two will do: the loss found is the same.
@@ -60,8 +63,20 @@ def cross_entropy_rows(output: Tensor, labels: Tensor) -> Tensor:
     Args:
         output: logits, ``(rows, classes)``.
         labels: classes ``(rows,)``, or probabilities ``(rows, classes)``.
+
+    Raises:
+        TypeError: labels that are neither.
     """
-    return cross_entropy(output, labels, reduction="none")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    classes = labels.ndim == 1 and labels.dtype in _INTEGERS
+    if not classes and (not labels.is_floating_point() or labels.shape != output.shape):
+        raise TypeError(
+            f"labels must be classes, integers (rows,), or probabilities {tuple(output.shape)}, "
+            f"got {labels.dtype} {tuple(labels.shape)}"
+        )
+    target = labels.long() if classes else labels.to(output.dtype)
+    return cross_entropy(output, target, reduction="none")
 
 
 def likeliest(labels: Tensor) -> Tensor:
@@ -236,8 +251,10 @@ class AdversarialTraining:
         Raises:
             TypeError, ValueError: bad input.
         """
-        if len(labels) != len(x):
-            raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {len(labels)}")
+        x = check_input(x)
+        entries = 0 if isinstance(labels, Tensor) and not labels.ndim else len(labels)
+        if entries != len(x):
+            raise ValueError(f"labels must hold one entry per sample ({len(x)}), got {entries}")
         outer = model if wrapped is None else wrapped
         attacked = math.ceil(self.ratio * len(x))
         region = self.region(x, attacked)

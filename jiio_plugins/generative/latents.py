@@ -75,11 +75,10 @@ def fit(
         A :class:`Fit`, whose images and PSNR come from an independent solve.
 
     Raises:
+        TypeError: no tensor.
         ValueError: no images, or images of another shape than the generator's or outside [0, 1]. A
             start of another shape, or a negative λ.
     """
-    if not len(images):
-        raise ValueError("no images to fit")
     _check_images(decoder, images)
     check_penalty(latent_penalty)
     images = images.detach()
@@ -111,6 +110,10 @@ def fit(
 
 
 def _check_images(decoder: MDEQDecoder, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.ndim and not len(images):
+        raise ValueError("no images to fit")
     if images.ndim != 4 or tuple(images.shape[1:]) != decoder.image_shape:
         raise ValueError(
             f"the generator makes images {decoder.image_shape}, got {tuple(images.shape[1:])}"

@@ -273,3 +273,30 @@ def test_bad_input() -> None:
             AdversarialTraining(**BOX, trades=trades)(model, x, Y + 11)
     with pytest.raises(TypeError, match="start must be real floating point"):
         AdversarialTraining(**BOX)(model, x, Y, start=x.int())
+    for images, labels, error, words in (
+        (x[0, 0], Y, ValueError, r"x must be batch first, .* got shape \(\)"),
+        (x.numpy(), Y, TypeError, "x must be one tensor, got ndarray"),
+        (x, Y[0], ValueError, r"one entry per sample \(4\), got 0"),
+        (x, Y.numpy(), TypeError, "labels must be a tensor, got ndarray"),
+        (x, Y.double(), TypeError, r"probabilities \(4, 3\), got torch.float64 \(4,\)"),
+        (x, Y > 0, TypeError, r"integers \(rows,\), .* got torch.bool \(4,\)"),
+    ):
+        with pytest.raises(error, match=words):
+            AdversarialTraining(**BOX)(model, images, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_are_integers_of_any_size(dtype: torch.dtype) -> None:
+    model, x, training = Net(seed=3), rand(4, 5, seed=1), AdversarialTraining(**BOX, refine=(1, 0))
+    expected, found = (
+        training(model, x, y, generator=torch.Generator().manual_seed(0)) for y in (Y, Y.to(dtype))
+    )
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.robust, expected.robust)
+
+
+def test_probabilities_may_be_of_another_precision() -> None:
+    model, x = Net(seed=3), rand(4, 5, seed=1)
+    for dtype in (torch.float32, torch.float64):
+        step = AdversarialTraining(**BOX)(model, x, torch.eye(3, dtype=dtype)[Y])
+        assert step.loss.dtype == torch.float64

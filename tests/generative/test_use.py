@@ -69,6 +69,10 @@ def test_images_that_do_not_fit(digits: Any) -> None:
         fit(digits, torch.full((2, 1, 8, 8), 1.5))
     with pytest.raises(ValueError, match="no images to fit"):
         fit(digits, torch.zeros(0, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"makes images \(1, 8, 8\), got \(\)"):
+        fit(digits, torch.tensor(0.5))
+    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+        fit(digits, torch.rand(2, 1, 8, 8).numpy())
 
 
 def test_pixels_out_of_range_say_so(digits: Any) -> None:

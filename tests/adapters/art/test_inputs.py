@@ -170,6 +170,14 @@ def test_bad_images_labels_masks(
     assert attack.solution is None
 
 
+def test_complex_images_are_not_cut_to_their_real_part(
+    shared_small: PyTorchClassifier, digits: Digits
+) -> None:
+    x, y = digits
+    with pytest.raises(TypeError, match="x must be real, got complex64"):
+        attack_on(shared_small).generate(x + 0j, y)
+
+
 @pytest.mark.parametrize("shape", [(7,), (7, 1, 1, 1), (1, 8, 8, 8, 1), (3, 8)])
 def test_eps_of_the_wrong_shape(
     shared_small: PyTorchClassifier, digits: Digits, shape: tuple[int, ...]
