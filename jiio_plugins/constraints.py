@@ -31,6 +31,7 @@ class Constraint(abc.ABC):
         """The set around ``start`` ``(problems, ...)``, flat.
 
         Raises:
+            TypeError: no number and no tensor, or complex ones.
             ValueError: a number or shape that does not fit ``start``.
         """
 
@@ -209,11 +210,18 @@ def _uniform_rows(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn.clamp(margin, 1 - margin)
 
 
-def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
+def _as_tensor(name: str, value: Number, start: Tensor, dtype: torch.dtype) -> Tensor:
+    kind = str(getattr(value, "dtype", ""))
+    if "complex" in kind:  # torch would take the real part
+        raise TypeError(f"{name} must be real, got {kind}")
     try:
-        tensor = torch.as_tensor(value, dtype=start.dtype, device=start.device)
+        return torch.as_tensor(value, dtype=dtype, device=start.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from None
+
+
+def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
+    tensor = _as_tensor(name, value, start, start.dtype)
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(start)):
         raise ValueError(
             f"{name} must be a number or one value per sample, shape ({len(start)},), "
@@ -225,7 +233,7 @@ def _per_problem(name: str, value: Number, start: Tensor) -> Tensor:
 
 
 def _like(name: str, value: Number, start: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=dtype, device=start.device)
+    tensor = _as_tensor(name, value, start, dtype)
     try:
         return tensor.expand(start.shape).flatten(1)
     except RuntimeError:
@@ -249,6 +257,8 @@ class _Ball(Constraint):
             raise ValueError("center holds NaN or Inf")
         radius = _per_problem("radius", self.radius, start)
         mask = None if self.mask is None else _like("mask", self.mask, start, torch.bool)
+        if isinstance(self.mask, Tensor) and bool(self.mask.isnan().any()):
+            raise ValueError("mask holds NaN: give 1 or True where x may change")
         ball = FeasibleSet(center.clone(), norm=self.norm, radius=radius, mask=mask)
         if self.norm == math.inf:  # which is a box
             ball.lower, ball.upper = center - radius, center + radius

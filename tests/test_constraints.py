@@ -469,3 +469,28 @@ def test_bad_intersections() -> None:
     for nothing in ((), ([],), (3.0,), ("L2",)):
         with pytest.raises(TypeError):
             Intersection(*nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("radius", lambda c: L2Ball(c)),
+        ("center", lambda c: L1Ball(0.1, c)),
+        ("mask", lambda c: LinfBall(0.1, mask=c)),
+        ("lower", lambda c: Box(c, 1.0)),
+        ("upper", lambda c: Box(0.0, c)),
+    ],
+)
+def test_complex_numbers_are_not_cut_to_their_real_part(name: str, build: Any) -> None:
+    x = torch.zeros(2, 4)
+    for number in (torch.ones((), dtype=torch.complex64), np.ones((), dtype=np.complex128)):
+        with pytest.raises(TypeError, match=rf"{name} must be real, got .*complex"):
+            build(number).bind(x)
+    if name != "mask":
+        with pytest.raises(TypeError, match=rf"{name} must be a number or a tensor, got 1j"):
+            build(1j).bind(x)
+
+
+def test_a_mask_with_nan() -> None:
+    with pytest.raises(ValueError, match="mask holds NaN"):
+        L2Ball(0.1, mask=torch.tensor([1.0, math.nan, 0.0, 1.0])).bind(torch.zeros(2, 4))

@@ -86,10 +86,17 @@ class Layout:
             what: what the message calls it.
 
         Raises:
-            TypeError: it holds something that is no tensor.
+            TypeError: it holds something that is no tensor, or no real floating-point numbers.
             ValueError: it has another shape or structure.
         """
-        got = [tuple(t.shape) for t in as_tensors(state, what)]
+        tensors = as_tensors(state, what)
+        for t in tensors:
+            if not t.is_floating_point():
+                raise TypeError(
+                    f"{what} is {t.dtype}, but a state holds real floating-point numbers: nothing "
+                    "can be solved or differentiated in others"
+                )
+        got = [tuple(t.shape) for t in tensors]
         wanted = [(rows, *shape) for shape in self.shapes]
         is_tuple = isinstance(state, (tuple, list))
         if is_tuple == self.is_tuple and got == wanted:

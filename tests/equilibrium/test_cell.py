@@ -19,7 +19,7 @@ from jiio_plugins import (
     optimize_input,
     solve_fixed_point,
 )
-from tests.cases import NETWORKS, every_network
+from tests.cases import NETWORKS, every_network, squared
 from tests.helpers import (
     TIGHT,
     Affine,
@@ -142,3 +142,17 @@ def test_damping_refuses_what_would_broadcast() -> None:
         Equilibrium(Damped(Wrong(lambda z, u: z[:1]), 0.5))(rand(2, 4, seed=1))
     with pytest.raises(TypeError, match=r"cell must be an nn\.Module, got function"):
         Damped(lambda z: z, 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
+def test_a_cell_that_returns_other_numbers(dtype: torch.dtype) -> None:
+    class Rounded(nn.Module):
+        def forward(self, z: Tensor, u: Tensor) -> Tensor:
+            return (0.5 * z + u).to(dtype)
+
+    model, x = nn.Sequential(Equilibrium(Rounded())), rand(2, 5, seed=1)
+    words = f"output of the cell Rounded is {dtype}, but a state holds real floating-point"
+    with pytest.raises(TypeError, match=words):
+        model(x)
+    with pytest.raises(TypeError, match=words):
+        optimize_input(model, x, squared)
