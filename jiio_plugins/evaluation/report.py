@@ -212,7 +212,8 @@ class RobustnessReport:
         model_accuracy: share of samples on which the model's own answer was never wrong.
         converged_accuracy: share on which that of the independent solve was never wrong.
         attacks: one line each.
-        left_out: attacks that could not run on such images or so many classes, name -> why.
+        left_out: attacks that could not run on such images or so many classes, or that raised an
+            error, name -> why.
         unverified: samples with an example whose independent solve did not converge.
         warnings: see :class:`Finding`. There is none for a sound model.
         checks: what the warnings rest on, name -> figure.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -81,6 +82,8 @@ def robust_accuracy(
     Raises:
         TypeError, ValueError: bad input, no equilibrium layer, no attack that can run, or one that
             returns anything but images within ball and box. The message names the attack.
+        Exception: what an attack raised, if no other ran. Where others did it is left out, with a
+            warning, and the report says so.
 
     Source: Croce and Hein (ICML 2020) for the worst case over a suite. Carlini et al., "On
     Evaluating Adversarial Robustness" (2019) for the checks.
@@ -102,20 +105,29 @@ def robust_accuracy(
         left_out = _left_out(suite, x, state.classes)
         suite = [attack for attack in suite if attack.name not in left_out]
         given = [] if known is None else [Attack("known", lambda model, x, y: x)]
-        results = []
+        results: list[AttackResult] = []
+        failed: dict[str, str] = {}
         for attack in given + suite:
             rows = state.still_to_attack(skip_broken)
             examples = known if attack in given else None
-            results.append(_run(attack, state, rows, threat, skip_broken, progress, examples))
+            try:
+                results.append(_run(attack, state, rows, threat, skip_broken, progress, examples))
+            except _AttackError as failure:
+                failed[attack.name] = failure.why
+                if len(failed) == len(suite):
+                    raise failure.error from None
+        _warn_of(failed)
+        left_out |= failed
+        suite = [attack for attack in suite if attack.name not in failed]
         undecided = int((state.doubtful & ~state.broken).sum())
         random = auditing.is_random(model, x[:batch_size])
-        checks, warnings = auditing.passive(state.history, suite, state.attempts, undecided, random)
+        checks, findings = auditing.passive(state.history, suite, state.attempts, undecided, random)
         if audit and random:
             checks["audit"] = "skipped: the model is random, and its gradients are too"
         elif audit:
             chosen = state.to_audit(audit)
             more, found = auditing.active(model, x[chosen], y[chosen], verify, threat, progress)
-            checks, warnings = {**checks, **more}, warnings + found
+            checks, findings = {**checks, **more}, findings + found
     n = len(x)
     shares = [_share(~wrong) for wrong in (state.broken, state.model_wrong, state.tight_wrong)]
     return RobustnessReport(
@@ -132,7 +144,7 @@ def robust_accuracy(
         attacks=tuple(results),
         left_out=left_out,
         unverified=int(state.unverified.sum()),
-        warnings=tuple(warnings),
+        warnings=tuple(findings),
         checks=checks,
         correct=tuple(state.correct.tolist()),
         robust=tuple((~state.broken).tolist()),
@@ -245,7 +257,7 @@ def _run(
                         f"raised by the attack {attack.name!r}, images {int(batch[0])} … "
                         f"{int(batch[-1])}"
                     )
-                    raise
+                    raise _AttackError(error) from error
                 # an attack of the engine judges itself before it returns, others do not
                 seconds += time.perf_counter() - start - counter.verification_seconds
             f_evals, vjps = f_evals + counter.f_evals, vjps + counter.vjps
@@ -290,6 +302,22 @@ def _left_out(suite: Sequence[Attack], x: Tensor, classes: int) -> dict[str, str
         listed = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ValueError(f"none of the attacks can run on these images and this model: {listed}")
     return left_out
+
+
+class _AttackError(Exception):
+    """An attack raised ``error``."""
+
+    def __init__(self, error: Exception) -> None:
+        said = str(error).partition("\n")[0]
+        self.error, self.why = error, f"it raised {type(error).__name__}: {said}"
+
+
+def _warn_of(failed: Mapping[str, str]) -> None:
+    for name, why in failed.items():
+        warnings.warn(
+            f"the attack {name!r} was left out, {why}. The accuracy is what the others left",
+            stacklevel=3,
+        )
 
 
 def _as_suite(attacks: Sequence[Attack | Run] | Mapping[str, Run]) -> list[Attack]:

@@ -225,6 +225,30 @@ def test_an_error_in_an_attack_says_which() -> None:
     with pytest.raises(RuntimeError, match="inner") as caught:
         evaluate({"fails": fails}, batch_size=2)
     assert caught.value.__notes__ == ["raised by the attack 'fails', images 0 … 1"]
+    with pytest.raises(RuntimeError, match="inner"):
+        evaluate({"fails": fails, "fails too": fails}, known=X)
+
+
+def test_a_suite_goes_on_where_an_attack_raises_and_says_so() -> None:
+    """What was found before stays, that of its own first batches too."""
+    batches: list[int] = []
+
+    def fails(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        batches.append(len(x))
+        if len(batches) > 1:
+            raise RuntimeError("out of memory\nand more")
+        return x - 0.15 * torch.tensor([1.0, 0.0], dtype=x.dtype)
+
+    suite = {"wrong way": down_by(-0.3), "fails": fails, "strong": down_by(0.3)}
+    words = "'fails' was left out, it raised RuntimeError: out of memory. The accuracy"
+    with pytest.warns(UserWarning, match=words):
+        report = evaluate(suite, batch_size=2)
+    assert [result.name for result in report.attacks] == ["wrong way", "strong"]
+    assert report.left_out == {"fails": "it raised RuntimeError: out of memory"}
+    assert "left out (fails): it raised RuntimeError: out of memory" in str(report)
+    assert report.broken_by == ("fails", "strong", "strong", None, "clean", None)
+    whole = evaluate({"strong": down_by(0.3)}, batch_size=2)
+    assert report.robust == whole.robust
 
 
 @pytest.mark.parametrize(
@@ -318,6 +342,9 @@ def test_nothing_of_the_callers_is_changed() -> None:
     robust_accuracy(model, x, y, {"rude": rude}, **BALL, audit=8, progress=False)
     torch.testing.assert_close(snapshot(), before, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="on purpose"):
+        robust_accuracy(model, x, y, {"fails": rude_and_failing}, **BALL, **QUIET)
+    torch.testing.assert_close(snapshot(), before, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="on purpose"):
         robust_accuracy(model, x, y, {"rude": rude, "fails": rude_and_failing}, **BALL, **QUIET)
     torch.testing.assert_close(snapshot(), before, rtol=0, atol=0)
 

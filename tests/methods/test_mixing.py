@@ -79,6 +79,31 @@ def both(z: Tensor) -> Tensor:
     return torch.stack((z, torch.zeros_like(z)), dim=1)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_target_that_is_not_finite_has_no_weights(bad: float) -> None:
+    """Nor is there one for a difference that is not. The other problem's are as they would be."""
+
+    def weights(target: float | None, difference: float | None) -> Tensor:
+        secants = Secants(memory=4)
+        for k in range(3):
+            y, t = rand(2, 2, 5, seed=k), rand(2, 2, 5, seed=9)
+            last = k == 2
+            if last and difference is not None:
+                y[1, 0, 3] = difference
+            if last and target is not None:
+                t[1, 1, 2] = target
+            squares = torch.ones(2, 3, dtype=torch.float64)
+            blocks = y, rand(2, 1, 3, seed=20 + k)
+            gamma = secants.weights(blocks, [y], (t, rand(2, 1, 3, seed=30)), squares)
+        return gamma
+
+    sound = weights(None, None)
+    assert bool((sound != 0).all())
+    for found in (weights(bad, None), weights(None, bad)):
+        assert torch.equal(found[0], sound[0])
+        assert bool((found[1] == 0).all())
+
+
 def test_bad_mixing_is_named() -> None:
     with pytest.raises(ValueError, match="quasi-newton, anderson"):
         Joint(mixing="broyden")  # type: ignore[arg-type]

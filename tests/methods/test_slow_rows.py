@@ -354,3 +354,23 @@ def test_a_pair_of_a_step_that_failed_is_not_taken_in() -> None:
     inverse.learn(z, bad, torch.zeros(3), everything)
     assert torch.equal(inverse(z)[:2], before[:2])
     assert inverse.count.tolist() == [1, 1, 3]
+
+
+class Overflowing(nn.Module):
+    """``z/2 + u``, and infinite in marked rows."""
+
+    def forward(self, z: Tensor, u: Tensor, marked: Tensor) -> Tensor:
+        return torch.where(marked, torch.inf, z / 2 + u)
+
+
+def test_a_warm_up_that_overflows_leaves_a_state_where_it_is() -> None:
+    model: Any = Marked()
+    model.equilibrium.cell = Overflowing()
+    x, marked = rand(5, 5, seed=4), torch.arange(5)[:, None] == 1
+    problem = Problem(Variable(model, x, [marked]), squared, L2Ball(0.5))
+    with problem.variable.guarded():
+        warm = problem.warm_up(problem.v_start, 5)
+        settled = 2 * model.encoder(x)
+    assert bool((warm.z[1] == 0).all())
+    others = torch.arange(5) != 1
+    torch.testing.assert_close(warm.z[others], settled[others], rtol=0.1, atol=0.1)
