@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 
-from jiio_plugins.utils.files import EMPTY_SEAL, as_json, has_seal, sealed, understood, unsealed
+from jiio_plugins.utils.files import (
+    EMPTY_SEAL,
+    as_json,
+    has_seal,
+    read_regular,
+    sealed,
+    understood,
+    unsealed,
+)
 
 if TYPE_CHECKING:
     from jiio_plugins.models.decoder import MDEQDecoder
@@ -219,7 +227,7 @@ class TrainConfig:
             OSError: it cannot be read.
             ValueError: damaged, or settings that there are not.
         """
-        return cls.from_json(path.read_bytes())
+        return cls.from_json(read_regular(path))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

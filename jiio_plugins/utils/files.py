@@ -72,10 +72,22 @@ def read_sealed(path: Path) -> bytes:
         OSError: it cannot be read.
         ValueError: it is damaged, or was never sealed.
     """
-    content = unsealed(path.read_bytes())
+    content = unsealed(read_regular(path))
     if content is None:
         raise damaged(path, "its checksum is not that of its content")
     return content
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file. A pipe or a device in its place is not waited for.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is a pipe, a device or a folder.
+    """
+    if path.exists() and not path.is_file():
+        raise damaged(path, "it is no regular file")
+    return path.read_bytes()
 
 
 def damaged(path: str | Path, why: object) -> ValueError:

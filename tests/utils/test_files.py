@@ -100,6 +100,19 @@ def test_what_is_no_such_file_is_an_error_of_one_line(name: str, tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
+@every_format
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_not_waited_for(
+    name: str, tmp_path: Path
+) -> None:
+    _, read = FORMATS[name]
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / name)
+    (tmp_path / name).mkdir()
+    for path in (tmp_path / "pipe" / name, tmp_path / name):
+        with pytest.raises((OSError, ValueError), match=r"no regular file|there (is|are) no"):
+            read(path)
+
+
 def test_a_config_whose_settings_are_of_other_kinds(tmp_path: Path) -> None:
     write_config(tmp_path / CONFIG)
     good = json.loads((tmp_path / CONFIG).read_text())
