@@ -68,6 +68,22 @@ def test_fools_the_classifier_and_says_what_it_cost(
     np.testing.assert_allclose(-record.model_value, loss, rtol=1e-3, atol=1e-3)
 
 
+def test_the_share_of_fooled_images_is_logged(
+    trained: PyTorchClassifier, digits: Digits, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, y = digits
+    y = np.where(np.arange(len(y)) < 6, y, (y + 1) % 10)  # the last are wrong as they are
+    attack = attack_on(trained, norm=2, eps=0.0, max_iter=1)
+    with caplog.at_level("INFO", logger="jiio_art.attack"):
+        attack.generate(x, y)
+    assert caplog.messages == ["Success rate of attack: 25.00%"]
+    caplog.clear()
+    attack.set_params(verify=False)  # nothing is known then
+    with caplog.at_level("INFO", logger="jiio_art.attack"):
+        attack.generate(x, y)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("loss", ["cross-entropy", "dlr", "margin"])
 def test_every_loss_reaches_a_target(trained: PyTorchClassifier, digits: Digits, loss: str) -> None:
     x, y = digits
