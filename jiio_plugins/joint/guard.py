@@ -119,8 +119,8 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Put the train/eval flag of every module back."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Put the train/eval flag of every module back. Frozen TorchScript modules have none."""
+    flags = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
     try:
         yield
     finally:

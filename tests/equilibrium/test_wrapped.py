@@ -73,6 +73,18 @@ def counting_head() -> nn.Module:
     return nn.Sequential(linear(8, 3, seed=3), nn.BatchNorm1d(3, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.(script|freeze)` is deprecated")
+def test_frozen_parts_have_no_flag() -> None:
+    plain, net, x = Net(), Net(), rand(4, 5, seed=1)
+    net.head = torch.jit.freeze(torch.jit.script(net.head.eval()))
+    assert not hasattr(net.head, "training")
+    one, two = (
+        optimize_input(model, x, lambda y: y.square().sum(1), constraint=L2Ball(0.5))
+        for model in (plain, net)
+    )
+    torch.testing.assert_close(two.x, one.x, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 @pytest.mark.filterwarnings("ignore:training_mode=True with BatchNorm")
 @pytest.mark.parametrize("make", [torch.jit.script, torch.fx.symbolic_trace])
