@@ -245,7 +245,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     doubtful |= problem.groups.worst(elsewhere.float()) > 0
     if bool(doubtful.any()):
         random, spent = _random(problem, final.v)
-        status[doubtful & random] = Status.RANDOM
+        status[(doubtful | (status == Status.GRADIENT_UNSETTLED)) & random] = Status.RANDOM
         verification += spent
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
@@ -348,7 +348,7 @@ def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
 def _random(problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:
     """Problems whose answer is another one at a second call, and what it costs to see that.
 
-    A call solves nothing: initial state, one evaluation of f and what the head makes of it.
+    A call solves nothing: initial state, two evaluations of f and what the head makes of the first.
 
     Args:
         problem: whose model is called.
@@ -358,7 +358,7 @@ def _random(problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:
         Bool ``(problems,)``, and evaluations of f, ``(rows,)``.
     """
     with torch.no_grad():
-        calls = [problem.solve(v, Picard(max_iter=1)) for _ in range(2)]
+        calls = [problem.solve(v, Picard(max_iter=2)) for _ in range(2)]
         values = [problem.loss(call.output)[:, None] for call in calls]
     differ = torch.zeros(problem.rows, device=v.device)
     pairs = ([c.z for c in calls], [c.fz for c in calls], values)

@@ -314,10 +314,12 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.noise("encoder", self.net.encoder(x))
-        return self.noise("head", self.net.head(self.net.equilibrium(u)))
+        z = self.net.equilibrium(u)
+        z = nn.functional.dropout(z, 0.3, training=self.part == "dropout")  # of 0 it leaves 0
+        return self.noise("head", self.net.head(z))
 
 
-@pytest.mark.parametrize("part", ["encoder", "cell", "start", "head"])
+@pytest.mark.parametrize("part", ["encoder", "cell", "start", "head", "dropout"])
 def test_a_model_that_is_random_is_a_status(part: str) -> None:
     def search(model: nn.Module) -> Solution:
         x, method = rand(4, 5, seed=1), Joint(max_iter=5)
