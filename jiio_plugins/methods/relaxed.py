@@ -224,7 +224,8 @@ class Relaxed(JointIteration):
 
         On a CPU only slow rows have any. On an accelerator nobody may ask which these are.
         """
-        if self.inverse is None:
+        if self.inverse is None or not len(self.inverse.count):  # all that had any have left
+            self.mu_last = None
             like = self.z if rows is None else self.z[rows]
             self.inverse = SecantInverse(like, MEMORY, self.method.precision)
         elif not _same(rows, self.recalled):

@@ -344,6 +344,31 @@ def test_an_adjoint_step_that_fails_leaves_what_the_steps_before_it_found() -> N
     assert torch.isfinite(iteration.jz_mu_next).all()
 
 
+def test_a_row_turns_slow_after_all_that_were_have_left() -> None:
+    iteration, dl_dz = begun(), rand(3, 2, seed=2)
+    iteration.jz_mu = rand(3, 2, seed=3)
+    iteration.mu = iteration.jz_mu + dl_dz
+
+    class Halving:
+        def __init__(self, rows: Tensor) -> None:
+            self.apart = rows
+
+        def jz_mu_apart(self, mu: Tensor) -> Tensor:
+            return 0.5 * mu
+
+        def vjp(self, mu: Tensor) -> tuple[Tensor, Tensor]:
+            return 0.5 * mu, mu
+
+    for rows, stay in ((torch.tensor([0]), torch.tensor([1, 2])), (torch.tensor([1]), None)):
+        iteration.slow = torch.zeros(len(iteration.z), dtype=torch.bool).index_fill(0, rows, True)
+        iteration.products(Halving(rows), dl_dz, torch.ones(len(iteration.z)))
+        assert len(iteration.inverse.count) == 1
+        if stay is not None:
+            iteration.restrict(stay)
+            dl_dz = dl_dz[stay]
+            assert not len(iteration.inverse.count)
+
+
 def test_a_pair_of_a_step_that_failed_is_not_taken_in() -> None:
     z, everything = rand(3, 6, seed=1), torch.ones(3, dtype=torch.bool)
     inverse = SecantInverse(z, 4)
