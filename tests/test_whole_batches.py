@@ -114,16 +114,19 @@ class Held(TanhCell):
     [Joint(max_iter=30), Nested(max_iter=5), Nested(max_iter=5, gap_tol=0.1, warm_start=True)],
 )
 def test_a_cell_that_wants_its_batch_gets_it(rows: int | None, method: Any) -> None:
-    def found(cell: nn.Module) -> Any:
+    def found(cell: nn.Module, verify: bool = True) -> Any:
         model = nn.Sequential(linear(5, 6, seed=1), Equilibrium(cell, solver=TIGHT))
         x, ball = rand(6, 5, seed=4), L2Ball(0.5)
-        return optimize_input(model, x, objective, constraint=ball, method=method)
+        return optimize_input(model, x, objective, constraint=ball, method=method, verify=verify)
 
     held, free = found(Held(rows)), found(TanhCell(6, 0.7, seed=2))
     assert torch.allclose(held.x, free.x, rtol=0, atol=1e-12)
     assert torch.allclose(held.value, free.value, rtol=0, atol=1e-12)
-    assert torch.equal(held.stats.f_evals, free.stats.f_evals) or isinstance(method, Nested)
     assert torch.equal(held.status, free.status)
+    if isinstance(method, Joint):  # where one start is in doubt, a batch is judged as a whole
+        searches = found(Held(rows), False), found(TanhCell(6, 0.7, seed=2), False)
+        assert torch.equal(*(search.stats.f_evals for search in searches))
+        assert (held.stats.f_evals >= free.stats.f_evals).all()
 
 
 @pytest.mark.filterwarnings("ignore:the (cell|model) cannot be called on some")
