@@ -244,7 +244,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     doubtful = (status == Status.NOT_VERIFIED) | (status == Status.DISAGREEMENT)
     doubtful |= problem.groups.worst(elsewhere.float()) > 0
     if bool(doubtful.any()):
-        random, spent = _random(problem, final.v)
+        random, spent = _random(problem, final)
         status[(doubtful | (status == Status.GRADIENT_UNSETTLED)) & random] = Status.RANDOM
         verification += spent
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
@@ -345,27 +345,33 @@ def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
     return status
 
 
-def _random(problem: Problem, v: Tensor) -> tuple[Tensor, Tensor]:
+def _random(problem: Problem, final: Candidate) -> tuple[Tensor, Tensor]:
     """Problems whose answer is another one at a second call, and what it costs to see that.
 
-    A call solves nothing: initial state, two evaluations of f and what the head makes of the first.
+    A call solves nothing. Two begin at the initial state, each with one evaluation of f. A third is
+    to say once more what has been said of the state that was judged: a head that draws random
+    numbers need not show at an initial state of 0.
 
     Args:
         problem: whose model is called.
-        v: ``(problems, d)``.
+        final: what was judged.
 
     Returns:
         Bool ``(problems,)``, and evaluations of f, ``(rows,)``.
     """
+    once = Picard(max_iter=1)
     with torch.no_grad():
-        calls = [problem.solve(v, Picard(max_iter=2)) for _ in range(2)]
-        values = [problem.loss(call.output)[:, None] for call in calls]
-    differ = torch.zeros(problem.rows, device=v.device)
+        calls = [problem.solve(final.v, once) for _ in range(2)]
+        again = problem.solve(final.v, once, final.z)
+        losses = [problem.loss(output) for output in (final.output, again.output)]
+    # beside 1: the one nearest to 0 may be of another batch, and be all rounding
+    values = [torch.stack((loss, torch.ones_like(loss)), dim=1) for loss in losses]
+    differ = torch.zeros(problem.rows, device=final.v.device)
     pairs = ([c.z for c in calls], [c.fz for c in calls], values)
     for one, two in pairs:
         far = row_norm(two - one) > _NOISE * torch.finfo(one.dtype).eps * row_norm(one)
         differ = differ + far
-    return problem.groups.worst(differ) > 0, calls[0].evals + calls[1].evals
+    return problem.groups.worst(differ) > 0, calls[0].evals + calls[1].evals + again.evals
 
 
 def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved: Tensor) -> Tensor:
