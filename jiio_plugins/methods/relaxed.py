@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _SLOW = 0.6
 _SHORT = 0.2
 _LOST = 0.5
-_BEGIN = 3  # iterations in which the residual of μ says only that it has just begun, unless it is
-_GROWN = 1.0  # or more: J_zᵀ makes μ larger
+_BEGIN = 3  # iterations in which the residual of μ says only that it has just begun
+_GROWN = 1.0  # unless it is no smaller than this: J_zᵀ makes μ larger
 # A slow row's z and μ have settled where a mixed step moves them by less (relative). As v comes to
 # rest, what they are off by is more and more of what is left to be gained. The first step is the
 # longest, and the loss at the start is told from there.
