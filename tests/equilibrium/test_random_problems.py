@@ -72,7 +72,7 @@ def test_converged_is_true_of_what_is_returned(
         fz = f(z)
         rounding = 1 + 4 * torch.finfo(z.dtype).eps
         r, norm = (torch.linalg.vector_norm(t.double(), dim=1) for t in (fz.double() - z, fz))
-        return r, rounding * (solver.tol * norm + (solver.abs_tol or 1e-12))
+        return r, rounding * (solver.tol * norm).clamp(min=1e-12)
 
     solver = kind(max_iter=120, tol=tol)
     if again:  # warm from an answer of half as many digits

@@ -33,8 +33,8 @@ class Anderson(Solver):
 
     Args:
         max_iter: evaluations of f at most, per row.
-        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
+        tol: a row stops at ``‖f(z) − z‖ ≤ max(tol ‖f(z)‖, abs_tol)``.
+        abs_tol: in the units of z. None: see :class:`Solver`.
         memory: differences kept. Each takes the memory of two states. None: 5, and twice as many
             whenever a row has run for twice as many evaluations, up to 40 or 16 MiB a row. Cells
             that settle at once pay little, and slow ones have the memory they need.

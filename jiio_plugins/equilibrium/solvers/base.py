@@ -78,9 +78,9 @@ class Solver(abc.ABC):
 
     Args:
         max_iter: evaluations of f at most, per row.
-        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z. It is for fixed points at zero. None:
-            1e-12, or that times the size of z at the first evaluation where it is below 1.
+        tol: a row stops at ``‖f(z) − z‖ ≤ max(tol ‖f(z)‖, abs_tol)``.
+        abs_tol: in the units of z. It is for fixed points at zero. None: 1e-12, or that times the
+            size of z at the first evaluation where it is below 1.
 
     Raises:
         TypeError: a count that is no integer.

@@ -20,8 +20,8 @@ class Broyden(Solver):
 
     Args:
         max_iter: evaluations of f at most, per row.
-        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
+        tol: a row stops at ``‖f(z) − z‖ ≤ max(tol ‖f(z)‖, abs_tol)``.
+        abs_tol: in the units of z. None: see :class:`Solver`.
         memory: rank kept. When it is full the update starts afresh.
 
     Raises:

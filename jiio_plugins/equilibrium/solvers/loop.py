@@ -129,7 +129,7 @@ class _Running(ByRow):
         self.evals = self.evals + self.active
         if not self.begun:
             self._begin(r, norm, solver)
-        limit = torch.add(self.abs_tol, norm, alpha=solver.tol)
+        limit = torch.maximum(solver.tol * norm, self.abs_tol)
         better = r < self.r_best
         self.uneventful = self.watched and self.all_active and bool((better & (r > limit)).all())
         if self.uneventful:
@@ -146,7 +146,7 @@ class _Running(ByRow):
         else:
             self.abs_tol = torch.full_like(r, solver.abs_tol)
         eps = torch.finfo(self.z.dtype).eps
-        limit = torch.add(self.abs_tol, norm, alpha=solver.tol + 2 * eps)
+        limit = torch.maximum((solver.tol + 2 * eps) * norm, self.abs_tol)
         self.ceiling = torch.maximum(max(solver.tol, eps) ** (1 / 3) * r, limit)
         self.r_first = torch.where(torch.isfinite(r), r, self.r_first)
         self.begun = True

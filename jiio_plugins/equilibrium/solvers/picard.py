@@ -16,8 +16,8 @@ class Picard(Solver):
 
     Args:
         max_iter: evaluations of f at most, per row.
-        tol: a row stops at ``‖f(z) − z‖ ≤ tol · ‖f(z)‖ + abs_tol``.
-        abs_tol: the absolute part of that, in the units of z. None: see :class:`Solver`.
+        tol: a row stops at ``‖f(z) − z‖ ≤ max(tol ‖f(z)‖, abs_tol)``.
+        abs_tol: in the units of z. None: see :class:`Solver`.
         damping: step length, in (0, 2]. Above 1 it over-relaxes.
 
     Raises:
