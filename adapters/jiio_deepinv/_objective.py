@@ -214,6 +214,13 @@ class Objective:
         length = change.abs().square().flatten(1).sum(1)
         length = torch.where(length > 0, length, torch.ones_like(length))
         self.scale = self.stiffness * length + self.latent_penalty
+        if not bool(torch.isfinite(self.scale).all()):
+            raise ValueError(
+                "the generator's image, or what a small step on its latents does to it, is not "
+                f"finite or too large for {change.dtype} (its largest change is "
+                f"{float(change.abs().max()):g}): its equilibrium layer does not converge there. "
+                "See jiio_plugins.check"
+            )
 
     def _small(self, direction: Tensor) -> Tensor:
         """A step in a direction, small against the image and what latents do to it."""

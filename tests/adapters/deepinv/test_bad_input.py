@@ -41,6 +41,18 @@ def test_a_generator_of_another_shape() -> None:
     bad(torch.rand(2, 1, 5, 5), physics, r"\(2, 1, 4, 4\), y has \(2, 1, 5, 5\)")
 
 
+class Vast(Generator):
+    """Its squares leave the range of float64."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return 1e200 * super().forward(w)
+
+
+def test_a_generator_that_runs_away() -> None:
+    dark = Inpainting(SHAPE, mask=torch.zeros(SHAPE).double(), noise_model=GaussianNoise(0.1))
+    bad(torch.zeros(2, *SHAPE).double(), dark, "is not finite or too large", generator=Vast())
+
+
 def test_physics_without_a_derivative() -> None:
     _, y, _ = measured()
     bad(y, Physics(A=lambda x: x.detach()), "no differentiable forward")
