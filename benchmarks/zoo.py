@@ -130,7 +130,7 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
         status=[Status(int(code)).name for code in solution.status],
         cosine=[c if ok else None for c, ok in zip(cosine.tolist(), known, strict=True)],
         cost=cost,
-        cost_verified=cost + stats.verification_f_evals.mean().item(),
+        cost_verified=cost + (stats.verification_f_evals + stats.verification_vjps).mean().item(),
         seconds=seconds,
     )
     return found, x

@@ -215,13 +215,16 @@ def _judged_together(problem: Problem, best: Solution, verify: bool | Solver | N
 def _with_verification_paid(found: Solution) -> Solution:
     """The solution with its verification among the costs of the search."""
     stats = found.stats
-    assert stats.verification_f_evals is not None  # there are samples
-    spent, seconds = stats.verification_f_evals, stats.verification_seconds
-    count(Cost(f_evals=spent, verification_f_evals=-spent, verification_seconds=-seconds))
+    f_evals, vjps = stats.verification_f_evals, stats.verification_vjps
+    assert f_evals is not None  # there are samples
+    assert vjps is not None
+    count(Cost(f_evals, vjps, -f_evals, -vjps, -stats.verification_seconds))
     paid = replace(
         stats,
-        f_evals=stats.f_evals + stats.verification_f_evals,
-        verification_f_evals=torch.zeros_like(stats.verification_f_evals),
+        f_evals=stats.f_evals + f_evals,
+        vjps=stats.vjps + vjps,
+        verification_f_evals=torch.zeros_like(f_evals),
+        verification_vjps=torch.zeros_like(vjps),
         verification_seconds=0.0,
     )
     return replace(found, stats=paid)
@@ -269,7 +272,7 @@ def _better(old: Solution, new: Solution, rows: Tensor, labels: Tensor, targeted
     def add(total: Any, more: Any) -> Any:
         return total.index_add(0, rows, more) if isinstance(total, Tensor) else total + more
 
-    spent = ("f_evals", "vjps", "iterations", "verification_f_evals", "verification_seconds")
+    spent = {"iterations", *Cost._fields}
     stats = {
         f.name: (add if f.name in spent else put)(
             getattr(old.stats, f.name), getattr(new.stats, f.name)

@@ -140,7 +140,8 @@ def optimize_input(
         solution = _attached(problem, replace(result, v=v), step, solution, implicit)
     stats = solution.stats
     assert stats.verification_f_evals is not None
-    verifying = stats.verification_f_evals, stats.verification_seconds
+    assert stats.verification_vjps is not None
+    verifying = stats.verification_f_evals, stats.verification_vjps, stats.verification_seconds
     count(Cost(stats.f_evals, stats.vjps, *verifying), stats.z_residual, stats.costate_residual)
     return solution
 
@@ -160,5 +161,5 @@ def _attached(
 def _empty(x: Tensor) -> Solution:
     none = x.new_zeros(0)
     status = torch.zeros(0, dtype=torch.int8, device=x.device)
-    stats = Stats(none, none, none, none, none, none, model_value=none)
+    stats = Stats(none, none, none, none, none, none, none, model_value=none)
     return Solution(x.detach().clone(), None, None, none, status, stats)

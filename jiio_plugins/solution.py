@@ -113,11 +113,12 @@ def report_of(status: Tensor, stats: Any) -> str:
         adjoint = torch.as_tensor(adjoint)
         median, worst = float(adjoint.median()), float(adjoint.max())
         lines.append(f"adjoint residual: median {median:.0e}, worst {worst:.0e}")
-    if stats.model_f_evals is not None and stats.verification_f_evals is not None:
+    f_evals, vjps = stats.verification_f_evals, stats.verification_vjps
+    if stats.model_f_evals is not None and f_evals is not None and vjps is not None:
         alone = float((stats.f_evals + stats.vjps).mean()) if len(stats.f_evals) else 0.0
         call = float(stats.model_f_evals.mean()) if len(stats.model_f_evals) else 0.0
         if call > 0:  # nobody has called the model, or its evaluations cannot be seen
-            verified = alone + float(stats.verification_f_evals.mean())
+            verified = alone + float((f_evals + vjps).mean())
             lines.append(
                 f"price per row: {alone:.3g} f+VJP, that of {alone / call:.2g} calls of the model; "
                 f"with the verification of {verified / call:.2g}"
@@ -155,6 +156,7 @@ class Stats:
         z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the returned state, ``(rows,)``.
         costate_residual: the same of the adjoint equation at the loop's last iterate, ``(rows,)``.
         verification_f_evals: evaluations spent in the final verification, ``(rows,)``.
+        verification_vjps: VJPs spent there, ``(rows,)``.
         verification_seconds: what it took, in seconds by the host's clock.
         model_f_evals: those of them that ``model(x)`` itself takes, ``(rows,)``.
         model_value: the objective by ``model(x)`` with the model's own solver, ``(problems,)``.
@@ -169,6 +171,7 @@ class Stats:
     z_residual: Tensor
     costate_residual: Tensor | None = None
     verification_f_evals: Tensor | None = None
+    verification_vjps: Tensor | None = None
     verification_seconds: float = 0.0
     model_f_evals: Tensor | None = None
     model_value: Tensor | None = None

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from jiio_plugins.equilibrium.counting import Cost, RowCounter, count, counting_into
 from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
 from jiio_plugins.equilibrium.state import relative, row_norm
+from jiio_plugins.joint.adjoint import solve_adjoint
 from jiio_plugins.joint.problem import Problem
 from jiio_plugins.joint.variables import Variable
 from jiio_plugins.losses import attack_objective
@@ -37,8 +39,13 @@ if TYPE_CHECKING:
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # Where the relative errors of z and μ come to more than this, the loop's gradient is likely to be
-# more than 25 degrees off that of the model. benchmarks/zoo.py counts the rows where it errs.
+# more than 25 degrees off that of the model. benchmarks/zoo.py counts where this errs.
 _UNSETTLED = 0.2
+# It is compared with the one that the judged state has where 1 / (1 − ρ) times these errors is more
+# than this, and they themselves are no more than the second.
+_DOUBTFUL, _LOST = 0.1, 0.5
+_ALIGNED = 0.92  # cosine of an angle of 23 degrees
+_ADJOINT = Anderson(max_iter=30, tol=1e-2)
 # The loss ℓ at the start is known to first order, up to ‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖ / (1 − ρ). A
 # result is trusted to be better than the start beyond this share of ℓ, this many times the first
 # order itself, and this amplification of the rest. Else the start is judged.
@@ -128,7 +135,7 @@ class Judge:
         """
         rows = self.problem.groups.spread(where).nonzero().squeeze(1)
         found = None
-        if self._has_rows(base.output):
+        if _has_rows(base.output, self.problem):
             found = self.problem.on_some(
                 lambda some: self._solve(v, self.f_evals[some], some), rows
             )
@@ -180,7 +187,7 @@ class Judge:
             ours, theirs = getattr(best, name), getattr(other, name)
             if name not in ("output", "model_output"):
                 choice = better if name in ("v", "value", "model_value") else rows
-            elif self._has_rows(best.output):
+            elif _has_rows(best.output, self.problem):
                 choice = rows
             else:
                 chosen[name] = ours
@@ -189,14 +196,10 @@ class Judge:
         found = Candidate(**chosen)
         if bool(better.any()) and self.problem.whole:
             return self.everything(found.v)  # rows of two batches may influence each other
-        if bool(better.any()) and not self._has_rows(best.output):
+        if bool(better.any()) and not _has_rows(best.output, self.problem):
             mixed = self.everything(found.v)  # only the model can put together what it returns
             found.output, found.model_output = mixed.output, mixed.model_output
         return found
-
-    def _has_rows(self, output: Any) -> bool:
-        """Whether what the model returned is one tensor with a row per row of the batch."""
-        return isinstance(output, Tensor) and output.ndim > 0 and len(output) == self.problem.rows
 
     def _verdict(self, v: Tensor, by_row: dict[str, Any]) -> Candidate:
         with torch.no_grad():
@@ -205,6 +208,11 @@ class Judge:
                 for name in ("output", "model_output")
             )
         return Candidate(v=v, value=value, model_value=model_value, **by_row)
+
+
+def _has_rows(output: Any, problem: Problem) -> bool:
+    """Whether what the model returned is one tensor with a row per row of the batch."""
+    return isinstance(output, Tensor) and output.ndim > 0 and len(output) == problem.rows
 
 
 def _nan(t: Tensor) -> Tensor:
@@ -232,20 +240,20 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     judge, v_start = Judge(problem, verifier), problem.v_start
     begin = time.perf_counter()
     final = judge.everything(result.v)
-    seconds = time.perf_counter() - begin
     verification, model_f_evals = judge.f_evals.clone(), judge.model_f_evals
+    amplification = _amplification(problem, result, judge.amplification, final.z)
     off = relative(final.z - result.z, final.z)
-    mu_off = 0.0 if result.mu_error is None else result.mu_error
-    # NaN is no gradient to trust
-    astray, elsewhere = ~(off + mu_off <= _UNSETTLED), off > _UNSETTLED
-    final = _never_worse(judge, result, final)
+    astray, f_evals, vjps = _led_astray(problem, result, final, off, amplification)
+    seconds = time.perf_counter() - begin
+    final = _never_worse(judge, result, final, amplification)
     problem.pay(f_evals=judge.f_evals - verification)
+    verification += f_evals
     status = _status(problem, final, astray)
     doubtful = (status == Status.NOT_VERIFIED) | (status == Status.DISAGREEMENT)
-    doubtful |= problem.groups.worst(elsewhere.float()) > 0
+    doubtful |= problem.groups.worst((off > _UNSETTLED).float()) > 0
     if bool(doubtful.any()):
         random, spent = _random(problem, final)
-        status[(doubtful | (status == Status.GRADIENT_UNSETTLED)) & random] = Status.RANDOM
+        status[random & (status != Status.NONFINITE)] = Status.RANDOM
         verification += spent
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
     stats = Stats(
@@ -255,6 +263,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
         z_residual=final.residual,
         costate_residual=result.mu_residual,
         verification_f_evals=verification,
+        verification_vjps=vjps,
         verification_seconds=seconds,
         model_f_evals=model_f_evals,
         model_value=final.model_value,
@@ -289,6 +298,7 @@ def unverified(problem: Problem, result: MethodResult) -> Solution:
         z_residual=result.z_residual,
         costate_residual=result.mu_residual,
         verification_f_evals=torch.zeros_like(problem.f_evals),
+        verification_vjps=torch.zeros_like(problem.f_evals),
     )
     return Solution(
         x=problem.variable.unflatten(result.v),
@@ -310,10 +320,54 @@ def check_verify(verify: object) -> None:
         check_solver(verify, "verify")
 
 
-def _never_worse(judge: Judge, result: MethodResult, final: Candidate) -> Candidate:
+def _led_astray(
+    problem: Problem, result: MethodResult, final: Candidate, off: Tensor, amplification: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in which the search did not follow the gradient of the model, and what that cost to see.
+
+    Where residuals leave a doubt, the adjoint equation is solved at the state that was judged, and
+    the gradient that the run's own adjoint yields there compared with the one that follows.
+
+    Args:
+        problem: that was solved.
+        result: where the method ended.
+        final: what was judged of that.
+        off: relative error of its state, ``(rows,)``.
+        amplification: see :func:`_amplification`.
+
+    Returns:
+        Bool ``(rows,)``, evaluations of f and VJPs.
+    """
+    none, groups = torch.zeros_like(problem.f_evals), problem.groups
+    error = off if result.mu_error is None else off + result.mu_error
+    astray = ~(error <= _UNSETTLED)  # NaN is no gradient to trust
+    # without a ball a gradient has a length; in train mode another pass draws another mask
+    if problem.feasible.radius is None or problem.variable.repeatable:
+        return astray, none, none
+    doubtful = (amplification * error > _DOUBTFUL) & (error <= _LOST) & (off <= _UNSETTLED)
+    doubtful &= final.converged
+    where = groups.worst(doubtful.float()) > 0
+    if not bool(where.any()):
+        return astray, none, none
+    at, found = (problem, result.v, final.z, result.jz_mu, _ADJOINT), None
+    if groups.index is None and _has_rows(final.output, problem):
+        found = problem.on_some(
+            lambda rows: solve_adjoint(*at, rows=rows, output=final.output),
+            where.nonzero().squeeze(1),
+        )
+    if found is None:
+        found = solve_adjoint(*at)
+    wrong = where & ~(cosine_similarity(found.gradient, found.first) > _ALIGNED)
+    known = found.converged & doubtful
+    return torch.where(known, groups.spread(wrong), astray), found.f_evals, found.vjps
+
+
+def _never_worse(
+    judge: Judge, result: MethodResult, final: Candidate, amplification: Tensor
+) -> Candidate:
     """The end, or where that is better the best iterate or the start."""
     problem, groups = judge.problem, judge.problem.groups
-    amplified = _SLOWER * _amplification(problem, result, judge.amplification, final.z)
+    amplified = _SLOWER * amplification
     # a better candidate is looked for only where the running losses make one plausible
     last = final.value if result.bounded else result.loss_last
     promising = result.loss_best < last - 0.02 * last.abs()

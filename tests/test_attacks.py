@@ -234,7 +234,9 @@ def test_random_starts_keep_the_best(norm: float) -> None:
     checked = one.stats.f_evals + one.stats.verification_f_evals  # it decides who starts again
     assert torch.equal(four.stats.f_evals[hit_one], checked[hit_one])
     assert four.stats.iterations[~hit_four].tolist() == [20.0] * int((~hit_four).sum())
-    assert bool((four.stats.vjps[~hit_four] == 4 * one.stats.vjps[~hit_four]).all())
+    # and where a gradient is in doubt, for the look at it
+    spent, least = four.stats.vjps[~hit_four], 4 * one.stats.vjps[~hit_four]
+    assert bool(((least <= spent) & (spent < 2 * least)).all())
     assert_inside(four.x, x, norm, eps)
     objective = attack_objective("cross-entropy", y)
     torch.testing.assert_close(
@@ -257,8 +259,9 @@ def test_retry_is_for_those_that_have_not_succeeded(starts: int) -> None:
     assert int(is_adversarial(twice, y).sum()) > int(hit.sum())
     assert bool((twice.stats.iterations == once.stats.iterations + 20 * ~hit).all())
     # verification chose the samples, so it is paid for
-    checked = once.stats.f_evals + once.stats.verification_f_evals
-    assert torch.equal(twice.stats.f_evals[hit], checked[hit])
+    for name in ("f_evals", "vjps"):
+        spent = getattr(once.stats, name) + getattr(once.stats, f"verification_{name}")
+        assert torch.equal(getattr(twice.stats, name)[hit], spent[hit])
     assert counter.f_evals == pytest.approx(float(twice.stats.f_evals.sum()))
     assert counter.vjps == pytest.approx(float(twice.stats.vjps.sum()))
     assert counter.verification_f_evals == pytest.approx(0.0)

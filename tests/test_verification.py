@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from jiio_plugins import (
     Anderson,
@@ -360,6 +361,35 @@ def test_an_adjoint_that_has_not_settled_is_a_status() -> None:
     slow.equilibrium.solver = Anderson(max_iter=3)
     assert statuses(unsettled(slow)) == {Status.DISAGREEMENT}
     assert statuses(unsettled(slow, verify=Anderson(max_iter=1))) == {Status.NOT_VERIFIED}
+
+
+@pytest.mark.parametrize("rate", [0.6, 0.9, 0.97])
+def test_a_gradient_in_doubt_is_compared_with_the_exact_one(rate: float) -> None:
+    """The residual of μ says little about an angle where the cell rotates."""
+    told, products = torch.zeros(2, 2), 0.0
+    for seed in range(4):
+        model, x, last = Net(seed=seed, rate=rate, solver=TIGHT), rand(16, 5, seed=seed), []
+        with torch.no_grad():
+            model.equilibrium.cell.weight.copy_(rate * torch.linalg.qr(rand(8, 8, seed=seed)).Q)
+        solution = optimize_input(
+            model,
+            x,
+            squared,
+            method=Joint(max_iter=20, max_state_steps=2, gap_tol=0.0),
+            constraint=L2Ball(0.3),
+            callback=last.append,
+        )
+        v = last[-1].v.reshape(x.shape).requires_grad_()
+        (exact,) = torch.autograd.grad(squared(model(v)).sum(), v)
+        aligned = cosine_similarity(exact, last[-1].gradient) > 0.9
+        for row in zip(solution.converged.long(), aligned.long(), strict=True):
+            told[row] += 1
+        products += float(solution.stats.verification_vjps.sum())
+    (_, flagged_right), (wrong, right) = told.tolist()
+    assert wrong <= 1
+    assert flagged_right <= 4
+    assert right >= 56
+    assert 0 < products < 64
 
 
 @pytest.mark.parametrize("method", [Joint(max_iter=5), Nested(max_iter=3)])

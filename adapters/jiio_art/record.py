@@ -34,6 +34,7 @@ class AttackRecord:
         vjps: vector-Jacobian products, all restarts together.
         iterations: iterations of the loop, all restarts together.
         verification_f_evals: evaluations of f in the final verification.
+        verification_vjps: VJPs there.
         model_f_evals: those of them that ``model(x)`` itself takes. With ``verify=False`` NaN.
         z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the verified state.
         costate_residual: the same of the adjoint equation where the loop ended.
@@ -47,6 +48,7 @@ class AttackRecord:
     vjps: npt.NDArray[np.float32]
     iterations: npt.NDArray[np.float32]
     verification_f_evals: npt.NDArray[np.float32]
+    verification_vjps: npt.NDArray[np.float32]
     model_f_evals: npt.NDArray[np.float32]
     z_residual: npt.NDArray[np.float32]
     costate_residual: npt.NDArray[np.float32]

@@ -21,12 +21,14 @@ class Cost(NamedTuple):
         vjps: vector-Jacobian products, a number or ``(rows,)``.
         verification_f_evals: evaluations of f in the final verification, which every method shares.
             They are not in ``f_evals``.
+        verification_vjps: likewise.
         verification_seconds: by the host's clock.
     """
 
     f_evals: Tensor | float = 0.0
     vjps: Tensor | float = 0.0
     verification_f_evals: Tensor | float = 0.0
+    verification_vjps: Tensor | float = 0.0
     verification_seconds: Tensor | float = 0.0
 
     def plus(self, other: Cost) -> Cost:
@@ -63,6 +65,11 @@ class Counter:
     def verification_f_evals(self) -> float:
         """Evaluations of f in final verifications, which are not in ``f_evals``."""
         return sum(float(cost.verification_f_evals) for cost in self._costs)
+
+    @property
+    def verification_vjps(self) -> float:
+        """Vector-Jacobian products in final verifications, which are not in ``vjps``."""
+        return sum(float(cost.verification_vjps) for cost in self._costs)
 
     @property
     def verification_seconds(self) -> float:

@@ -167,7 +167,8 @@ class Comparison:
         found = self.threat.check(row.method, found, self.x)
         if not row.all_seconds:
             row.f_evals, row.vjps = counter.f_evals / len(found), counter.vjps / len(found)
-            row.verification = counter.verification_f_evals / len(found)
+            spent = counter.verification_f_evals + counter.verification_vjps
+            row.verification = spent / len(found)
             self._judge(row, found)
             self.rows.append(row)
         row.all_seconds.append(seconds)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from jiio_plugins.equilibrium.solvers import Anderson, FlatMap, Solver, iterate
+from jiio_plugins.joint.adjoint import AdjointEquation
 from jiio_plugins.methods.base import Evaluation, Iteration, Method
 
 if TYPE_CHECKING:
-    from jiio_plugins.joint.linearization import Linearization
+    from torch import Tensor
+
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.methods.base import BestSoFar, MethodResult
 
@@ -86,7 +85,7 @@ class _NestedIteration(Iteration):
         z = linearized.z
         loss = problem.loss(linearized.output)
         dl_dz, dl_dv = linearized.gradient(loss)
-        equation = _AdjointEquation(problem, linearized, v, z, dl_dz)
+        equation = AdjointEquation(problem, linearized, v, z, dl_dz)
         start = dl_dz if self.mu_start is None else self.mu_start
         found = iterate(equation, start, self.method.adjoint_solver or solver)
         problem.pay_passes(active * (1 + equation.f_evals), found.evals * active)
@@ -127,43 +126,3 @@ class _Solving:
         found = iterate(f, z, self.solver)
         self.evals = self.evals + found.evals
         return found.fz
-
-
-class _AdjointEquation:
-    """``μ -> J_zᵀμ + ∂ℓ/∂z`` at one ``(z, v)``. It keeps ``J_vᵀμ`` of the last μ of every row."""
-
-    # restricting evaluates f anew, so it must save more than in a forward solve
-    compact_below = 0.5
-
-    def __init__(
-        self, problem: Problem, linearized: Linearization, v: Tensor, z: Tensor, dl_dz: Tensor
-    ) -> None:
-        self.problem, self.linearized, self.v, self.z, self.dl_dz = problem, linearized, v, z, dl_dz
-        self.rows: Tensor | None = None
-        self.jv_mu = torch.zeros_like(v)
-        self.f_evals = torch.zeros(problem.rows, device=v.device)
-
-    def __call__(self, mu: Tensor) -> Tensor:
-        jz_mu, jv_mu = self.linearized.vjp(mu, last=False)
-        jv_mu = jv_mu.reshape(self.v.shape)
-        if self.rows is None:
-            self.jv_mu.copy_(jv_mu)
-        else:
-            self.jv_mu[self.rows] = jv_mu[self.rows]
-        return jz_mu + self.dl_dz
-
-    def restrict(self, rows: Tensor) -> _AdjointEquation | None:
-        if self.problem.groups.index is not None or not self.problem.row_separable:
-            return None  # rows that share a variable or a dropout mask stay together
-        smaller = object.__new__(_AdjointEquation)
-        smaller.__dict__.update(self.__dict__)
-        smaller.rows = rows if self.rows is None else self.rows[rows]
-        smaller.z, smaller.dl_dz = self.z[rows], self.dl_dz[rows]
-        linearized = self.problem.on_some(
-            lambda some: self.problem.linearize(self.v, smaller.z, some), smaller.rows
-        )
-        if linearized is None:
-            return None
-        smaller.linearized = linearized
-        self.f_evals[smaller.rows] += 1
-        return smaller
