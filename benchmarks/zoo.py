@@ -6,6 +6,8 @@ Every kind of ``zoo_models`` is trained, or loaded from ``--cache``. Then it is 
 
 * PGD-20 with implicit gradients, with two schedules of its step. Each of its points is solved for z
   and for μ from scratch, by Anderson to 1e-3, each row for as long as it needs;
+* the same with the steps of JIIO, from scratch and warm from the last point. They tell what as many
+  steps along exact gradients come to;
 * :class:`jiio_plugins.Joint` with its defaults, and with each of ``--iterations``.
 
 All points are judged by solves in float64 that share no code with either. The judge also compares
@@ -51,6 +53,11 @@ SOLVER = Anderson(max_iter=200, tol=1e-3)
 PGD = {
     "PGD-20, ε/4": Nested(solver=SOLVER, step_size=0.25, final_step_size=0.25),
     "PGD-20, ε to 0.04 ε": Nested(solver=SOLVER, step_size=1.0, final_step_size=0.04),
+}
+
+EXACT = {
+    "JIIO's steps, cold": Nested(solver=SOLVER),
+    "JIIO's steps, warm": Nested(solver=SOLVER, warm_start=True),
 }
 
 
@@ -215,6 +222,7 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
     default = Joint()
     methods: dict[str, Method] = {
         **PGD,
+        **EXACT,
         f"JIIO, {default.max_iter} (defaults)": default,
         **{f"JIIO, {k}": Joint(max_iter=k) for k in args.iterations},
     }
@@ -224,15 +232,18 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
         runs[name], points[name] = run(name, method, case, judge)
     common = torch.tensor([r.judged for r in runs.values()]).all(0)
     best = max(PGD, key=lambda name: torch.tensor(runs[name].loss)[common].mean().item())
-    facts["radius"] = sorted(judge(points[best], radius=True).radius.tolist())
-    middle, largest = facts["radius"][len(case.x) // 2], facts["radius"][-1]
+    radius = judge(points[best], radius=True).radius
+    middle, largest = radius.median().item(), radius.max().item()
+    facts["radius"] = {"median": middle, "largest": largest}
     print(f"  ρ(J_z) where {best} ended: median {middle:.3f}, largest {largest:.3f}")
     print(f"  {int(common.sum())} of {len(common)} rows were judged for every method")
     print(header())
     for found in runs.values():
         summarise(found, runs[best], common)
         show(found)
-    return {"kind": kind, **facts, "peer": best, "runs": [asdict(r) for r in runs.values()]}
+    judged = int(common.sum())
+    every = [asdict(r) for r in runs.values()]
+    return {"kind": kind, **facts, "judged": judged, "peer": best, "runs": every}
 
 
 def main(args: Args) -> None:

@@ -116,6 +116,47 @@ def solvers(found: dict[str, Any]) -> str:
     return table(f"{head} | Anderson's seconds over those of the fastest peer", rows)
 
 
+def zoo(found: dict[str, Any]) -> str:
+    """A kind a line: JIIO with its defaults beside the stronger of two PGD-20."""
+    rows = []
+    for kind in found["results"]:
+        runs = {run["method"]: run for run in kind["runs"]}
+        (ours,) = [run for name, run in runs.items() if name.endswith("(defaults)")]
+        (more,) = [run for name, run in runs.items() if name.startswith("JIIO, 80")]
+        peer = runs[kind["peer"]]
+        said, known = ours["summary"], peer["summary"]
+        broken = ["", ""]
+        if known["accuracy"] is not None:
+            broken = [f"{100 * s['accuracy']:.1f} %" for s in (known, said)]
+        rows.append(
+            [
+                kind["kind"],
+                f"{kind['radius']['median']:.2f}",
+                str(kind["judged"]),
+                f"{100 * said['share']:.1f} %",
+                *broken,
+                f"{peer['cost']:.0f}",
+                f"{ours['cost']:.0f}",
+                f"1/{said['gain']:.1f}",
+                f"{100 * more['summary']['share']:.1f} %",
+                f"{said['status'].get('GRADIENT_UNSETTLED', 0)}",
+                f"{100 * said['wrong']:.1f} %",
+            ]
+        )
+    head = "model | ρ | judged | loss | PGD's accuracy | JIIO's | PGD's f + VJP | JIIO's"
+    return table(f"{head} | verified | loss at 80 | unsettled | untold", rows)
+
+
+def zoo_steps(found: dict[str, Any]) -> str:
+    """What loops with exact gradients come to, in shares of the stronger PGD-20's loss."""
+    rows = []
+    for kind in found["results"]:
+        shares = {run["method"]: run["summary"]["share"] for run in kind["runs"]}
+        names = [name for name in shares if not name.startswith("JIIO, 80")]
+        rows.append([kind["kind"], *(f"{100 * shares[name]:.1f} %" for name in names)])
+    return table(" | ".join(["model", *names]), rows)
+
+
 def scaling(found: dict[str, Any]) -> str:
     """Seconds of an attack by size, and how they grow from one size to the next."""
     rows = []

@@ -33,6 +33,11 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "bench": "jiio bench --threads 1 --repeats 1",
     "solvers": "python benchmarks/solvers.py --rounds 3",
     "scaling": "python benchmarks/scaling.py",
+    "zoo": (
+        "python benchmarks/zoo.py --threads 1 --iterations 80 --kinds tutorial mdeq mdeq-dropout "
+        "mondeq-plain mondeq-forward-backward mondeq-peaceman-rachford unfolded-pgd "
+        "gradient-descent transformer graph inr"
+    ),
     "robustness": "jiio evaluate --images 500 --eps 0.125 0.25 0.5",
     "robustness-garments": (
         "jiio evaluate --weights fashion-mnist --data DIR --images 200 --eps 0.25"

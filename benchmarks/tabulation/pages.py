@@ -56,6 +56,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {  # made of wha
     "bench-shares": (("bench",), partial(attacks.shares, timed=False)),
     "solvers": (("solvers",), attacks.solvers),
     "scaling": (("scaling",), attacks.scaling),
+    "zoo": (("zoo",), attacks.zoo),
+    "zoo-steps": (("zoo",), attacks.zoo_steps),
     "robustness": (("robustness",), attacks.reports),
     "robustness-garments": (("robustness-garments",), attacks.reports),
     "robustness-early": (("robustness-early",), attacks.disagreement),
