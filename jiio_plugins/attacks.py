@@ -28,7 +28,8 @@ from jiio_plugins.verification import Judge, default_verifier
 if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.losses import Loss
-    from jiio_plugins.methods.base import Callback, Method
+    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods.records import Callback
 
 
 def attack(

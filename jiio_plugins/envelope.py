@@ -27,7 +27,8 @@ from jiio_plugins.utils.checks import is_count
 if TYPE_CHECKING:
     from jiio_plugins.constraints import Constraint
     from jiio_plugins.joint.problem import Objective
-    from jiio_plugins.methods.base import Callback, Method, Stop
+    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods.records import Callback, Stop
 
 Reduction = Literal["mean", "sum", "none"]
 Refine = int | tuple[int, int] | Solver

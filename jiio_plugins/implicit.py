@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.joint.variables import Groups
-    from jiio_plugins.methods.base import MethodResult
+    from jiio_plugins.methods.records import MethodResult
 
 WARN_ABOVE = 1e-3  # relative residual, of the point or of the adjoint, from which a warning is due
 LOOSEST = 0.5  # from which it is in any case

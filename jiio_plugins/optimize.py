@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from jiio_plugins.constraints import Constraint
     from jiio_plugins.joint.problem import Objective, Problem
-    from jiio_plugins.methods.base import Callback, Method, MethodResult, Stop
+    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods.records import Callback, MethodResult, Stop
 
 
 def optimize_input(

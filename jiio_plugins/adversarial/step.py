@@ -17,7 +17,7 @@ from jiio_plugins.equilibrium.state import StateLayout
 from jiio_plugins.joint.inputs import check_input
 from jiio_plugins.joint.modes import PenaltyMode, SolveMode
 from jiio_plugins.joint.problem import FlatState
-from jiio_plugins.methods.base import Method, Progress
+from jiio_plugins.methods.base import Method
 from jiio_plugins.methods.joint import Joint
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checks import check_counts
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jiio_plugins.constraints import Constraint
+    from jiio_plugins.methods.records import Progress
 
     LossRows = Callable[[Any, Tensor], Tensor]
 

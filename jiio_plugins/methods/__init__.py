@@ -5,18 +5,10 @@ from jiio_plugins.methods.backpropagated import (
     through_intermediate,
     through_unrolled,
 )
-from jiio_plugins.methods.base import (
-    Callback,
-    Evaluation,
-    Iteration,
-    Method,
-    MethodResult,
-    Progress,
-    Stop,
-    solve,
-)
+from jiio_plugins.methods.base import Iteration, Method, solve
 from jiio_plugins.methods.joint import Joint, check_method
 from jiio_plugins.methods.nested import Nested
+from jiio_plugins.methods.records import Callback, Evaluation, MethodResult, Progress, Stop
 
 __all__ = [
     "Backpropagated",

@@ -17,12 +17,14 @@ from torch import Tensor
 from jiio_plugins.equilibrium.adjoints import Adjoint, Unrolled
 from jiio_plugins.equilibrium.counting import Counter, counting_into
 from jiio_plugins.joint.modes import SolveMode
-from jiio_plugins.methods.base import Evaluation, Iteration, Method
+from jiio_plugins.methods.base import Iteration, Method
+from jiio_plugins.methods.records import Evaluation
 
 if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import Solver
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, MethodResult
+    from jiio_plugins.methods.best import BestSoFar
+    from jiio_plugins.methods.records import MethodResult
 
 
 @dataclass(frozen=True, kw_only=True)

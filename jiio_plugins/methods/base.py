@@ -14,146 +14,23 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.counting import counting_into
-from jiio_plugins.equilibrium.solvers import HostFlag
-from jiio_plugins.equilibrium.state import relative, row_norm, surely_finite, surely_none
+from jiio_plugins.equilibrium.state import surely_none
+from jiio_plugins.methods.best import BestSoFar
+from jiio_plugins.methods.records import Callback, Evaluation, MethodResult, Progress, Stop
 from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.joint.problem import Problem
-
-Stop = Callable[[object], Tensor]
-
-
-class Progress(NamedTuple):
-    """What a callback sees after every evaluation.
-
-    Attributes:
-        iteration: from 0 on.
-        v: the variable, flat, ``(problems, d)``.
-        gradient: of the objective by v, ``(problems, d)``.
-        loss: running objective, ``(rows,)``.
-        z_residual: ``‖f(z) − z‖ / ‖f(z)‖``, ``(rows,)``.
-        z: state, flat, ``(rows, n)``.
-        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖``, ``(rows,)``. Near 1 the gradient is one of an
-            adjoint that has not settled. NaN where it is not known.
-    """
-
-    iteration: int
-    v: Tensor
-    gradient: Tensor
-    loss: Tensor
-    z_residual: Tensor
-    z: Tensor
-    mu_residual: Tensor
-
-
-Callback = Callable[[Progress], None]
-
-
-class Evaluation(NamedTuple):
-    """What a method knows at one v.
-
-    Attributes:
-        loss: running objective, ``(rows,)``.
-        output: what the model returned.
-        gradient: of the objective by v, ``(problems, d)``.
-        z: state, flat, ``(rows, n)``.
-        r: ``f(z) − z``, ``(rows, n)``. Where it is not known ``(rows, 1)`` of Inf.
-        fz: ``f(z)``, ``(rows, n)``. Where that is not known, z.
-        dl_dz: ``∂ℓ/∂z``, ``(rows, n)``. Where that is not known, z.
-        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖``, ``(rows,)``. NaN where it is not known.
-        jz_mu: ``J_zᵀμ`` through each layer's own state, ``(rows, n)``. Where no adjoint is known
-            that of μ = 0.
-    """
-
-    loss: Tensor
-    output: Any
-    gradient: Tensor
-    z: Tensor
-    r: Tensor
-    fz: Tensor
-    dl_dz: Tensor
-    mu_residual: Tensor
-    jz_mu: Tensor
-
-    @property
-    def z_residual(self) -> Tensor:
-        """``‖f(z) − z‖ / ‖f(z)‖``, ``(rows,)``."""
-        return relative(self.r, self.fz)
-
-    @property
-    def shift(self) -> Tensor:
-        """By how much the loss at the fixed point is another, to first order, ``(rows,)``.
-
-        With the head at f(z) it is ``μᵀJ_z (I − J_z)(z* − z)``, which is ``μᵀJ_z (f(z) − z)``.
-        Where nothing is known it is 0.
-
-        Source: the dual-weighted residual of Becker and Rannacher, Acta Numerica 10 (2001).
-        """
-        shift = (self.jz_mu * self.r).sum(1)
-        return torch.where(shift.isfinite(), shift, 0.0)
-
-    @property
-    def shift_error(self) -> Tensor:
-        """How wrong :attr:`shift` is for each unit that ``(I − J_z)⁻¹`` amplifies, ``(rows,)``.
-
-        It is ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖``.
-        """
-        unsettled = self.mu_residual * row_norm(self.jz_mu + self.dl_dz)
-        unsettled = torch.where(unsettled.isfinite(), unsettled, row_norm(self.dl_dz))
-        return unsettled * row_norm(self.r)
-
-
-@dataclass
-class MethodResult:
-    """Where a method ended. Flat tensors, and losses that nobody has verified.
-
-    Attributes:
-        v: last iterate, ``(problems, d)``.
-        z: state there, ``(rows, n)``.
-        mu: adjoint μ from before the last step on v, ``(rows, n)``.
-        jz_mu: ``J_zᵀμ`` of it, ``(rows, n)``. With the ∂ℓ/∂z of where v is now it makes the next μ.
-        v_best: iterate of least running loss, ``(problems, d)``. After mixing it is the last whose
-            gain was beyond doubt.
-        loss_best: its running loss, ``(problems,)``. After mixing it is a bound on its objective.
-        loss_first: the loss at the start, as far as the adjoint tells it where z has not settled,
-            ``(problems,)``.
-        shift_first: by how much that differs from the running loss, ``(problems,)``.
-        error_first: :attr:`Evaluation.shift_error` at the start, ``(problems,)``. It tells how far
-            off ``loss_first`` may be.
-        loss_last: running loss at the last iterate that was evaluated, ``(problems,)``.
-        iterations: of the loop, ``(rows,)``.
-        z_residual: ``‖f(z) − z‖ / ‖f(z)‖`` before the last step on v, ``(rows,)``.
-        mu_residual: the same of the adjoint equation, ``(rows,)``.
-        bounded: whether ``loss_best`` is a bound.
-        mu_error: estimate of the relative error of the last adjoint, ``(rows,)``. None: there is
-            none.
-    """
-
-    v: Tensor
-    z: Tensor
-    mu: Tensor
-    jz_mu: Tensor
-    v_best: Tensor
-    loss_best: Tensor
-    loss_first: Tensor
-    shift_first: Tensor
-    error_first: Tensor
-    loss_last: Tensor
-    iterations: Tensor
-    z_residual: Tensor
-    mu_residual: Tensor
-    bounded: bool = False
-    mu_error: Tensor | None = None
 
 
 class Iteration(abc.ABC):
@@ -421,126 +298,3 @@ def solve(
     """
     with torch.enable_grad(), problem.variable.guarded(), counting_into(()):
         return method.run(problem, stop=stop, callback=callback)
-
-
-class BestSoFar:
-    """Best iterate, stopping and NaN handling.
-
-    Args:
-        problem: what is optimised.
-        stop: ``stop(output) -> (rows,)`` booleans, or None.
-
-    Attributes:
-        v: iterate of least running loss, ``(problems, d)``.
-        loss: that loss, ``(problems,)``.
-        loss_first: the loss at the start, see :class:`MethodResult`, ``(problems,)``.
-        shift_first: by how much that differs from the running loss, ``(problems,)``.
-        error_first: how far off ``loss_first`` may be, ``(problems,)``.
-        loss_last: running loss at the last evaluation, ``(problems,)``.
-        iterations: so far, ``(rows,)``.
-        active: 1 for the rows that still cost something, else 0, ``(rows,)``.
-        paused: problems whose v stands still because the stop condition holds, bool
-            ``(problems,)``.
-        finished: problems that have met it for four evaluations in a row while z moved on, bool
-            ``(problems,)``.
-        resting: problems that were at rest at the last evaluation, bool ``(problems,)``.
-        none_paused: whether no problem is paused. On an accelerator, where asking would make the
-            host wait, it is always False.
-    """
-
-    def __init__(self, problem: Problem, stop: Stop | None) -> None:
-        self.groups, self.stop = problem.groups, stop
-        v = self.v = problem.v_start
-        self.loss = v.new_full((len(v),), torch.inf)
-        self.loss_first = self.shift_first = self.error_first = self.loss_last = self.loss
-        self._pause(torch.zeros(len(v), device=v.device))
-        self.resting = self.paused
-        self.iterations = torch.zeros(problem.rows, device=v.device)
-        self.flag = HostFlag(v.device)
-        self.first = True
-
-    def update(self, v: Tensor, at: Evaluation) -> None:
-        """Take in what was found at ``v``.
-
-        Args:
-            v: the variable, ``(problems, d)``.
-            at: the evaluation there.
-
-        Raises:
-            TypeError: the stop condition is not of booleans.
-            ValueError: it has another shape than ``(rows,)``.
-        """
-        self.iterations = self.iterations + self.active
-        loss = self.groups.sum(at.loss.detach())
-        better = loss < self.loss
-        self.v = torch.where(better[:, None], v, self.v)
-        self.loss = torch.where(better, loss, self.loss)
-        self.loss_last = loss
-        if self.first:
-            self.first = False
-            self.loss_first = loss + self.groups.sum(at.shift)
-            self.shift_first = self.groups.sum(at.shift.abs())
-            self.error_first = self.groups.sum(at.shift_error)
-        if self.stop is not None:
-            # z lags behind v, so the condition may hold for a moment only: four in a row count
-            met = self.groups.worst((~self._reached(self.stop, at.output)).float()) == 0
-            self._pause(torch.where(met, self.met + 1, torch.where(self.finished, self.met, 0.0)))
-
-    def _reached(self, stop: Stop, output: object) -> Tensor:
-        reached, shape = stop(output), self.active.shape
-        if not isinstance(reached, Tensor) or reached.dtype != torch.bool:
-            raise TypeError(
-                "stop(output) must return a tensor of booleans, one per row, got "
-                f"{getattr(reached, 'dtype', type(reached).__name__)}"
-            )
-        if reached.shape != shape:
-            raise ValueError(
-                f"stop(output) must return one boolean per row, shape {tuple(shape)}, "
-                f"got {tuple(reached.shape)}"
-            )
-        return reached
-
-    def finish(self, problems: Tensor) -> None:
-        """Let these problems, bool ``(problems,)``, stand still and cost nothing more."""
-        if not surely_none(problems):
-            self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
-
-    def rest(self, problems: Tensor) -> None:
-        """Finish those, bool ``(problems,)``, that are at rest for the second time in a row."""
-        self.finish(problems & self.resting)
-        self.resting = problems
-
-    def _pause(self, met: Tensor) -> None:
-        self.met = met
-        self.paused = met > 0
-        self.finished = met >= 4
-        self.active = self.groups.spread((met < 4).float())
-        self.none_paused = surely_none(self.paused)
-
-    def all_finished(self) -> bool:
-        """Whether every problem has finished. On an accelerator the answer may lag."""
-        return self.flag(self.finished.all())
-
-    def move(self, v: Tensor, v_next: Tensor) -> Tensor:
-        """The proposed v where it is finite and its problem not paused, else the old one.
-
-        Args:
-            v: where the step starts, ``(problems, d)``.
-            v_next: where it ends, ``(problems, d)``.
-        """
-        if self.none_paused and surely_finite(v_next):
-            return v_next
-        # a paused v stands still so that z can catch up, and show whether the condition holds
-        ok = (v_next.abs().amax(1) < math.inf) & ~self.paused
-        return torch.where(ok[:, None], v_next, v)
-
-    def keep(self, now: Tensor, after: Tensor) -> Tensor:
-        """The new tensor, but the old one in the rows of problems that have finished.
-
-        Args:
-            now: what there is, ``(rows, ...)``.
-            after: what would come next, ``(rows, ...)``.
-        """
-        if self.none_paused:
-            return after
-        return torch.where(self.groups.spread(self.finished)[:, None], now, after)

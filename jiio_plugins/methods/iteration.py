@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
-from jiio_plugins.methods.base import Evaluation, Iteration, MethodResult
+from jiio_plugins.methods.base import Iteration
+from jiio_plugins.methods.records import Evaluation, MethodResult
 
 if TYPE_CHECKING:
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, Method
+    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods.best import BestSoFar
     from jiio_plugins.methods.steps import StateSteps
 
 _ENDS = ("z", "mu", "jz_mu", "mu_residual")  # what is known of a row when it leaves

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, Evaluation, Iteration, MethodResult
+    from jiio_plugins.methods.base import Iteration
+    from jiio_plugins.methods.best import BestSoFar
+    from jiio_plugins.methods.records import Evaluation, MethodResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from jiio_plugins.equilibrium.solvers import Anderson, FlatMap, Solver, iterate
 from jiio_plugins.joint.adjoint import AdjointEquation
-from jiio_plugins.methods.base import Evaluation, Iteration, Method
+from jiio_plugins.methods.base import Iteration, Method
+from jiio_plugins.methods.records import Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, MethodResult
+    from jiio_plugins.methods.best import BestSoFar
+    from jiio_plugins.methods.records import MethodResult
 
 
 @dataclass(frozen=True, kw_only=True)

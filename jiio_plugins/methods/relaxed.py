@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from jiio_plugins.joint.linearization import Linearization
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import BestSoFar, Evaluation, Method
+    from jiio_plugins.methods.base import Method
+    from jiio_plugins.methods.best import BestSoFar
+    from jiio_plugins.methods.records import Evaluation
 
 # A row is slow where a mixed evaluation brings z nearer to its fixed point by no less than this, or
 # where plain steps lose it: ω has been halved three times, or μ has this relative residual.

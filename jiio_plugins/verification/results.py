@@ -17,7 +17,7 @@ from jiio_plugins.verification.candidates import Candidate, Judge, has_rows
 
 if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import MethodResult
+    from jiio_plugins.methods.records import MethodResult
 
 _AGREE = 1e-2  # model's value and tight value further apart than this (relative) disagree
 # Where the relative errors of z and μ come to more than this, the loop's gradient is likely to be
