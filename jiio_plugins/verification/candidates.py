@@ -14,7 +14,8 @@ from jiio_plugins.equilibrium.solvers import Anderson, Solver
 from jiio_plugins.utils.trees import map_leaves
 
 if TYPE_CHECKING:
-    from jiio_plugins.joint.problem import Problem, Solved
+    from jiio_plugins.joint.problem import Problem
+    from jiio_plugins.joint.solved import Solved
 
 
 def default_verifier(dtype: torch.dtype) -> Solver:
@@ -66,7 +67,7 @@ class Judge:
         model_f_evals: what the model's own solver took of that, in the last judgement of all
             problems, ``(rows,)``.
         amplification: of the last judgement of all problems, ``(rows,)``, see
-            :attr:`jiio_plugins.joint.problem.Solved.amplification`.
+            :attr:`jiio_plugins.joint.solved.Solved.amplification`.
     """
 
     amplification: Tensor
