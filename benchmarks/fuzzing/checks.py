@@ -153,7 +153,8 @@ def wrong_status(call: Call, x: Tensor | None, solution: Solution) -> list[str]:
         converged = status == Status.CONVERGED
         if bool((converged & ~(residual <= tol_of(call.x.dtype))).any()):
             wrong.append("CONVERGED above the tolerance")
-    if call.model.kind == "noisy" and bool((trusted(status) & heard(call, x, solution)).any()):
+    noisy = call.model.kind == "noisy"
+    if noisy and bool((trusted(status) & of_problems(call, heard(call, x, solution))).any()):
         wrong.append("a model that answers at random was trusted")
     return wrong
 
@@ -162,14 +163,22 @@ def wrong_status(call: Call, x: Tensor | None, solution: Solution) -> list[str]:
 def heard(call: Call, x: Tensor | None, solution: Solution) -> Tensor:
     """Rows in which the noise is above the tolerance: not in half precision, nor in saturation."""
     if call.x.dtype in HALF:
-        return torch.zeros_like(solution.status, dtype=torch.bool)
+        return torch.zeros(len(call.x), dtype=torch.bool)
     if x is None or solution.z is None:
-        return torch.ones_like(solution.status, dtype=torch.bool)
+        return torch.ones(len(call.x), dtype=torch.bool)
     u, _ = injected(call, x)
     cell, z = call.model.layers[0].cell, join(solution.z).double()
     f = z @ cell.weight.double().T + u
     low, high = torch.tanh(f - 0.05), torch.tanh(f + 0.05)
     return (high - low).norm(dim=1) > tol_of(call.x.dtype) * low.norm(dim=1)
+
+
+def of_problems(call: Call, rows: Tensor) -> Tensor:
+    """Problems in which that holds for some row."""
+    if call.how != "parameters":
+        return rows
+    groups = torch.zeros(len(rows), dtype=torch.long) if call.groups is None else call.groups
+    return torch.zeros(int(groups.max()) + 1).index_add(0, groups, rows.float()) > 0
 
 
 def injected(call: Call, x: Tensor) -> tuple[Tensor, Any]:
@@ -241,15 +250,19 @@ def of_parameters(call: Call, found: Found) -> list[str]:
     """As of a solution, per problem: the sum over its rows."""
     solution = found.solution
     assert solution is not None
-    if wrong := wrong_status(call, None, solution):
-        return wrong
     groups = torch.zeros(len(call.x), dtype=torch.long) if call.groups is None else call.groups
     problems = int(groups.max()) + 1
     context = found.x["context"].double().reshape(problems, -1)
     begin = call.model.context.detach().double()
 
-    def total(moved: Tensor) -> Tensor:
-        values = exact_no_grad(replace(call, given=(*call.given, (moved - begin)[groups])), call.x)
+    def moved_to(point: Tensor) -> Call:
+        return replace(call, given=(*call.given, (point - begin)[groups]))
+
+    if wrong := wrong_status(moved_to(context), call.x, solution):
+        return wrong
+
+    def total(point: Tensor) -> Tensor:
+        values = exact_no_grad(moved_to(point), call.x)
         return values.new_zeros(problems).index_add(0, groups, values)
 
     there, start = total(context), total(begin.expand(problems, -1))
