@@ -60,7 +60,8 @@ _MESSAGES = {
     ),
     Status.DISAGREEMENT: (
         "the model's own solver and the tight solve give different values: the model stops too "
-        "early; tighten the tol of its equilibrium layer before judging it"
+        "early; tighten its solver before judging it (tol of Equilibrium, f_tol and f_max_iter of "
+        "a TorchDEQ layer, more iterations of one of your own)"
     ),
     Status.NO_IMPROVEMENT: (
         "nothing better than the start was found, and the start is returned: if it is no optimum, "
