@@ -156,7 +156,7 @@ def _led_astray(
     # without a ball a gradient has a length; in train mode another pass draws another mask
     if problem.feasible.radius is None or problem.variable.repeatable:
         return astray, none, none
-    doubtful = (amplification * error > _DOUBTFUL) & (error <= _LOST) & (off <= _UNSETTLED)
+    doubtful = (amplification * error > _DOUBTFUL) & (error <= _LOST)
     doubtful &= final.converged
     where = groups.worst(doubtful.float()) > 0
     if not bool(where.any()):
