@@ -137,7 +137,8 @@ def read(name: str) -> dict[str, Any]:
 def table(head: str, rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the head's cells are separated by bars."""
     lines = [head.split(" | "), ["---"] * (head.count(" | ") + 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def origin(name: str, _: dict[str, Any]) -> str:
