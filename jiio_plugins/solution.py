@@ -121,8 +121,9 @@ def report_of(status: Tensor, stats: Any) -> str:
         if call > 0:  # nobody has called the model, or its evaluations cannot be seen
             verified = alone + float((f_evals + vjps).mean())
             lines.append(
-                f"price per row: {alone:.3g} f+VJP, that of {alone / call:.2g} calls of the model; "
-                f"with the verification of {verified / call:.2g}"
+                f"price per row: {alone:.3g} evaluations of f and VJPs, as much as "
+                f"{alone / call:.2g} calls of the model, or {verified / call:.2g} with the "
+                "verification"
             )
     return "\n".join(lines)
 

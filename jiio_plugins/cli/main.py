@@ -95,7 +95,7 @@ def _how_to_go_on(command: Command) -> str:
             f"the last checkpoint in {command.out}, if there is one, is whole. Go on with "
             "the same command and --resume"
         )
-    return "run the command again, it starts afresh. --overwrite replaces what it has written"
+    return "run the command again, it starts afresh, with --overwrite if it has written results"
 
 
 def run(command: Command) -> dict[str, Any] | None:

@@ -50,8 +50,10 @@ def no_layer(model: nn.Module) -> str:
     return (
         f"{NO_LAYER}. Looked at {type(model).__name__} and its modules: {looked}"
         f"{f' and {more} more' if more > 0 else ''}. None has a solver of its own, an attribute "
-        "f_solver, or solver beside f, which jiio_plugins.adapt(model) would serve. A loop in "
-        "a forward goes into such a solver first: see docs/how-to/your-own-deq.md"
+        "f_solver, or solver beside f, which jiio_plugins.adapt(model) would serve. A solver that "
+        "forward calls as a function is held first: self.solver = anderson in __init__, "
+        "self.solver(...) in forward, then adapt. A loop in a forward becomes such a function. "
+        "'Your own DEQ' in the documentation shows both"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,6 +37,8 @@ def check_floating(tensor: Tensor, name: str) -> None:
         return
     symbol = name.split()[-1]
     advice = f"convert it with {symbol}.float()"
+    if tensor.dtype == torch.uint8:
+        advice += f", pixels of 0 to 255 with {symbol}.float() / 255"
     if tensor.is_complex():
         advice = (
             f"give its real and imaginary parts, torch.view_as_real({symbol}), and put them "
