@@ -78,7 +78,9 @@ def load_images(
     elif root.exists() or ":" in data:
         images = _to_bytes(read_data(data, labels=False).x)
     else:
-        raise FileNotFoundError(f"the data must be {accepted('a folder of images')}; got {data}")
+        raise FileNotFoundError(
+            f"there is no folder or file {data}. The data must be {accepted('a folder of images')}"
+        )
     if len(images) < 2:
         raise ValueError(
             f"{data} holds {len(images)} readable images ({len(skipped)} could not be read); two "
