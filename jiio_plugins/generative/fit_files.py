@@ -68,6 +68,11 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
         print(f"{value:6.2f} dB  {path}{'  (far from the training images)' * bool(is_far)}")
     mean = float(fitted.psnr.mean())
     print(f"mean {mean:.2f} dB; latents in {written[0]}")
+    if lowest is None:
+        print(
+            "whether they are far from its training images is not known: the training of this "
+            "generator has not ended, or held fewer than 20 images out"
+        )
     if any(far):
         print(
             f"{sum(map(bool, far))} of {len(far)} images fit worse than the worst held-out image "
