@@ -5,6 +5,8 @@ The adapters of ART and torchattacks call :func:`attack`. They only translate th
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +114,13 @@ def attack(
         )
     labels = outside_inference(labels)
     feasible = threat.around(x).bind(x)  # its errors first, also for an empty batch
+    numbers = not any(isinstance(t, Tensor) for t in (eps, lower, upper))
+    if numbers and threat.norm == math.inf and threat.span < float(eps):
+        warnings.warn(
+            f"eps is {float(eps):g} where the box is {threat.span:g} wide, so that every image in "
+            "it is allowed. 8 of 255 levels are eps=8/255 where pixels go from 0 to 1",
+            stacklevel=2,
+        )
 
     def draw() -> Tensor:
         return feasible.sample(generator).reshape(x.shape)

@@ -281,6 +281,15 @@ def test_random_starts_with_steps_per_sample() -> None:
     assert is_adversarial(found, y).any()
 
 
+def test_a_ball_that_holds_the_whole_box_is_told() -> None:
+    model, x, y = small()
+    common: dict[str, Any] = {"lower": 0.0, "upper": 1.0, "method": Joint(max_iter=2)}
+    with pytest.warns(UserWarning, match="eps is 8 where the box is 1 wide, so that every image"):
+        attack(model, x, y, norm=math.inf, eps=8, **common)
+    attack(model, x, y, norm=math.inf, eps=1.0, **common)
+    attack(model, x, y, norm=2, eps=8, **common)
+
+
 def test_random_starts_are_reproducible_and_leave_the_generator_alone() -> None:
     model, x, y = small()
     common: dict[str, Any] = {"norm": 2, "eps": 0.2, "random_starts": 2}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import jiio_plugins.equilibrium.solvers.loop
-import jiio_plugins.methods.base
+import jiio_plugins.methods.best
 import jiio_plugins.methods.joint
 from jiio_plugins import (
     Anderson,
@@ -79,7 +79,7 @@ class Unread:
 @pytest.fixture(autouse=True)
 def unread_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = (
-        jiio_plugins.methods.base,
+        jiio_plugins.methods.best,
         jiio_plugins.methods.relaxed,
         jiio_plugins.equilibrium.solvers.loop,
     )

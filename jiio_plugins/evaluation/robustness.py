@@ -21,7 +21,7 @@ from jiio_plugins.joint.guard import guarded
 from jiio_plugins.joint.inputs import check_input, unwrap
 from jiio_plugins.threat_model import ThreatModel
 from jiio_plugins.utils.checkpoint import fingerprint
-from jiio_plugins.utils.console import progress_bar
+from jiio_plugins.utils.console import note, progress_bar
 from jiio_plugins.verification import Verdict, judge
 
 
@@ -242,7 +242,10 @@ def _run(
     known: Tensor | None,
 ) -> AttackResult:
     verdicts, f_evals, vjps, seconds = [], 0.0, 0.0, 0.0
-    with progress_bar(total=len(rows), desc=attack.name, unit="img", disable=not progress) as bar:
+    shown = progress and len(rows) > 0
+    if progress and not shown:
+        note(f"{attack.name}: no image is left to attack")
+    with progress_bar(total=len(rows), desc=attack.name, unit="img", disable=not shown) as bar:
         for batch in state.batches(rows) if len(rows) else ():
             x, y = state.x[batch], state.y[batch]
             with count_evaluations() as counter, guarded(state.model, randomness=True):

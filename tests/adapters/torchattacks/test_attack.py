@@ -182,6 +182,7 @@ def test_float64_and_float32() -> None:
 # Ball and box -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:eps is")  # larger than the box
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_inside_ball_and_box(data: st.DataObject) -> None:
@@ -209,6 +210,7 @@ def test_inside_ball_and_box(data: st.DataObject) -> None:
     assert_inside(atk(images, labels), images, norm, eps)
 
 
+@pytest.mark.filterwarnings("ignore:eps is")  # larger than the box
 @settings(deadline=None, max_examples=10)
 @given(
     norm=st.sampled_from(["L2", "Linf"]),
