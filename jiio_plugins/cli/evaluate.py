@@ -28,6 +28,7 @@ def run_evaluation(settings: Evaluate) -> dict[str, Any]:
     task = load_task(settings)
     default = default_eps(task.dataset, settings.norm)
     reports: list[RobustnessReport] = []
+    record: dict[str, Any] = {}
     for eps in sorted(settings.eps) or [default / 2, default]:
         report = robust_accuracy(
             task.model,
@@ -42,7 +43,9 @@ def run_evaluation(settings: Evaluate) -> dict[str, Any]:
         )
         print(f"\n{report}\n", flush=True)
         reports.append(report)
-    return _write(settings, task, reports)
+        record = _write(settings, task, reports)  # a radius that is done outlives a stop
+    print(f"numbers and plot: {', '.join(map(str, record['files']))}")
+    return record
 
 
 def _suite(settings: Evaluate, eps: float) -> tuple[Attack, ...]:
@@ -67,7 +70,6 @@ def _write(settings: Evaluate, task: Task, reports: Sequence[RobustnessReport]) 
     write_json(numbers, record, indent=2)
     title = f"{task.name}, {reports[0].images} images of {task.dataset}"
     plot_accuracy(plot, reports, title)
-    print(f"numbers and plot: {numbers}, {plot}")
     return {**record, "files": [numbers, plot]}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.torch import save_file
 
 from jiio_plugins.cli.main import main
+from jiio_plugins.evaluation import robust_accuracy
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
 
 if TYPE_CHECKING:
@@ -28,6 +29,25 @@ def test_writes_json_plot_and_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "8 images, L2 ball of radius 0.2" in printed
     assert "JIIO, DLR" in printed
+
+
+def test_a_radius_that_is_done_outlives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if judged:
+            raise KeyboardInterrupt
+        judged.append(robust_accuracy(*args, **kwargs))
+        return judged[0]
+
+    monkeypatch.setattr("jiio_plugins.cli.evaluate.robust_accuracy", stopped)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main([*QUICK, "0.4", "0.2", "--out", str(tmp_path)])
+    (report,) = json.loads((tmp_path / "robustness.json").read_text())["reports"]
+    assert report["eps"] == 0.2
+    assert (tmp_path / "robustness.png").is_file()
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
