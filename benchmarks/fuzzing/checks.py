@@ -132,7 +132,8 @@ def of_solution(call: Call, found: Found) -> list[str]:
         wrong += wrong_residual(call, found.x, solution)
         there, start = exact_no_grad(call, found.x), exact_no_grad(call, call.x)
         # random starts may be worse than x
-        wrong += wrong_value(call, solution, there, start, "random_starts" not in call.options)
+        ordered = "random_starts" not in call.options
+        wrong += wrong_value(call, solution, there, start, ordered, steepness(call, found.x))
     return wrong
 
 
@@ -213,8 +214,27 @@ def wrong_residual(call: Call, x: Tensor, solution: Solution) -> list[str]:
     return []
 
 
+def steepness(call: Call, x: Tensor) -> Tensor | float:
+    """By how much the objective changes with the logits, relatively, ``(rows,)``.
+
+    The DLR loss divides by a difference of logits, which may be next to nothing.
+    """
+    if call.loss != "dlr":
+        return 0.0
+    given = (g.double() for g in call.given)
+    outputs = copy.deepcopy(call.model).double().exact(x.double(), *given).detach()
+    outputs.requires_grad_()
+    (slope,) = torch.autograd.grad(call.objective(outputs).sum(), outputs)
+    return slope.norm(dim=1) * outputs.detach().norm(dim=1)
+
+
 def wrong_value(
-    call: Call, solution: Solution, there: Tensor, start: Tensor, ordered: bool
+    call: Call,
+    solution: Solution,
+    there: Tensor,
+    start: Tensor,
+    ordered: bool,
+    steep: Tensor | float = 0.0,
 ) -> list[str]:
     """Values that are not those of an exact solve, and ends that are worse than the start.
 
@@ -224,6 +244,7 @@ def wrong_value(
         there: the exact values at its x, one per problem.
         start: those at the start.
         ordered: whether no end may be worse.
+        steep: :func:`steepness` there.
     """
     amplification, wrong = call.model.amplification, []
     if amplification is None:
@@ -231,7 +252,7 @@ def wrong_value(
     assert solution.value is not None
     status, value, dtype = solution.status, solution.value.double(), call.x.dtype
     rounding = 1e-5 if dtype not in HALF else 50 * torch.finfo(dtype).eps
-    size = 1 + there.abs() + start.abs()
+    size = 1 + there.abs() + start.abs() + steep
     slack = (20 * amplification * tol_of(dtype) + rounding) * size
     converged, known = status == Status.CONVERGED, torch.isfinite(there)
     off = (value - there).abs()
