@@ -92,10 +92,11 @@ def test_vjps_are_those_that_happened() -> None:
     ):
         cell.products.clear()
         solution = optimize_input(model, x, squared, method=method, constraint=L2Ball(0.5))
-        assert float(solution.stats.vjps.sum()) == len(cell.products)
+        search, checked = solution.stats.vjps.sum(), solution.stats.verification_vjps.sum()
+        assert float(search + checked) == len(cell.products)
         if isinstance(method, Joint) and method.max_state_steps == 2:  # all rows are fast
             # one an iteration, the head's gradient needs none, and those of the adjoint's warm-up
-            assert len(cell.products) == 9 + min(9, method.adjoint_warmup)
+            assert float(search) == 9 + min(9, method.adjoint_warmup)
 
 
 def test_iterations_cost_what_they_should() -> None:
