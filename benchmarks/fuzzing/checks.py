@@ -174,11 +174,16 @@ def heard(call: Call, x: Tensor | None, solution: Solution) -> Tensor:
     return (high - low).norm(dim=1) > tol_of(call.x.dtype) * low.norm(dim=1)
 
 
+def groups_of(call: Call) -> Tensor:
+    """Problem of each row of a call on parameters, ``(rows,)``."""
+    return torch.zeros(len(call.x), dtype=torch.long) if call.groups is None else call.groups
+
+
 def of_problems(call: Call, rows: Tensor) -> Tensor:
     """Problems in which that holds for some row."""
     if call.how != "parameters":
         return rows
-    groups = torch.zeros(len(rows), dtype=torch.long) if call.groups is None else call.groups
+    groups = groups_of(call)
     return torch.zeros(int(groups.max()) + 1).index_add(0, groups, rows.float()) > 0
 
 
@@ -271,7 +276,7 @@ def of_parameters(call: Call, found: Found) -> list[str]:
     """As of a solution, per problem: the sum over its rows."""
     solution = found.solution
     assert solution is not None
-    groups = torch.zeros(len(call.x), dtype=torch.long) if call.groups is None else call.groups
+    groups = groups_of(call)
     problems = int(groups.max()) + 1
     context = found.x["context"].double().reshape(problems, -1)
     begin = call.model.context.detach().double()

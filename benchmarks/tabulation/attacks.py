@@ -23,7 +23,7 @@ def attacks(found: dict[str, Any], *, timed: bool = True) -> str:
         cost = [f"{r[key]:.1f}" if r[key] else "" for key in costs]
         name = NAMES.get(r["method"], r["method"])
         rows.append([name, f"{100 * r['accuracy']:.1f} %", f"{r['loss']:.2f}", *cost])
-    head = "attack | accuracy | loss | f | VJP | f of the verification" + " | seconds" * timed
+    head = "attack | accuracy | loss | f | VJP | f + VJP of the verification" + " | seconds" * timed
     return table(head, rows)
 
 
@@ -122,7 +122,6 @@ def zoo(found: dict[str, Any]) -> str:
     for kind in found["results"]:
         runs = {run["method"]: run for run in kind["runs"]}
         (ours,) = [run for name, run in runs.items() if name.endswith("(defaults)")]
-        (more,) = [run for name, run in runs.items() if name.startswith("JIIO, 80")]
         peer = runs[kind["peer"]]
         said, known = ours["summary"], peer["summary"]
         broken = ["", ""]
@@ -138,13 +137,12 @@ def zoo(found: dict[str, Any]) -> str:
                 f"{peer['cost']:.0f}",
                 f"{ours['cost']:.0f}",
                 f"1/{said['gain']:.1f}",
-                f"{100 * more['summary']['share']:.1f} %",
                 f"{said['status'].get('GRADIENT_UNSETTLED', 0)}",
                 f"{100 * said['wrong']:.1f} %",
             ]
         )
     head = "model | ρ | judged | loss | PGD's accuracy | JIIO's | PGD's f + VJP | JIIO's"
-    return table(f"{head} | verified | loss at 80 | unsettled | untold", rows)
+    return table(f"{head} | verified | unsettled | untold", rows)
 
 
 def zoo_steps(found: dict[str, Any]) -> str:
@@ -152,9 +150,8 @@ def zoo_steps(found: dict[str, Any]) -> str:
     rows = []
     for kind in found["results"]:
         shares = {run["method"]: run["summary"]["share"] for run in kind["runs"]}
-        names = [name for name in shares if not name.startswith("JIIO, 80")]
-        rows.append([kind["kind"], *(f"{100 * shares[name]:.1f} %" for name in names)])
-    return table(" | ".join(["model", *names]), rows)
+        rows.append([kind["kind"], *(f"{100 * share:.1f} %" for share in shares.values())])
+    return table(" | ".join(["model", *shares]), rows)
 
 
 def scaling(found: dict[str, Any]) -> str:

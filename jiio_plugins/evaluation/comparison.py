@@ -53,9 +53,9 @@ class Row:
         family: what the row is a setting of: a line or a kind of point in the plot.
         accuracy, loss: by the converged solve. The loss is the mean cross-entropy.
         f_evals, vjps: per image.
-        verification: f evaluations per image with which an attack of the engine judged itself, on
-            top of ``f_evals``. 0 where there was no verification, or where it chose the answer and
-            is in ``f_evals``.
+        verification: f + VJP per image with which an attack of the engine judged itself, on top of
+            ``f_evals`` and ``vjps``. 0 where there was no verification, or where it chose the
+            answer and is among these.
         seconds, all_seconds: for all images, the median and each run.
         judge_residual: the largest relative residual of the converged solve.
         setting: name -> value.
