@@ -22,13 +22,14 @@ _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compac
 class HostFlag:
     """Whether all rows are done, without making the host wait for an accelerator.
 
-    On a CPU the answer is immediate. On CUDA it is that of an earlier iteration: it is copied to
-    pinned memory in the background and read once the copy has arrived.
+    On a CPU the answer is immediate. On CUDA it is the last that has arrived: it is copied to
+    pinned memory in the background, and asked for anew once it is there. Before the first one, and
+    where nothing can be asked because the device only records, that is what was known before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._pending = False
+        self._pending = self._known = False
         if self._cuda:
             self._host = torch.zeros((), dtype=torch.bool, pin_memory=True)
             self._event = torch.cuda.Event()
@@ -37,16 +38,15 @@ class HostFlag:
         """Whether the batch is done, as far as the host knows."""
         if not self._cuda:
             return bool(all_done)
-        if self._pending:
-            if not self._event.query():
-                return False
-            self._pending = False
-            if bool(self._host):
-                return True
-        self._host.copy_(all_done, non_blocking=True)
-        self._event.record()
-        self._pending = True
-        return False
+        if torch.cuda.is_current_stream_capturing():
+            return self._known
+        if self._pending and self._event.query():
+            self._known, self._pending = bool(self._host), False
+        if not self._pending:
+            self._host.copy_(all_done, non_blocking=True)
+            self._event.record()
+            self._pending = True
+        return self._known
 
 
 @dataclass
