@@ -6,7 +6,8 @@
 It prints
 
 * the loop against the bare forward and backward passes that it needs, in seconds (see
-  ``benchmarks/loop.py --even``), and how often the host waited for the device in the loop;
+  ``benchmarks/loop.py --even``), as it is and captured as a CUDA graph, and how often the host
+  waited for the device in the loop;
 * peak memory of a search, and of a forward and backward pass of the model;
 * an attack on Fashion-MNIST, with its verification, against ART's PGD-20 on the first images.
 
@@ -144,12 +145,14 @@ def show_loop(args: Args, device: Device, cell: Cell) -> None:
 
     loop = loop_of(cell, "L2", even=True)
     ours = device.seconds(lambda: loop(iterations), args.repeats)
+    replayed = loop_of(cell, "L2", even=True, capture=True)
+    captured = device.seconds(lambda: replayed(iterations), args.repeats)
     theirs = device.seconds(bare, args.repeats)
     peak, plain = device.peak(lambda: loop(iterations)), device.peak(cell.plain)
     waits = device.waits(loop, 4, iterations)
     print(
         f"{cell.name:8} {len(cell.x):5}  {1e3 * ours / iterations:8.2f} "
-        f"{1e3 * theirs / iterations:8.2f} {ours / theirs:6.2f}   "
+        f"{1e3 * theirs / iterations:8.2f} {ours / theirs:6.2f} {captured / theirs:8.2f}   "
         f"{float(problem.f_evals.mean()):6.1f} {float(problem.vjps.mean()):6.1f}   "
         f"{peak:8.1f} {plain:8.1f} {peak / plain:6.2f}   {waits:5}"
     )
@@ -218,9 +221,10 @@ def main(args: Args) -> None:
     device = Device(args.device)
     kind = torch.cuda.get_device_name() if device.cuda else "a CPU"
     print(f"{kind}, torch {torch.__version__}\n")
-    print("                 ms an iteration          passes a row            MiB at most")
+    print("                 ms an iteration                   passes a row            MiB at most")
     print(
-        "cell      rows     loop     bare  ratio        f    VJP       loop    model  ratio   waits"
+        "cell      rows     loop     bare  ratio captured        f    VJP       "
+        "loop    model  ratio   waits"
     )
     images = fashion(args.data)
     for rows in args.rows:

@@ -22,7 +22,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock, patch
 
@@ -244,9 +244,13 @@ def seconds(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
     return best
 
 
-def loop_of(cell: Cell, norm: str, even: bool = False) -> Callable[[int], None]:
+def loop_of(
+    cell: Cell, norm: str, even: bool = False, capture: bool = False
+) -> Callable[[int], None]:
     """A run of so many iterations."""
-    return lambda iterations: void(solve(cell.problem(norm), method(iterations, even)))
+    return lambda iterations: void(
+        solve(cell.problem(norm), replace(method(iterations, even), capture=capture))
+    )
 
 
 def void(_: Any) -> None:

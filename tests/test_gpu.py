@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,23 @@ def test_the_joint_loop_on_digits_never_waits() -> None:
     started(problem)
     with no_synchronisation():
         Joint(max_iter=8).run(problem)
+
+
+@pytest.mark.parametrize("norm", [2, torch.inf])
+def test_a_captured_loop_is_the_same(norm: float) -> None:
+    x = load_digits("test")[0][:16].cuda()
+    model = load_pretrained("digits").cuda().requires_grad_(False)
+    ball = Intersection(L2Ball(1.0) if norm == 2 else LinfBall(0.1), Box(0.0, 1.0))
+    found = []
+    for capture in (False, True):
+        problem = Problem(Variable(model, x), lambda y: -y.logsumexp(1), ball)
+        method = Joint(max_iter=20, max_state_steps=2, capture=capture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that it cannot be captured
+            found.append((method.run(problem), problem))
+    (plain, one), (captured, other) = found
+    torch.testing.assert_close(captured.loss_best, plain.loss_best, rtol=1e-5, atol=1e-5)
+    assert torch.equal(other.vjps, one.vjps)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()])

@@ -15,7 +15,7 @@ def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line[:8].strip()}
     for name in ("digits", "fashion", "large"):
-        assert len(rows[name]) == 11
+        assert len(rows[name]) == 12
         assert float(rows[name][4]) > 0  # the loop over what it needs
         assert rows[name][-1] == "0"  # a CPU never waits
     printed = "\n".join(lines)

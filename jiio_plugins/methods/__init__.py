@@ -5,10 +5,11 @@ from jiio_plugins.methods.backpropagated import (
     through_intermediate,
     through_unrolled,
 )
-from jiio_plugins.methods.base import Iteration, Method, solve
+from jiio_plugins.methods.base import Method, solve
 from jiio_plugins.methods.joint import Joint, check_method
 from jiio_plugins.methods.nested import Nested
 from jiio_plugins.methods.records import Callback, Evaluation, MethodResult, Progress, Stop
+from jiio_plugins.methods.round import Iteration
 
 __all__ = [
     "Backpropagated",

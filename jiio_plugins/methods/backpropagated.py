@@ -17,8 +17,9 @@ from torch import Tensor
 from jiio_plugins.equilibrium.adjoints import Adjoint, Unrolled
 from jiio_plugins.equilibrium.counting import Counter, counting_into
 from jiio_plugins.joint.modes import SolveMode
-from jiio_plugins.methods.base import Iteration, Method
+from jiio_plugins.methods.base import Method
 from jiio_plugins.methods.records import Evaluation
+from jiio_plugins.methods.round import Iteration
 
 if TYPE_CHECKING:
     from jiio_plugins.equilibrium.solvers import Solver

@@ -1,9 +1,9 @@
 """The one loop over the variable, and what all methods share.
 
 A method optimises the variable v: the input x, or parameters of the model. :meth:`Method.run` is
-the loop. It owns the steps and their schedule, the projection, the best iterate, stopping and the
-callback. What a method does about the state z and the adjoint μ between two steps on v is its
-:class:`Iteration`. :func:`solve` runs a method where nothing of the caller's is disturbed.
+the loop, and one turn of it is a :class:`jiio_plugins.methods.round.Round`. What a method does
+about the state z and the adjoint μ between two steps on v is its :class:`Iteration`. :func:`solve`
+runs a method where nothing of the caller's is disturbed.
 
 Read on in :mod:`jiio_plugins.methods.joint`, where z, μ and v advance together, and in
 :mod:`jiio_plugins.methods.nested`, the two solves that this replaces. What a method works on is a
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.counting import counting_into
-from jiio_plugins.equilibrium.state import surely_none
 from jiio_plugins.methods.best import BestSoFar
-from jiio_plugins.methods.records import Callback, Evaluation, MethodResult, Progress, Stop
+from jiio_plugins.methods.captured import Captured
+from jiio_plugins.methods.round import Iteration, Round
 from jiio_plugins.utils.checks import check_counts
 
 if TYPE_CHECKING:
@@ -31,78 +31,7 @@ if TYPE_CHECKING:
 
     from jiio_plugins.constraints import FeasibleSet
     from jiio_plugins.joint.problem import Problem
-
-
-class Iteration(abc.ABC):
-    """One run of a method: what it does about z and μ between two steps on v.
-
-    Attributes:
-        z: state, flat, ``(rows, n)``.
-        mu: adjoint μ, ``(rows, n)``.
-        jz_mu: ``J_zᵀμ``, ``(rows, n)``.
-        mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖`` at the last evaluation, ``(rows,)``.
-    """
-
-    z: Tensor
-    mu: Tensor
-    jz_mu: Tensor
-    mu_residual: Tensor
-
-    @abc.abstractmethod
-    def evaluate(self, k: int, v: Tensor, active: Tensor) -> Evaluation:
-        """Take z and μ on at ``v``, and tell the loss and its gradient there.
-
-        Args:
-            k: number of the iteration, from 0 on.
-            v: the variable, ``(problems, d)``.
-            active: 1 for the rows that still cost something, else 0, ``(rows,)``.
-        """
-
-    def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
-        """Take z and μ along with v, and say where v goes. Here that is ``v_next``.
-
-        Args:
-            at: the evaluation at ``v``.
-            v: where the step starts, ``(problems, d)``.
-            v_next: where a plain step ends, in the constraint set, ``(problems, d)``.
-            best: which problems still move.
-
-        Returns:
-            The next v, ``(problems, d)``.
-        """
-        return v_next
-
-    def gradient_error(self, at: Evaluation) -> Tensor:
-        """How wrong the gradient may be, relatively, ``(rows,)``. Here what residuals say.
-
-        Args:
-            at: the evaluation.
-        """
-        return torch.maximum(at.z_residual, at.mu_residual)
-
-    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
-        """The record of the whole run.
-
-        Args:
-            at: the last evaluation.
-            v: where the run ended, ``(problems, d)``.
-            best: the best iterate, and what it knows of the others.
-        """
-        return MethodResult(
-            v=v,
-            z=self.z,
-            mu=self.mu,
-            jz_mu=self.jz_mu,
-            v_best=best.v,
-            loss_best=best.loss,
-            loss_first=best.loss_first,
-            shift_first=best.shift_first,
-            error_first=best.error_first,
-            loss_last=best.loss_last,
-            iterations=best.iterations,
-            z_residual=at.z_residual,
-            mu_residual=self.mu_residual,
-        )
+    from jiio_plugins.methods.records import Callback, MethodResult, Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,31 +122,18 @@ class Method(abc.ABC):
             TypeError: ``stop`` returns anything but booleans.
             ValueError: it returns another shape, or the step sizes are not one per problem.
         """
-        feasible, v = problem.feasible, problem.v_start
         best = BestSoFar(problem, stop)
         with problem.in_precision(self.precision):
-            iteration, direction = self.start(problem), self.directions(feasible)
-            for k, step in enumerate(self.steps(feasible, v)):
-                at: Evaluation | None = None  # which need not outlive the next one's making
-                at = iteration.evaluate(k, v, best.active)
-                best.update(v, at)
-                if callback is not None:
-                    loss = at.loss.detach()
-                    known = at.z_residual, at.z, at.mu_residual
-                    callback(Progress(k, v, at.gradient, loss, *known))
-                v_next = feasible.project(torch.addcmul(v, step, direction(at.gradient, v)))
-                if feasible.norm not in (None, 1) and self.gap_tol:
-                    small = _gains_little(self.gap_tol, feasible, at.gradient, step, v, v_next)
-                    if not surely_none(small):
-                        # a gradient that is off by an angle has rest where its square is left
-                        loose = iteration.gradient_error(at) ** 2 > self.gap_tol
-                        small = small & (problem.groups.worst(loose.float()) == 0)
-                    best.rest(small)
-                v = best.move(v, iteration.advance(at, v, v_next, best))
+            iteration = self.start(problem)
+            direction = self.directions(problem.feasible)
+            turn = Round(problem, iteration, best, direction, self.gap_tol, callback)
+            once = Captured(turn, problem) if iteration.capture and callback is None else turn
+            for k, step in enumerate(self.steps(problem.feasible, turn.v)):
+                once(k, step)
                 if best.all_finished():
                     break
-        assert at is not None
-        return iteration.finish(at, v, best)
+        assert turn.at is not None
+        return iteration.finish(turn.at, turn.v, best)
 
     def restrict(self, rows: Tensor) -> Self:
         """The method for the problems of these indices, with their step sizes if each has one."""
@@ -257,19 +173,6 @@ class Method(abc.ABC):
         share = torch.arange(self.max_iter, dtype=like.dtype, device=like.device)
         mix = 0.5 * (1 + torch.cos(math.pi * share / max(1, self.max_iter - 1)))
         return list(scale * (last + (first - last) * mix[:, None, None]))
-
-
-def _gains_little(
-    share: float, feasible: FeasibleSet, gradient: Tensor, step: Tensor, v: Tensor, v_next: Tensor
-) -> Tensor:
-    """Whether a step still gains less than a share of what all have, ``(problems,)``.
-
-    To first order. It does not where v⁺ is no gain over the center.
-    """
-    assert feasible.radius is not None
-    gained = (gradient * (feasible.center - v_next)).sum(1)
-    gains = (gradient * (v - v_next)).sum(1) * (1 + feasible.radius / step)[:, 0]
-    return (gains < share * gained) & (gained > 0)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:

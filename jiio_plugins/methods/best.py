@@ -39,7 +39,13 @@ class BestSoFar:
         resting: problems that were at rest at the last evaluation, bool ``(problems,)``.
         none_paused: whether no problem is paused. On an accelerator, where asking would make the
             host wait, it is always False.
+        carried: names of the tensors that are taken from one iteration to the next.
     """
+
+    carried = (
+        *("v", "loss", "loss_first", "shift_first", "error_first", "loss_last", "iterations"),
+        *("met", "paused", "finished", "active", "resting"),
+    )
 
     def __init__(self, problem: Problem, stop: Stop | None) -> None:
         self.groups, self.stop = problem.groups, stop

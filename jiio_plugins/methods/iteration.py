@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
-from jiio_plugins.methods.base import Iteration
 from jiio_plugins.methods.records import Evaluation, MethodResult
+from jiio_plugins.methods.round import Iteration
 
 if TYPE_CHECKING:
     from jiio_plugins.joint.linearization import Linearization

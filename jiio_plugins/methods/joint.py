@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jiio_plugins.joint.problem import Problem
-    from jiio_plugins.methods.base import Iteration
     from jiio_plugins.methods.best import BestSoFar
     from jiio_plugins.methods.records import Evaluation, MethodResult
+    from jiio_plugins.methods.round import Iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,11 @@ class Joint(Method):
         acceleration: memory of the mixing, in iterations. 0 switches it off.
         gap_tol: with a ball: a problem leaves where its v is at rest, see :class:`Method`.
         tol: without a ball: relative residual of all three blocks at which the loop stops.
+        capture: on CUDA, with a ball: record an iteration as a CUDA graph once the run is steady,
+            and replay it. That saves the time in which the host dispatches kernels, which is most
+            of the time of a small model. The model and the objective must leave all numbers on the
+            device. Iterations with slow rows run as without it, and so do all where there is a
+            callback.
 
     Raises:
         TypeError: a count that is no integer.
@@ -131,6 +136,7 @@ class Joint(Method):
     acceleration: int = 10
     gap_tol: float = 1e-3
     tol: float = 1e-4
+    capture: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +154,7 @@ class Joint(Method):
         if problem.feasible.radius is None and self.acceleration:
             return _Mixed(self, problem)
         settings = {name: getattr(self, name) for name in Following._fields}
-        return Relaxed(self, problem, Following(**settings))
+        return Relaxed(self, problem, Following(**settings), self.capture)
 
 
 class _Mixed(JointIteration):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from jiio_plugins.equilibrium.solvers import Anderson, FlatMap, Solver, iterate
 from jiio_plugins.joint.adjoint import AdjointEquation
-from jiio_plugins.methods.base import Iteration, Method
+from jiio_plugins.methods.base import Method
 from jiio_plugins.methods.records import Evaluation
+from jiio_plugins.methods.round import Iteration
 
 if TYPE_CHECKING:
     from torch import Tensor

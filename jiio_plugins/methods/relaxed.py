@@ -14,8 +14,10 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
+from jiio_plugins.methods.captured import can_capture
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.methods.iteration import JointIteration, finite_or
+from jiio_plugins.methods.round import Iteration
 from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
 
 if TYPE_CHECKING:
@@ -67,9 +69,14 @@ class Relaxed(JointIteration):
 
     leaves = True
     per_row = ("omega", "slow", "expands", "unsure")
+    carried = (*Iteration.carried, *per_row)
 
-    def __init__(self, method: Method, problem: Problem, following: Following) -> None:
+    def __init__(
+        self, method: Method, problem: Problem, following: Following, capture: bool = False
+    ) -> None:
         super().__init__(method, problem)
+        # a graph draws other random numbers than the rounds before it
+        self.capture = capture and can_capture(self.z.device) and not problem.variable.repeatable
         self.following = following
         self.vjp_twice, self.share = following.adjoint_warmup, _SETTLED_FIRST
         # with one state step there is no second residual at the same v that could halve it
@@ -96,9 +103,17 @@ class Relaxed(JointIteration):
         self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
         self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
         self.adjoint_begun = k > max(self.following.adjoint_warmup, _BEGIN)
-        self.control = self.controlled and not self.none_slow(~self.slow.any())
+        self.control = self._any_slow()
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
+
+    def _any_slow(self) -> bool:
+        """Whether there may be slow rows."""
+        return self.controlled and not self.none_slow(~self.slow.any())
+
+    def steady(self, k: int) -> bool:
+        """See :class:`Iteration`. They are where the adjoint has begun and no row is slow."""
+        return k > max(self.vjp_twice, _BEGIN) and not self._any_slow()
 
     def _anchor(self, v: Tensor, active: Tensor) -> None:
         """Solve slow rows from the initial state, and go on from there where that is elsewhere."""
