@@ -22,6 +22,7 @@ from jiio_plugins import (
     attack_objective,
     count_evaluations,
     is_adversarial,
+    solve_fixed_point,
 )
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
@@ -98,7 +99,15 @@ def test_digits(digits: Any, norm: float, loss: Any, targeted: bool) -> None:
     objective = attack_objective(loss, labels, targeted)
     # a value is verified whether or not the search followed the gradient to its end
     done = solution.converged | (solution.status == Status.GRADIENT_UNSETTLED)
-    assert int(done.sum()) >= 11
+    # under so much noise the search finds images at which the cell has no fixed point to be found
+    u = model.encoder(solution.x)
+    start = model.equilibrium.initial_state(u)
+    alone = solve_fixed_point(
+        lambda z: model.equilibrium.cell(z, u), start, Anderson(max_iter=200, tol=1e-5)
+    )
+    unverified = solution.status == Status.NOT_VERIFIED
+    assert not bool((alone.converged & unverified).any())
+    assert int(done.sum()) >= 10
     torch.testing.assert_close(solution.value[done], objective(logits)[done], rtol=1e-2, atol=1e-2)
     clean = objective(tight_logits(model, x))
     assert bool((solution.value <= clean + 1e-3).all())

@@ -375,7 +375,7 @@ def test_a_gradient_in_doubt_is_compared_with_the_exact_one(rate: float) -> None
             model,
             x,
             squared,
-            method=Joint(max_iter=20, max_state_steps=2, gap_tol=0.0),
+            method=Joint(max_iter=20, max_state_steps=2, adjoint_warmup=3, gap_tol=0.0),
             constraint=L2Ball(0.3),
             callback=last.append,
         )

@@ -66,10 +66,15 @@ class Layout:
         return flatten(as_tensors(state))
 
     def unpack(self, flat: Tensor) -> Any:
-        """``(rows, n)`` -> tensor or tuple (views)."""
+        """``(rows, n)`` -> tensor, a view, or tuple, of contiguous tensors.
+
+        A cell may look at its state as another shape, and a compiled one is compiled anew for each
+        kind of strides.
+        """
         parts = flat.split(self.sizes, dim=1) if len(self.shapes) > 1 else (flat,)
         tensors = tuple(
-            part.reshape(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True)
+            part.contiguous().reshape(len(flat), *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
         )
         return self.assemble(tensors)
 

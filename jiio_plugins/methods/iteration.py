@@ -115,7 +115,7 @@ class JointIteration(Iteration):
         self.mu = self.jz_mu + dl_dz
         if k < self.vjp_twice:
             self.second_product(linearized, dl_dz, active)
-        gradient = (dl_dv + self.products(linearized, dl_dz, active)).reshape(v.shape)
+        gradient = dl_dv + self.products(linearized, dl_dz, active)
         self.r = linearized.fz - self.z
         at = self.z, self.r, linearized.fz, dl_dz, self.mu_residual, linearized.own_jz_mu
         return self._of_all(Evaluation(loss, output, gradient, *at))

@@ -49,7 +49,7 @@ class Joint(Method):
     - The adjoint carries ``J_zᵀμ`` rather than μ, so that it always holds the current ∂ℓ/∂z.
     - The head sees f(z, v) rather than z, a state one step further that is there anyway.
     - With a ball there are two evaluations of f for each VJP. ``state_steps=1`` is the paper's one.
-    - The adjoint takes a second step while v makes its longest steps and μ has only just begun.
+    - The adjoint takes a second step while v makes its longest steps.
     - z is over-relaxed where the paper damps it.
     - While v moves by normalised steps there is no mixing over the history.
 
@@ -103,7 +103,7 @@ class Joint(Method):
             state, evenly spread over the run, at most once in five iterations. There are none where
             a state to start with is given.
         adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
-            none do.
+            none do. None: a quarter of them, and at least 3.
         relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1
             counts as 1, as nothing would tell that it is too long.
         mixing: "quasi-newton" or "anderson", for problems without a ball.
@@ -130,11 +130,11 @@ class Joint(Method):
     max_state_steps: int = 6
     max_adjoint_steps: int = 6
     anchors: int = 2
-    adjoint_warmup: int = 3
+    adjoint_warmup: int | None = None
     relaxation: float = 1.5
     mixing: Literal["quasi-newton", "anderson"] = "quasi-newton"
     acceleration: int = 10
-    gap_tol: float = 1e-3
+    gap_tol: float = 3e-3
     tol: float = 1e-4
     capture: bool = False
 
@@ -147,13 +147,17 @@ class Joint(Method):
         if not self.tol >= 0:
             raise ValueError(f"tol must not be negative, got {self.tol}")
         least = {"state_steps": 1, "max_state_steps": 1, "max_adjoint_steps": 1}
-        check_counts(self, **least, anchors=0, adjoint_warmup=0, acceleration=0)
+        if self.adjoint_warmup is not None:
+            least["adjoint_warmup"] = 0
+        check_counts(self, **least, anchors=0, acceleration=0)
 
     def start(self, problem: Problem) -> Iteration:
         """See :class:`Method`."""
         if problem.feasible.radius is None and self.acceleration:
             return _Mixed(self, problem)
         settings = {name: getattr(self, name) for name in Following._fields}
+        if self.adjoint_warmup is None:
+            settings["adjoint_warmup"] = max(3, self.max_iter // 4)
         return Relaxed(self, problem, Following(**settings), self.capture)
 
 

@@ -102,7 +102,7 @@ class Relaxed(JointIteration):
         last = self.method.max_iter - 1
         self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
         self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
-        self.adjoint_begun = k > max(self.following.adjoint_warmup, _BEGIN)
+        self.adjoint_begun = k > _BEGIN
         self.control = self._any_slow()
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
@@ -275,9 +275,9 @@ class Relaxed(JointIteration):
             self.unsure = self.unsure | (expanded & ~self.expands)
             self.expands = self.expands | expanded
         if self.controlled:
-            short = self.omega[:, 0] < _SHORT * self.following.relaxation
-            lost = short | ~(self.mu_residual < (_LOST if self.adjoint_begun else _GROWN))
-            lost = lost & ~self.slow
+            long = self.omega[:, 0] >= _SHORT * self.following.relaxation
+            keeps_up = long & (self.mu_residual < (_LOST if self.adjoint_begun else _GROWN))
+            lost = ~(keeps_up | self.slow)
             self.unsure, self.slow = self.unsure | lost, self.slow | lost
             if not self.adjoint_begun:
                 if self.first and self.control:

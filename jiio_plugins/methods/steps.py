@@ -71,7 +71,7 @@ class StateSteps:
         first = None  # residual of all rows, where both kinds begin with one
         if slow is not None and self.steps and self.most and not (fast.none or slow.none):
             first = f(z) - z
-        size = torch.full_like(z[:, 0], torch.inf)
+        size = z.new_full((len(z),), torch.inf)
         start = z
         if self.steps and not fast.none:
             moved, now = self._relaxed(fast, start, first)

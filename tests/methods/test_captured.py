@@ -157,6 +157,7 @@ def test_rows_that_stop_and_come_to_rest(recordable: None) -> None:
         stop=lambda logits: logits.argmax(1) != y,
         max_iter=25,
         max_state_steps=2,
+        adjoint_warmup=3,
     )
     assert Tape.last.replays > 5
 

@@ -96,7 +96,8 @@ def test_vjps_are_those_that_happened() -> None:
         assert float(search + checked) == len(cell.products)
         if isinstance(method, Joint) and method.max_state_steps == 2:  # all rows are fast
             # one an iteration, the head's gradient needs none, and those of the adjoint's warm-up
-            assert float(search) == 9 + min(9, method.adjoint_warmup)
+            twice = 3 if method.adjoint_warmup is None else method.adjoint_warmup
+            assert float(search) == 9 + min(9, twice)
 
 
 def test_iterations_cost_what_they_should() -> None:
@@ -109,7 +110,7 @@ def test_iterations_cost_what_they_should() -> None:
         constraint=L2Ball(0.5),
     )
     assert solution.stats.iterations.tolist() == [20] * 4
-    assert solution.stats.vjps.tolist() == [23] * 4
+    assert solution.stats.vjps.tolist() == [25] * 4  # a quarter of the iterations take two
     assert bool((solution.stats.f_evals <= 3 + 39 + 200).all())
     assert bool((solution.stats.f_evals >= 40).all())
     assert set(solution.stats.summary()) >= {"f_evals", "vjps", "iterations", "z_residual"}

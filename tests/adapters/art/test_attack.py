@@ -48,7 +48,7 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert sizes(adversarial, x, p).max() > 0.9 * EPS[p]
     assert all(getattr(record, name).shape == (8,) for name in AttackRecord.__annotations__)
     assert (record.iterations == Joint().max_iter).all()
-    products = Joint().max_iter + Joint().adjoint_warmup
+    products = Joint().max_iter + Joint().max_iter // 4  # a quarter take a second one
     assert counter.vjps == record.vjps.sum()
     assert record.vjps.min() == products  # of images that need no more
     assert (record.vjps <= Joint().max_iter * Joint().max_adjoint_steps).all()
