@@ -64,9 +64,9 @@ class Method(abc.ABC):
             ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
             verification. None: as the model is.
         gap_tol: share of the first-order gain so far below which v is at rest. On a sphere it is
-            the square of the angle between v − c and d. Only where the residuals of z and μ say
-            that the gradient has settled, which they cannot say where a cell contracts slowly. Not
-            in an L1 ball, where a step moves one entry. 0: all problems take all steps.
+            the square of the angle between v − c and d. Only where the gradient has settled: the
+            residuals of z and μ tell it, or where a cell contracts slowly their last moves. Not in
+            an L1 ball, where a step moves one entry. 0: all problems take all steps.
 
     Raises:
         TypeError: a count that is no integer.

@@ -305,11 +305,12 @@ class Relaxed(JointIteration):
         return torch.where(wrong[:, None], v, v_next)
 
     def gradient_error(self, at: Evaluation) -> Tensor:
-        """See :class:`Iteration`. Of a slow row nobody knows: its residuals are small anyway."""
+        """See :class:`Iteration`. A slow row's residuals are small anyway, its last moves tell."""
         known = super().gradient_error(at)
         if not self.control:
             return known
-        return torch.where(self.spread(self.slow.float()) > 0, torch.inf, known)
+        moved = torch.where(self._unsettled(), torch.inf, self.share)
+        return torch.where(self.spread(self.slow.float()) > 0, self.spread(moved), known)
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""
