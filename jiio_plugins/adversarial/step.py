@@ -50,8 +50,9 @@ CARRIED_METHOD = Joint(
 )
 
 
-# A mean relative residual of z at which the penalty weighs as much as the loss, and what counts for
-# a row whose residual is larger or none: one such row must not drown the loss.
+# A mean relative residual of z from which the penalty weighs as much as the loss. More would undo
+# what the model has learnt, and then the residual rises all the more. What counts for a row whose
+# residual is larger than the second, or none.
 _EASY = 0.005
 _LOST = 0.1
 
@@ -165,8 +166,8 @@ class AdversarialTraining:
             :func:`jiio_plugins.envelope_loss`.
         jacobian_weight: weight of a penalty of J_z at a random iterate of the joint loop, see
             :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. None: it follows
-            the mean relative residual r that the search leaves z at, ``(r / 0.005)²``. 0: without,
-            for a cell that stays easy by itself. Others lose their fixed point.
+            the mean relative residual r that the search leaves z at, ``(r / 0.005)²``, up to 1. 0:
+            without, for a cell that stays easy by itself. Others lose their fixed point.
         jacobian_probes: random probes in it.
         jacobian_power: power steps that turn each probe to where the cell contracts least. 0: none,
             a Hutchinson estimate of ``‖J_z‖²_F / n``.
@@ -352,7 +353,8 @@ class AdversarialTraining:
         if self.jacobian_weight is not None:
             return self.jacobian_weight
         lost = torch.full_like(residual, _LOST)
-        return (torch.where(residual < _LOST, residual, lost).mean() / _EASY).square()
+        mean = torch.where(residual < _LOST, residual, lost).mean()
+        return (mean / _EASY).square().clamp(max=1.0)
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
         try:

@@ -168,6 +168,16 @@ def test_state_and_adjoint_are_refined_by_numbers_of_their_own() -> None:
     assert counter.vjps == float(step.solution.vjps.sum()) + 4
 
 
+def test_the_penalty_weighs_no_more_than_the_loss_however_large_the_residual() -> None:
+    model, x = Net(seed=3, rate=0.9), rand(4, 5, seed=1)
+    settings = {**BOX, "method": Joint(max_iter=1, warmup=1)}
+    plain = AdversarialTraining(**settings)(model, x, Y)
+    step = AdversarialTraining(**{**settings, "jacobian_weight": None})(model, x, Y)
+    assert step.penalty is not None
+    assert float(step.solution.z_residual.mean()) > 0.01
+    torch.testing.assert_close(step.loss, plain.loss + step.penalty, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("power", [0, 4])
 def test_the_jacobian_penalty_is_added_and_training_on_it_lowers_it(power: int) -> None:
     model, x = Net(seed=3, rate=0.9), rand(4, 5, seed=1)
