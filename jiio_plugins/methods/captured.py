@@ -120,7 +120,7 @@ class Captured:
             warnings.warn(
                 "the iteration cannot be captured as a CUDA graph, and runs without one: "
                 f"{str(error).splitlines()[0]}. A model or an objective that reads a number back "
-                "from the device, or copies one to it, is refused; capture=False says nothing",
+                "from the device, or copies one to it, is refused. capture=False does without",
                 stacklevel=2,
             )
             return
