@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from benchmarks import scaling, solvers
+from benchmarks import precision, scaling, solvers
 from benchmarks.tabulation import attacks
 
 if TYPE_CHECKING:
@@ -66,3 +66,14 @@ def test_scaling_tells_the_cost_of_every_size(tmp_path: Path) -> None:
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no such axis"):
         run(scaling, tmp_path, axes=["width"])
+
+
+def test_precision_runs_the_same_attack_in_several_ways(tmp_path: Path) -> None:
+    found = run(precision, tmp_path, images=4, iterations=6, rounds=1, compiled=False)
+    (digits,) = found["results"]
+    plain, half = digits["rows"]
+    assert (plain["name"], half["name"]) == ("as it is", "bfloat16")
+    assert half["loss"] == pytest.approx(plain["loss"], rel=0.2)
+    assert plain["vjps"] >= 6
+    _, _, *rows = attacks.precision(found).splitlines()
+    assert len(rows) == 2

@@ -154,6 +154,25 @@ def zoo_steps(found: dict[str, Any]) -> str:
     return table(" | ".join(["model", *shares]), rows)
 
 
+def precision(found: dict[str, Any]) -> str:
+    """Each way to run an attack beside the first."""
+    rows = [
+        [
+            part["classifier"],
+            row["name"],
+            f"{row['accuracy']:.1%}".replace("%", " %"),
+            f"{row['loss']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['first_seconds']:.0f}",
+        ]
+        for part in found["results"]
+        for row in part["rows"]
+    ]
+    return table(
+        "classifier | run | accuracy | loss | seconds over the first's | first call, s", rows
+    )
+
+
 def scaling(found: dict[str, Any]) -> str:
     """Seconds of an attack by size, and how they grow from one size to the next."""
     rows = []

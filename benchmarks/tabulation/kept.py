@@ -33,6 +33,7 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "bench": "jiio bench --threads 1 --repeats 1",
     "solvers": "python benchmarks/solvers.py --rounds 3",
     "scaling": "python benchmarks/scaling.py",
+    "precision": "python benchmarks/precision.py --data DIR",
     "zoo": (
         "python benchmarks/zoo.py --threads 1 --iterations 80 --kinds tutorial mdeq mdeq-dropout "
         "mondeq-plain mondeq-forward-backward mondeq-peaceman-rachford unfolded-pgd "

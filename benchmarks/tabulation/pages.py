@@ -56,6 +56,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {  # made of wha
     "bench-shares": (("bench",), partial(attacks.shares, timed=False)),
     "solvers": (("solvers",), attacks.solvers),
     "scaling": (("scaling",), attacks.scaling),
+    "precision": (("precision",), attacks.precision),
     "zoo": (("zoo",), attacks.zoo),
     "zoo-steps": (("zoo",), attacks.zoo_steps),
     "robustness": (("robustness",), attacks.reports),
