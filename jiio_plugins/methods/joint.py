@@ -134,7 +134,7 @@ class Joint(Method):
     relaxation: float = 1.5
     mixing: Literal["quasi-newton", "anderson"] = "quasi-newton"
     acceleration: int = 10
-    gap_tol: float = 3e-3
+    gap_tol: float = 2e-3
     tol: float = 1e-4
     capture: bool = False
 
