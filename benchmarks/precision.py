@@ -27,6 +27,7 @@ import torch
 import torch._dynamo
 import tyro
 
+from benchmarks.gpu import Device
 from jiio_plugins import Joint, attack
 from jiio_plugins.data import load_digits, load_fashion_mnist
 from jiio_plugins.models import load_pretrained
@@ -65,21 +66,22 @@ class Kind:
         compiled: whether the cell is.
     """
 
+    first = best = 0.0
+
     def __init__(self, name: str, model: nn.Module, method: Joint, compiled: bool = False) -> None:
         self.name, self.method, self.model = name, method, copy.deepcopy(model)
         if compiled:
             layer: Any = self.model.equilibrium
             layer.cell.compile(dynamic=True)
-        self.first = self.best = 0.0
 
-    def __call__(self, x: Tensor, y: Tensor, eps: float) -> None:
+    def __call__(self, x: Tensor, y: Tensor, eps: float, device: Device) -> None:
         """Attack, and keep the seconds: of the first call, and of the fastest after it."""
-        _synchronize(x)
+        device.synchronize()
         begin = time.perf_counter()
         self.found = attack(
             self.model, x, y, norm=2, eps=eps, lower=0.0, upper=1.0, method=self.method
         )
-        _synchronize(x)
+        device.synchronize()
         seconds = time.perf_counter() - begin
         if not self.first:
             self.first = seconds
@@ -87,22 +89,18 @@ class Kind:
             self.best = min(self.best or seconds, seconds)
 
     def row(self, y: Tensor) -> dict[str, Any]:
-        found = self.found
+        found, stats = self.found, self.found.stats
         left = found.output.argmax(1) == y
         return {
             "name": self.name,
             "loss": found.value.neg().mean().item(),
             "accuracy": left.float().mean().item(),
-            "f_evals": found.stats.f_evals.mean().item(),
-            "vjps": found.stats.vjps.mean().item(),
+            "f_evals": stats.f_evals.mean().item(),
+            "vjps": stats.vjps.mean().item(),
+            "verification": (stats.verification_f_evals + stats.verification_vjps).mean().item(),
             "first_seconds": self.first,
             "seconds": self.best,
         }
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def kinds(args: Args, model: nn.Module) -> list[Kind]:
@@ -122,10 +120,10 @@ def kinds(args: Args, model: nn.Module) -> list[Kind]:
 
 def measure(args: Args, name: str, images: tuple[Tensor, Tensor], eps: float) -> dict[str, Any]:
     x, y = (t[: args.images].to(args.device) for t in images)
-    each = kinds(args, load_pretrained(name).to(args.device))
+    each, device = kinds(args, load_pretrained(name).to(args.device)), Device(args.device)
     for _ in range(args.rounds + 1):
         for kind in each:
-            kind(x, y, eps)
+            kind(x, y, eps, device)
     rows = [kind.row(y) for kind in each]
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]

@@ -107,6 +107,7 @@ def test_digits(digits: Any, norm: float, loss: Any, targeted: bool) -> None:
     )
     unverified = solution.status == Status.NOT_VERIFIED
     assert not bool((alone.converged & unverified).any())
+    assert int((done | ~alone.converged).sum()) >= 11
     assert int(done.sum()) >= 10
     torch.testing.assert_close(solution.value[done], objective(logits)[done], rtol=1e-2, atol=1e-2)
     clean = objective(tight_logits(model, x))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.counting import counting_into
 from jiio_plugins.methods.best import BestSoFar
-from jiio_plugins.methods.captured import Captured
+from jiio_plugins.methods.captured import Captured, can_capture
 from jiio_plugins.methods.round import Iteration, Round
 from jiio_plugins.utils.checks import check_counts
 
@@ -127,7 +127,8 @@ class Method(abc.ABC):
             iteration = self.start(problem)
             direction = self.directions(problem.feasible)
             turn = Round(problem, iteration, best, direction, self.gap_tol, callback)
-            once = Captured(turn, problem) if iteration.capture and callback is None else turn
+            captured = iteration.capture and callback is None and can_capture(turn.v.device)
+            once = Captured(turn, problem) if captured else turn
             for k, step in enumerate(self.steps(problem.feasible, turn.v)):
                 once(k, step)
                 if best.all_finished():

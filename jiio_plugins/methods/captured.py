@@ -79,19 +79,19 @@ class Captured:
 
     def __call__(self, k: int, step: Tensor) -> None:
         """See :class:`Round`."""
-        if self._refused or not self.turn.iteration.steady(k):
-            self.turn(k, step)
-        elif self._graph is None:
+        steady = not self._refused and self.turn.iteration.steady(k)
+        if steady and self._graph is None:
             self._capture(k, step)
-            self(k, step)
-        else:
-            self._step.copy_(step)
-            for buffer, now in zip(self._buffers, self._read(), strict=True):
-                if now is not buffer:  # a round has run since the last replay
-                    buffer.copy_(now)
-            self._write(self._buffers)
-            self._graph.replay()
-            self.turn.at = self._at
+        if not steady or self._graph is None:
+            self.turn(k, step)
+            return
+        self._step.copy_(step)
+        for buffer, now in zip(self._buffers, self._read(), strict=True):
+            if now is not buffer:  # a round has run since the last replay
+                buffer.copy_(now)
+        self._write(self._buffers)
+        self._graph.replay()
+        self.turn.at = self._at
 
     def _read(self) -> list[Tensor]:
         """What an iteration takes to the next one."""

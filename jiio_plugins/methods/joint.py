@@ -111,10 +111,9 @@ class Joint(Method):
         gap_tol: with a ball: a problem leaves where its v is at rest, see :class:`Method`.
         tol: without a ball: relative residual of all three blocks at which the loop stops.
         capture: on CUDA, with a ball: record an iteration as a CUDA graph once the run is steady,
-            and replay it. That saves the time in which the host dispatches kernels, which is most
-            of the time of a small model. The model and the objective must leave all numbers on the
-            device. Iterations with slow rows run as without it, and so do all where there is a
-            callback.
+            and replay it, so that the host dispatches no kernels one by one. ``make gpu`` tells
+            what that saves. The model and the objective must leave all numbers on the device.
+            Iterations with slow rows run as without it, and so do all where there is a callback.
 
     Raises:
         TypeError: a count that is no integer.

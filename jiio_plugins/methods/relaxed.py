@@ -14,7 +14,6 @@ from torch import Tensor
 
 from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
-from jiio_plugins.methods.captured import can_capture
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.methods.iteration import JointIteration, finite_or
 from jiio_plugins.methods.round import Iteration
@@ -76,7 +75,7 @@ class Relaxed(JointIteration):
     ) -> None:
         super().__init__(method, problem)
         # a graph draws other random numbers than the rounds before it
-        self.capture = capture and can_capture(self.z.device) and not problem.variable.repeatable
+        self.capture = capture and not problem.variable.repeatable
         self.following = following
         self.vjp_twice, self.share = following.adjoint_warmup, _SETTLED_FIRST
         # with one state step there is no second residual at the same v that could halve it
@@ -113,7 +112,7 @@ class Relaxed(JointIteration):
 
     def steady(self, k: int) -> bool:
         """See :class:`Iteration`. They are where the adjoint has begun and no row is slow."""
-        return k > max(self.vjp_twice, _BEGIN) and not self._any_slow()
+        return k > _BEGIN and k >= self.vjp_twice and not self._any_slow()
 
     def _anchor(self, v: Tensor, active: Tensor) -> None:
         """Solve slow rows from the initial state, and go on from there where that is elsewhere."""

@@ -33,7 +33,7 @@ class Iteration(abc.ABC):
         mu: adjoint μ, ``(rows, n)``.
         jz_mu: ``J_zᵀμ``, ``(rows, n)``.
         mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖`` at the last evaluation, ``(rows,)``.
-        capture: whether steady iterations are to be captured
+        capture: whether steady iterations are to be captured where the device can
             (:mod:`jiio_plugins.methods.captured`).
         carried: names of the tensors that it takes from one iteration to the next.
     """

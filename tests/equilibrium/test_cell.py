@@ -14,6 +14,7 @@ from jiio_plugins import (
     Damped,
     Equilibrium,
     Implicit,
+    L2Ball,
     Picard,
     Unrolled,
     optimize_input,
@@ -24,6 +25,7 @@ from tests.helpers import (
     TIGHT,
     Affine,
     Elementwise,
+    PairNet,
     TanhCell,
     assert_same,
     gradients,
@@ -61,6 +63,19 @@ def test_a_cell_of_another_output_shape(answer: Any) -> None:
 def test_a_cell_that_returns_its_tensor_in_a_tuple() -> None:
     with pytest.raises(ValueError, match=r"Wrong is a tuple of shape \(2, 4\), .* is a tensor of"):
         Equilibrium(Wrong(lambda z, u: (z,)))(rand(2, 4, seed=1))
+
+
+def test_a_cell_may_look_at_its_state_as_another_shape() -> None:
+    model, x, seen = PairNet(), rand(4, 5, seed=1), []
+
+    def flat(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append([part.view(-1) for part in inputs[0]])
+
+    model.equilibrium.cell.register_forward_pre_hook(flat)
+    model(x)
+    solves = len(seen)
+    optimize_input(model, x, squared, constraint=L2Ball(0.5))
+    assert len(seen) > solves > 0
 
 
 def test_a_cell_whose_state_is_not_shaped_like_its_injection() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+import jiio_plugins.methods.base
 import jiio_plugins.methods.captured
 import jiio_plugins.methods.relaxed
 from jiio_plugins import Box, Intersection, Joint, L1Ball, L2Ball, LinfBall
@@ -103,10 +104,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 @pytest.fixture
 def recordable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop takes an accelerator's branches, and what it does can be recorded."""
-    captured = jiio_plugins.methods.captured
-    monkeypatch.setattr(captured, "CudaGraph", Tape)
-    for module in (captured, jiio_plugins.methods.relaxed):
-        monkeypatch.setattr(module, "can_capture", lambda device: True)
+    monkeypatch.setattr(jiio_plugins.methods.captured, "CudaGraph", Tape)
+    monkeypatch.setattr(jiio_plugins.methods.base, "can_capture", lambda device: True)
     for name in ("best", "iteration", "relaxed", "round", "steps"):
         module = __import__(f"jiio_plugins.methods.{name}", fromlist=[name])
         for function in ("surely_none", "surely_finite"):
