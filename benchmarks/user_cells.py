@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torchdeq
 import tyro
@@ -168,6 +169,7 @@ def by_pgd(args: Args, target: PyTorchClassifier) -> dict[str, Any]:
         batch_size=args.batch,
         verbose=False,
     )
+    np.random.seed(args.seed)  # noqa: NPY002 (ART shuffles by it)
     trainer = AdversarialTrainer(target, attack, ratio=1.0)
     trainer.fit(x, y, batch_size=args.batch, nb_epochs=args.epochs)
     return {}

@@ -160,17 +160,17 @@ def precision(found: dict[str, Any]) -> str:
         [
             part["classifier"],
             row["name"],
-            f"{row['accuracy']:.1%}".replace("%", " %"),
+            f"{100 * row['accuracy']:.1f} %",
             f"{row['loss']:.2f}",
+            *(f"{row[key]:.1f}" for key in ("f_evals", "vjps", "verification")),
             f"{row['ratio']:.2f}",
             f"{row['first_seconds']:.0f}",
         ]
         for part in found["results"]
         for row in part["rows"]
     ]
-    return table(
-        "classifier | run | accuracy | loss | seconds over the first's | first call, s", rows
-    )
+    head = "classifier | run | accuracy | loss | f | VJP | f + VJP of the verification"
+    return table(f"{head} | seconds over the first's | first call, s", rows)
 
 
 def scaling(found: dict[str, Any]) -> str:
