@@ -317,7 +317,9 @@ def test_arts_trainer_takes_our_attack() -> None:
     trainer = AdversarialTrainer(target, attack, ratio=0.5)
     assert trainer.attacks[0].estimator is trainer.get_classifier()
     before = accuracy(trainer, x_test, y_test)
+    np.random.seed(0)  # noqa: NPY002 (ART's trainer draws from the global state)
     with torch.random.fork_rng([]):
+        torch.manual_seed(0)
         trainer.fit(x, y, batch_size=15, nb_epochs=5)
         trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=15), nb_epochs=1)
     assert accuracy(trainer, x_test, y_test) > before + 0.2
