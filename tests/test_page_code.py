@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-import tyro
 
 from jiio_plugins import Solution, Status
-from jiio_plugins.cli.main import Command
+from jiio_plugins.cli.main import parsed
 from tests.helpers import ROOT
 
 if TYPE_CHECKING:
@@ -139,4 +138,4 @@ def test_commands_parse(page: Path) -> None:
         for line in re.findall(r"^jiio (.+)$", joined, re.M):
             words = shlex.split(line.partition(" #")[0])
             if not {"--help", "--version"} & {*words}:
-                tyro.cli(Command, args=words, prog="jiio", console_outputs=False)
+                parsed(words)

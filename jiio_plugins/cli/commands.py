@@ -138,7 +138,7 @@ class Bench(Writing, OnClassifier):
     eps: float | None = None
     """radius; default: that of jiio demo"""
     sweep: bool = True
-    """run the 81 settings of the warm-started nested loop"""
+    """run the warm-started nested loop at every setting, for its strongest"""
     repeats: int = 3
     """times the compared rows are run for their seconds"""
     threads: int | None = None

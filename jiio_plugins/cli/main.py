@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -18,23 +18,24 @@ from jiio_plugins.utils.files import as_json
 from jiio_plugins.utils.signals import one_line_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DESCRIPTION = (
     "Joint inference and input optimisation of deep equilibrium models: attack and evaluate "
     "classifiers, train generators and fit images with them. jiio --version prints the version."
 )
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
-    | Annotated[Adapters, tyro.conf.subcommand("adapters")]
-    | Annotated[TrainGenerator, tyro.conf.subcommand("train-generator")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Fit, tyro.conf.subcommand("fit")]
-)
+Command = Demo | Evaluate | Bench | Check | Adapters | TrainGenerator | Sample | Fit
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "demo": Demo,
+    "evaluate": Evaluate,
+    "bench": Bench,
+    "check": Check,
+    "adapters": Adapters,
+    "train-generator": TrainGenerator,
+    "sample": Sample,
+    "fit": Fit,
+}
 # modules that the extra cli brings
 _OF_EXTRA = {
     "PIL",
@@ -57,8 +58,8 @@ def main(args: list[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"jiio {__version__}")
         return
-    command = tyro.cli(Command, args=words, prog="jiio", description=DESCRIPTION)
     try:
+        command = parsed(words)
         if isinstance(command, TrainGenerator):
             command = command.read_again(words[1:])
         with one_line_end("jiio", _how_to_go_on(command)), _said(command):
@@ -73,8 +74,31 @@ def main(args: list[str] | None = None) -> None:
             f"jiio: {words[0]} needs {missing}, which is not installed: pip install "
             "'jiio-plugins[cli]' brings what all commands need"
         ) from error
+    except BrokenPipeError:  # what reads it, head for instance, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (OSError, ImportError, TypeError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"jiio: {error}") from error
+
+
+def parsed(words: list[str]) -> Command:
+    """The command that is asked for, with its settings.
+
+    One that is named is parsed by itself: what is said of a misspelt option is about its own.
+
+    Args:
+        words: of the command line. None: as if they were ``--help``.
+
+    Raises:
+        SystemExit: after the help, or for what is no command or no option of it.
+    """
+    kind = COMMANDS.get(words[0]) if words else None
+    if kind is not None:
+        return tyro.cli(kind, args=words[1:], prog=f"jiio {words[0]}")
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, args=words or ["--help"], prog="jiio", description=DESCRIPTION
+    )
+    return command
 
 
 @contextmanager
