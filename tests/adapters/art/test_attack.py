@@ -63,7 +63,10 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert f"{followed.sum()} × CONVERGED" in record.report()
     price = (record.f_evals + record.vjps).mean()
     assert f"price per row: {price:.3g} evaluations of f and VJPs, as much as" in record.report()
-    loss = trained.compute_loss(adversarial, np.eye(10, dtype=np.float32)[y])
+    # in the batches of the attack: the model's own solves are loose, and other kernels end elsewhere
+    truth = np.eye(10, dtype=np.float32)[y]
+    batches = (slice(0, 5), slice(5, 8))
+    loss = np.concatenate([trained.compute_loss(adversarial[b], truth[b]) for b in batches])
     np.testing.assert_allclose(-record.value, loss, rtol=0.05, atol=0.05)
     np.testing.assert_allclose(-record.model_value, loss, rtol=1e-3, atol=1e-3)
 
