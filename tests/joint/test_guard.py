@@ -323,6 +323,7 @@ class Attacked(Dataset[Tensor]):
         return optimize_input(self.model, x, squared, constraint=L2Ball(0.5)).x[0]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_the_workers_of_a_loader_may_attack() -> None:
     model, stop = Net(), threading.Event()
     alone = torch.stack([Attacked(model)[k] for k in range(4)])
