@@ -63,7 +63,7 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert f"{followed.sum()} × CONVERGED" in record.report()
     price = (record.f_evals + record.vjps).mean()
     assert f"price per row: {price:.3g} evaluations of f and VJPs, as much as" in record.report()
-    # in the batches of the attack: the model's own solves are loose, and other kernels end elsewhere
+    # in the batches of the attack: the own solves are loose, and other kernels end elsewhere
     truth = np.eye(10, dtype=np.float32)[y]
     batches = (slice(0, 5), slice(5, 8))
     loss = np.concatenate([trained.compute_loss(adversarial[b], truth[b]) for b in batches])
