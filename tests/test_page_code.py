@@ -124,6 +124,9 @@ def test_what_is_alike() -> None:
     assert alike(shown, "found 41 of 50\nand more, 3 lines\nloss 1.2")
     for other in ("found 40 of 60\n. loss 1.25", "found 40 of 50\n. cost 1.25", "found 40"):
         assert not alike(shown, other)
+    assert alike("0.02", "0.03")
+    assert not alike("0.02", "0.04")
+    assert not alike("2", "3")
 
 
 @named(PAGES)
