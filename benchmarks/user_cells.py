@@ -1,13 +1,14 @@
 """Adversarial training of three cells that are not ours, with the defaults, against PGD training.
 
-    python benchmarks/user_cells.py [--kinds conv torchdeq dense] [--weights 0 0.3 3]
+    python benchmarks/user_cells.py [--kinds conv torchdeq dense] [--weights 0 0.3 3] [--seeds 3]
 
 Each model is trained from scratch on scikit-learn's digits, in an L2 ball within the pixel box, by
 
 * :class:`jiio_art.JIIOAdversarialTrainer` with its defaults, and with each of ``--weights`` as
   ``jacobian_weight``;
 * ART's own ``AdversarialTrainer`` with ART's PGD, through the solves and the gradients that the
-  model itself makes. Same weights to begin with, same images, epochs and batch size.
+  model itself makes. Same weights to begin with, same images, epochs and batch size. Each seed
+  draws other weights and other shuffles.
 
 Then it is judged on test images, as they are and under
 :func:`jiio_plugins.evaluation.quick_suite`. The columns, in percent:
@@ -26,9 +27,11 @@ of TorchDEQ with its solver, ``dense`` fully connected.
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,18 +125,19 @@ class Args:
     epochs: int = 6
     train: int = 640
     """training images, at most 1297"""
-    test: int = 150
+    test: int = 500
     """test images, at most 500"""
     batch: int = 50
     lr: float = 5e-3
     pgd_steps: int = 7
-    seed: int = 0
+    seeds: int = 3
+    """of weights and shuffles: results differ by several points from one to the next"""
     threads: int = 1
     out: Path = Path("out/benchmark-user-cells")
 
 
-def classifier(args: Args, kind: str) -> PyTorchClassifier:
-    torch.manual_seed(args.seed)
+def classifier(args: Args, kind: str, seed: int) -> PyTorchClassifier:
+    torch.manual_seed(seed)
     model = KINDS[kind]()
     return PyTorchClassifier(
         model,
@@ -146,18 +150,18 @@ def classifier(args: Args, kind: str) -> PyTorchClassifier:
     )
 
 
-def by_jiio(args: Args, target: PyTorchClassifier, **options: Any) -> dict[str, Any]:
+def by_jiio(args: Args, target: PyTorchClassifier, seed: int, **options: Any) -> dict[str, Any]:
     """Train. What the bar showed last, and what it said of the training."""
     x, y = (t[: args.train].numpy() for t in load_digits("train"))
     attack = JIIOAttack(target, norm=2, eps=args.eps, verbose=False)
-    trainer = JIIOAdversarialTrainer(target, attack, seed=args.seed, **options)
+    trainer = JIIOAdversarialTrainer(target, attack, seed=seed, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         trainer.fit(x, y, batch_size=args.batch, nb_epochs=args.epochs)
     return {"history": trainer.history, "warnings": [str(w.message) for w in said]}
 
 
-def by_pgd(args: Args, target: PyTorchClassifier) -> dict[str, Any]:
+def by_pgd(args: Args, target: PyTorchClassifier, seed: int) -> dict[str, Any]:
     """Train with ART's own trainer and attack."""
     x, y = (t[: args.train].numpy() for t in load_digits("train"))
     attack = ProjectedGradientDescentPyTorch(
@@ -169,7 +173,7 @@ def by_pgd(args: Args, target: PyTorchClassifier) -> dict[str, Any]:
         batch_size=args.batch,
         verbose=False,
     )
-    np.random.seed(args.seed)  # noqa: NPY002 (ART shuffles by it)
+    np.random.seed(seed)  # noqa: NPY002 (ART shuffles by it)
     trainer = AdversarialTrainer(target, attack, ratio=1.0)
     trainer.fit(x, y, batch_size=args.batch, nb_epochs=args.epochs)
     return {}
@@ -194,7 +198,7 @@ def judged(args: Args, model: nn.Module) -> dict[str, float]:
 
 def header() -> str:
     return (
-        f"  {'training':<26}{'clean':>7}{'robust':>8}{'verified':>10}{'bar: clean':>12}"
+        f"  {'training':<32}{'clean':>7}{'robust':>8}{'verified':>10}{'bar: clean':>12}"
         f"{'judged':>8}{'bar: robust':>13}{'judged':>8}{'s':>7}  warnings"
     )
 
@@ -204,7 +208,7 @@ def show(name: str, row: dict[str, Any]) -> None:
     bar = {k: f"{100 * last[k]:.1f}" if k in last else "" for k in ("clean", "robust")}
     percent = {k: 100 * v for k, v in row["judged"].items()}
     print(
-        f"  {name:<26}{percent['clean']:>7.1f}{percent['robust']:>8.1f}{percent['verified']:>10.1f}"
+        f"  {name:<32}{percent['clean']:>7.1f}{percent['robust']:>8.1f}{percent['verified']:>10.1f}"
         f"{bar['clean']:>12}{percent['judged_clean']:>8.1f}{bar['robust']:>13}"
         f"{percent['judged_robust']:>8.1f}{row['seconds']:>7.0f}  {len(row.get('warnings', []))}",
         flush=True,
@@ -216,28 +220,26 @@ def main(args: Args) -> None:
         raise SystemExit(f"no such kind: {sorted(unknown)}. There are {', '.join(KINDS)}")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainings: dict[str, Callable[[PyTorchClassifier], dict[str, Any]]] = {
-        "JIIO, defaults": lambda target: by_jiio(args, target),
+    trainings: dict[str, Callable[..., dict[str, Any]]] = {
+        "JIIO, defaults": partial(by_jiio, args),
         **{
-            f"JIIO, jacobian_weight={w:g}": lambda target, w=w: by_jiio(
-                args, target, jacobian_weight=w
-            )
+            f"JIIO, jacobian_weight={w:g}": partial(by_jiio, args, jacobian_weight=w)
             for w in args.weights
         },
     }
     if args.pgd:
-        trainings[f"PGD-{args.pgd_steps}"] = lambda target: by_pgd(args, target)
+        trainings[f"PGD-{args.pgd_steps}"] = partial(by_pgd, args)
     results: dict[str, Any] = {}
     for kind in args.kinds:
         print(f"\n{kind}\n{header()}", flush=True)
-        for name, train in trainings.items():
-            target = classifier(args, kind)
+        for seed, (name, train) in itertools.product(range(args.seeds), trainings.items()):
+            target = classifier(args, kind, seed)
             begin = time.process_time()
-            row = train(target)
+            row = train(target, seed)
             row["seconds"] = time.process_time() - begin
             row["judged"] = judged(args, target.model)
-            results[f"{kind} / {name}"] = row
-            show(name, row)
+            results[f"{kind} / {name} / seed {seed}"] = row
+            show(f"{name}, seed {seed}", row)
             write_json(args.out / "results.json", results)
     print(f"\nwritten: {args.out}/results.json")
 
