@@ -3,17 +3,13 @@
     python benchmarks/attack.py --data DIR [--images 256] [--out out/benchmark-attack]
 
 For an L2 ball (ε = 1) and an L∞ ball (ε = 0.03), both within the pixel box, it runs what
-``jiio bench`` runs (:func:`jiio_plugins.evaluation.compare_with_nested`), and
-
-* ART's PGD-20 and torchattacks' PGD-20 through the DEQ, with the solver the model carries;
-* JIIO's loop against a bare loop of as many model forwards and VJPs (engine overhead).
+``jiio bench`` runs (:func:`jiio_plugins.evaluation.compare_with_nested`), and ART's and
+torchattacks' PGD-20 through the DEQ, with the solver the model carries.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from jiio_plugins import Equilibrium, Joint, attack_objective
 from jiio_plugins.data import load_fashion_mnist
 from jiio_plugins.evaluation import Comparison, Row, compare_with_nested
-from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.models import load_pretrained
 from jiio_plugins.utils import write_json
 
@@ -86,46 +80,6 @@ def torchattacks_pgd(comparison: Comparison) -> Any:
     return lambda model, x, y: pgd(x, y).detach()
 
 
-def overhead(comparison: Comparison, iterations: int, repeats: int) -> dict[str, float]:
-    """Seconds of Joint's iterations against as many bare model forwards and VJPs."""
-    model: Any = comparison.model
-    layer: Equilibrium = model.equilibrium
-    x, inside = comparison.x, comparison.threat.around(comparison.x)
-    objective = attack_objective("cross-entropy", comparison.y)
-    parameters = list(model.parameters())
-    for p in parameters:
-        p.requires_grad_(False)
-    state = layer.cell.initial_state(model.encoder(x))
-
-    def bare() -> None:
-        for k in range(iterations):
-            if k:  # the first iteration needs no second evaluation of f
-                with torch.no_grad():
-                    layer.cell(state, model.encoder(x))
-                    model.decode(state)
-            leaf = x.clone().requires_grad_()
-            z: tuple[Tensor, ...] = tuple(t.clone().requires_grad_() for t in state)
-            f = layer.cell(z, model.encoder(leaf))
-            loss = objective(model.decode(z)).sum()
-            torch.autograd.grad([loss, *f], [leaf, *z], [None, *state])
-
-    method = Joint(max_iter=iterations, warmup=1, adjoint_warmup=0)
-
-    def joint() -> None:
-        method.run(Problem(Variable(model, x), objective, inside))
-
-    times: dict[str, list[float]] = {"bare": [], "joint": []}
-    for _ in range(repeats + 1):
-        for name, call in (("bare", bare), ("joint", joint)):
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    for p in parameters:
-        p.requires_grad_(True)
-    bare_s, joint_s = (statistics.median(times[name][1:]) for name in ("bare", "joint"))
-    return {"bare": bare_s, "joint": joint_s, "ratio": joint_s / bare_s}
-
-
 def run_norm(args: Args, norm: str) -> dict[str, Any]:
     x, y = (t[: args.images] for t in load_fashion_mnist(args.data, "test"))
     model, order = load_pretrained("fashion-mnist"), 2.0 if norm == "L2" else math.inf
@@ -135,14 +89,9 @@ def run_norm(args: Args, norm: str) -> dict[str, Any]:
         (Row("torchattacks PGD-20, step ε/5", "torchattacks PGD-20"), torchattacks_pgd(comparison)),
     ]
     verdict = compare_with_nested(comparison, hosts, sweep=args.sweep, repeats=args.repeats)
-    cost = overhead(comparison, 15, args.repeats)
-    print(
-        f"engine overhead: JIIO's loop {cost['joint']:.2f} s, bare forwards and VJPs "
-        f"{cost['bare']:.2f} s, ratio {cost['ratio']:.2f}"
-    )
     title = f"Fashion-MNIST, {norm} ε = {comparison.eps}, pixel box"
     comparison.plot(args.out / f"curve-{norm}.png", title)
-    return {**comparison.to_dict(), "norm": norm, "verdict": verdict, "overhead": cost}
+    return {**comparison.to_dict(), "norm": norm, "verdict": verdict}
 
 
 def main(args: Args) -> None:

@@ -17,12 +17,14 @@ beside it, and the bare loop.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock, patch
 
@@ -37,6 +39,7 @@ from jiio_plugins.equilibrium import as_tensors
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods import solve
 from jiio_plugins.models import ConvDEQClassifier, load_pretrained
+from jiio_plugins.utils import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,6 +62,7 @@ class Args:
     """slow rows take no more passes than others, so that those of the bare loop are the same"""
     lines: bool = False
     """where in the package the operations come from"""
+    out: Path = Path("out/benchmark-loop")
 
 
 class Cell:
@@ -257,8 +261,8 @@ def void(_: Any) -> None:
     """Nothing of a result is kept."""
 
 
-def show_seconds(args: Args, name: str, rows: int) -> None:
-    """One row of the table of seconds and memory."""
+def on_the_cpu(args: Args, name: str, rows: int) -> dict[str, Any]:
+    """Seconds, operations and memory, the loop's beside those of what it needs."""
     cell, norm = Cell(name, rows), args.norms[0]
     problem = cell.problem(norm)
     solve(problem, method(args.iterations, args.even))
@@ -274,30 +278,25 @@ def show_seconds(args: Args, name: str, rows: int) -> None:
     with Operations() as plain:
         cell.plain()
     ours, theirs = counted(loop), counted(bare)
-    print(
-        f"{name:8} {rows:5}  {1e3 * best['loop'] / args.iterations:8.2f} "
-        f"{1e3 * best['bare'] / args.iterations:8.2f} {best['loop'] / best['bare']:6.2f}   "
-        f"{ours.all:5} {theirs.all:5} {ours.all / theirs.all:6.2f}   "
-        f"{ours.peak / 2**20:8.2f} {plain.peak / 2**20:8.2f} {ours.peak / plain.peak:6.2f} "
-        f"{ours.peak / theirs.peak:6.2f}"
-    )
+    mib = {"loop": ours.peak, "model": plain.peak, "bare": theirs.peak}
+    return {
+        "cell": name,
+        "rows": rows,
+        "ms": {key: 1e3 * value / args.iterations for key, value in best.items()},
+        "operations": {"loop": ours.all, "bare": theirs.all},
+        "MiB": {key: value / 2**20 for key, value in mib.items()},
+    }
 
 
-def show_accelerator(args: Args, name: str) -> None:
-    """The operations of an accelerator's path, for each ball."""
+def on_an_accelerator(name: str, norm: str) -> tuple[dict[str, Any], Operations]:
+    """The operations of an accelerator's path, and those of the loop."""
     with flags_unread():
         cell = Cell(name, 4, "meta")
         bare = counted(lambda n: cell.bare(n, 0, 0))
-        for norm in args.norms:
-            loop = counted(loop_of(cell, norm))
-            print(
-                f"{name:8} {norm:5}  {loop.all:5} {bare.all:5} {loop.all / bare.all:6.2f}   "
-                f"{loop.all - loop.views:5} {bare.all - bare.views:5} "
-                f"{(loop.all - loop.views) / (bare.all - bare.views):6.2f}"
-            )
-            if args.lines:
-                for line, n in loop.lines.most_common(45):
-                    print(f"    {n:5}  {line}")
+        loop = counted(loop_of(cell, norm))
+    kernels = {"loop": loop.all - loop.views, "bare": bare.all - bare.views}
+    operations = {"loop": loop.all, "bare": bare.all}
+    return {"cell": name, "norm": norm, "operations": operations, "kernels": kernels}, loop
 
 
 def main(args: Args) -> None:
@@ -308,14 +307,34 @@ def main(args: Args) -> None:
         "cell      rows     loop     bare  ratio    loop  bare  ratio       loop    model  ratio   "
         "bare"
     )
-    for name in args.cells:
-        for rows in args.batches:
-            show_seconds(args, name, rows)
+    results: dict[str, list[dict[str, Any]]] = {"cpu": [], "accelerator": []}
+    for name, rows in itertools.product(args.cells, args.batches):
+        r = on_the_cpu(args, name, rows)
+        results["cpu"].append(r)
+        ms, ops, mib = r["ms"], r["operations"], r["MiB"]
+        print(
+            f"{name:8} {rows:5}  {ms['loop']:8.2f} {ms['bare']:8.2f} "
+            f"{ms['loop'] / ms['bare']:6.2f}   {ops['loop']:5} {ops['bare']:5} "
+            f"{ops['loop'] / ops['bare']:6.2f}   {mib['loop']:8.2f} {mib['model']:8.2f} "
+            f"{mib['loop'] / mib['model']:6.2f} {mib['loop'] / mib['bare']:6.2f}"
+        )
     print("\noperations of one iteration on the path of an accelerator")
     print("                    all                  kernels")
     print("cell     ball    loop  bare  ratio    loop  bare  ratio")
-    for name in args.cells:
-        show_accelerator(args, name)
+    for name, norm in itertools.product(args.cells, args.norms):
+        r, loop = on_an_accelerator(name, norm)
+        results["accelerator"].append(r)
+        pairs = [
+            f"{r[key]['loop']:5} {r[key]['bare']:5} {r[key]['loop'] / r[key]['bare']:6.2f}"
+            for key in ("operations", "kernels")
+        ]
+        print(f"{name:8} {norm:5}  {'   '.join(pairs)}")
+        if args.lines:
+            for line, n in loop.lines.most_common(45):
+                print(f"    {n:5}  {line}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "results.json", results)
+    print(f"written: {args.out}/results.json")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ NAMES = {
 def attacks(found: dict[str, Any], *, timed: bool = True) -> str:
     """Strength beside cost, an attack a line."""
     costs = ["f_evals", "vjps", "verification"] + ["seconds"] * timed
+    gradient = sum(found["gradient"].values())
     rows = []
     for r in found["rows"]:
         cost = [f"{r[key]:.1f}" if r[key] else "" for key in costs]
+        price = (r["f_evals"] + r["vjps"]) / gradient
+        cost.insert(2, f"{price:.1f}" if price else "")
         name = NAMES.get(r["method"], r["method"])
         rows.append([name, f"{100 * r['accuracy']:.1f} %", f"{r['loss']:.2f}", *cost])
-    head = "attack | accuracy | loss | f | VJP | f + VJP of the verification" + " | seconds" * timed
-    return table(head, rows)
+    head = "attack | accuracy | loss | f | VJP | in gradients | f + VJP of the verification"
+    return table(head + " | seconds" * timed, rows)
 
 
 def shares(found: dict[str, Any], *, timed: bool = True) -> str:
@@ -48,8 +51,38 @@ def norm(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def overhead(found: dict[str, Any]) -> str:
-    rows = [[name, f"{norm(found, name)['overhead']['ratio']:.2f}"] for name in ("L2", "Linf")]
-    return table("norm | seconds of JIIO's loop over those of bare passes", rows)
+    """The loop beside the passes that it needs."""
+    rows = []
+    for r in found["cpu"]:
+        ms, ops, mib = r["ms"], r["operations"], r["MiB"]
+        rows.append(
+            [
+                r["cell"],
+                str(r["rows"]),
+                f"{ms['loop']:.2f}",
+                f"{ms['bare']:.2f}",
+                f"{ms['loop'] / ms['bare']:.2f}",
+                f"{ops['loop']} / {ops['bare']}",
+                f"{mib['loop'] / mib['model']:.2f}",
+            ]
+        )
+    head = (
+        "cell | batch | loop, ms | bare passes, ms | ratio | operations | memory over the model's"
+    )
+    return table(head, rows)
+
+
+def operations(found: dict[str, Any]) -> str:
+    """Of one iteration on an accelerator, the loop's beside those of the passes that it needs."""
+    rows = [
+        [
+            r["cell"],
+            r["norm"],
+            *(f"{r[k]['loop']} / {r[k]['bare']}" for k in ("operations", "kernels")),
+        ]
+        for r in found["accelerator"]
+    ]
+    return table("cell | ball | operations | without views", rows)
 
 
 def reports(found: dict[str, Any]) -> str:
