@@ -99,7 +99,7 @@ def user_cells(found: dict[str, Any]) -> str:
                 f"{statistics.mean(judged['robust']):.1f} %",
                 ", ".join(f"{v:.1f}" for v in judged["robust"]) + " %",
                 f"{min(judged['verified']):.1f} %",
-                ", ".join(_off_the_bar(seeds, name) for name in ("clean", "robust")),
+                ", ".join(filter(None, (_off_the_bar(seeds, k) for k in ("clean", "robust")))),
                 f"{statistics.mean(r['seconds'] for r in seeds):.0f}",
             ]
         )
