@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     Init = Tensor | Callable[[Any, Physics], Tensor]
 
-ITERS, STEP, TOL = 60, 1.0, 1e-4
+_DEFAULTS = (60, 1.0, 1e-4)  # of iters, step_size and tol
 
 
 class JIIOReconstructor(Reconstructor):
@@ -125,9 +125,9 @@ class JIIOReconstructor(Reconstructor):
         latent_shape: int | Sequence[int] | None = None,
         encoder: nn.Module | None = None,
         init: Init | None = None,
-        iters: int = ITERS,
-        step_size: float = STEP,
-        tol: float = TOL,
+        iters: int = 60,
+        step_size: float = 1.0,
+        tol: float = 1e-4,
         method: Method | None = None,
         implicit: Solver | None = None,
     ) -> None:
@@ -141,7 +141,7 @@ class JIIOReconstructor(Reconstructor):
         )
         if prior is None and prior_weight != 1:
             raise ValueError(f"prior_weight is of a prior: give prior= too, got {prior_weight}")
-        if method is not None and (iters, step_size, tol) != (ITERS, STEP, TOL):
+        if method is not None and (iters, step_size, tol) != _DEFAULTS:
             raise ValueError(
                 "method= is in place of iters, step_size and tol: give them to it, as in "
                 "Joint(max_iter=…, step_size=…, tol=…)"
