@@ -119,7 +119,9 @@ def _how_to_go_on(command: Command) -> str:
             f"the last checkpoint in {command.out}, if there is one, is whole. Go on with "
             "the same command and --resume"
         )
-    return "run the command again, it starts afresh, with --overwrite if it has written results"
+    again = "run the command again, it starts afresh"
+    writes = hasattr(command, "overwrite")
+    return f"{again}, with --overwrite if it has written results" if writes else again
 
 
 def run(command: Command) -> dict[str, Any] | None:
