@@ -68,9 +68,9 @@ class JIIOAdversarialTrainer(Trainer):
         carried: method of the searches in between. None: that of
             :meth:`jiio_plugins.adversarial.AdversarialTraining.carried`.
         jacobian_weight: of the Jacobian penalty at a random iterate of the search. It keeps the
-            cell easy to solve while it is trained. None: it follows the residual of z, see
-            :class:`jiio_plugins.adversarial.AdversarialTraining`. 0 switches it off, for a cell
-            that stays so by itself. Others lose their fixed point.
+            cell easy to solve while it is trained. None: a cell whose ρ² stays below 0.4 is left
+            alone, see :class:`jiio_plugins.adversarial.AdversarialTraining`. 0 switches it off, for
+            a cell that stays so by itself. Others lose their fixed point.
         max_grad_norm: clip the gradient's norm. None: do not.
         scheduler_interval: "epoch", as ART's trainers do, or "step".
         patience: stop after so many epochs without a better robust accuracy on the validation data,

@@ -50,11 +50,9 @@ CARRIED_METHOD = Joint(
 )
 
 
-# A mean relative residual of z from which the penalty weighs as much as the loss. More would undo
-# what the model has learnt, and then the residual rises all the more. What counts for a row whose
-# residual is larger than the second, or none.
-_EASY = 0.005
-_LOST = 0.1
+# ρ² up to which a cell is left alone: a search keeps up with z there. A weight on all of it takes
+# off what the model learns, and one that follows the residuals comes too late on some cells.
+_EASY = 0.4
 
 CARRIED_REFINE = (3, 0)  # z follows the last step on x, as long as the others
 
@@ -165,9 +163,9 @@ class AdversarialTraining:
         refine: further steps on z and μ before the gradient, see
             :func:`jiio_plugins.envelope_loss`.
         jacobian_weight: weight of a penalty of J_z at a random iterate of the joint loop, see
-            :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. None: it follows
-            the mean relative residual r that the search leaves z at, ``(r / 0.005)²``, up to 1. 0:
-            without, for a cell that stays easy by itself. Others lose their fixed point.
+            :func:`jiio_plugins.jacobian_penalty`. It keeps the cell easy to solve. None: 1, of what
+            the penalty of a layer exceeds 0.4 by, which with power steps is near ρ². 0: without,
+            for a cell that stays easy by itself. Others lose their fixed point.
         jacobian_probes: random probes in it.
         jacobian_power: power steps that turn each probe to where the cell contracts least. 0: none,
             a Hutchinson estimate of ``‖J_z‖²_F / n``.
@@ -298,7 +296,7 @@ class AdversarialTraining:
             with layer_mode(pass_):
                 outer(iterate.x.reshape(x.shape))
             penalty = pass_.value
-            total = total + self._weight(solution.z_residual) * penalty
+            total = total + self._penalised(pass_.values)
         if clean is None and start is None:
             clean = search.first
         return AdversarialStep(
@@ -348,13 +346,12 @@ class AdversarialTraining:
             values[key] = repr(values[key])
         return {**values, "loss": name}
 
-    def _weight(self, residual: Tensor) -> Tensor | float:
-        """Of the Jacobian penalty, by the relative residuals of z in the search, ``(rows,)``."""
+    def _penalised(self, penalties: list[Tensor]) -> Tensor:
+        """What the loss gets of the layers' Jacobian penalties."""
+        each = torch.stack(penalties)
         if self.jacobian_weight is not None:
-            return self.jacobian_weight
-        lost = torch.full_like(residual, _LOST)
-        mean = torch.where(residual < _LOST, residual, lost).mean()
-        return (mean / _EASY).square().clamp(max=1.0)
+            return self.jacobian_weight * each.sum()
+        return (each - _EASY).clamp(min=0).sum()
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
         try:

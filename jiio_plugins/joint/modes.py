@@ -338,7 +338,8 @@ class PenaltyMode:
         power: steps of the power iteration on each probe.
 
     Attributes:
-        value: :func:`jiio_plugins.jacobian_penalty`, summed over layers. A differentiable scalar.
+        values: :func:`jiio_plugins.jacobian_penalty` of each layer, differentiable scalars.
+        value: their sum.
     """
 
     def __init__(
@@ -350,7 +351,12 @@ class PenaltyMode:
     ) -> None:
         self.z, self.probes, self.generator, self.power = z, probes, generator, power
         self.calls = 0
-        self.value = z[0].new_zeros(())
+        self.values: list[Tensor] = []
+
+    @property
+    def value(self) -> Tensor:
+        """See above."""
+        return torch.stack(self.values).sum()
 
     def on_layer(self, layer: LayerDefaults, f: CellMap, z0: Any) -> Any:
         """The state as it is.
@@ -371,7 +377,7 @@ class PenaltyMode:
                 power=self.power,
                 generator=self.generator,
             )
-        self.value = self.value + penalty
+        self.values.append(penalty)
         rows = count_rows(len(self.z[0]), self.z[0].device)
         # the gradient of a probe's VJP costs about one more
         count(Cost(f_evals=rows, vjps=(2 + self.power) * self.probes * rows))
