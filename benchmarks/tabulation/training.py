@@ -39,7 +39,7 @@ def trained(found: dict[str, Any]) -> str:
                 name,
                 robust,
                 clean,
-                f"{min(seconds):.3f} to {max(seconds):.3f}",
+                " to ".join(dict.fromkeys(f"{s:.3f}" for s in (min(seconds), max(seconds)))),
                 f"{seeds[0]['f']:.1f}",
                 f"{seeds[0]['vjp']:.1f}",
                 f"{max(residuals):.3f}",
