@@ -34,6 +34,7 @@ def test_writes_json_plot_and_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_radius_that_is_done_outlives_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("sklearn", reason="sklearn is not installed")  # the digits
     judged = []
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
