@@ -181,7 +181,10 @@ class Damped(nn.Module):
     def __init__(self, cell: nn.Module, damping: float) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
-            raise TypeError(f"cell must be an nn.Module, got {type(cell).__name__}")
+            raise TypeError(
+                f"cell must be an nn.Module, got {type(cell).__name__}. Damp a function where your "
+                "solver calls it: z = z + damping * (f(z) - z)"
+            )
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be above 0 and finite, got {damping}")
         self.cell, self.damping = cell, damping
