@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jiio_plugins.evaluation import Row
+
 from .kept import table
 
 NAMES = {
@@ -50,29 +52,20 @@ def norm(found: dict[str, Any], name: str) -> dict[str, Any]:
     return one
 
 
-def cost(row: dict[str, Any]) -> float:
-    """Of an attack, f + VJP per image."""
-    return float(row["f_evals"] + row["vjps"])
+def peers(found: dict[str, Any]) -> dict[str, Row]:
+    """ART's attack, and of the nested loops that solve cold the cheapest as strong as the best."""
+    rows = [Row(**r) for r in found["rows"]]
+    (art,) = [r for r in rows if r.family == "ART PGD-20"]
+    cold = [r for r in rows if r.method in NAMES]
+    strongest = max(cold, key=lambda r: r.loss)
+    best = min((r for r in cold if r.as_strong_as(strongest)), key=lambda r: r.cost)
+    return {"ART's PGD-20": art, "nested PGD-20, cold solves, the best of four": best}
 
 
-def peers(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """ART's attack, and the strongest of the nested loops that solve cold."""
-    rows = found["rows"]
-    (art,) = [r for r in rows if r["family"] == "ART PGD-20"]
-    cold = max((r for r in rows if r["method"] in NAMES), key=lambda r: r["loss"])
-    return {"ART's PGD-20": art, "nested PGD-20, cold solves, the strongest of four": cold}
-
-
-def as_strong(found: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    """JIIO's cheapest run as strong as a peer: accuracy within a point, loss at least 97 %."""
-    runs = [
-        r
-        for r in found["rows"]
-        if r["family"].startswith("JIIO")
-        and r["accuracy"] <= peer["accuracy"] + 0.01
-        and r["loss"] >= 0.97 * peer["loss"]
-    ]
-    return min(runs, key=cost)
+def as_strong(found: dict[str, Any], peer: Row) -> Row:
+    """JIIO's cheapest run as strong as a peer."""
+    runs = [Row(**r) for r in found["rows"] if r["family"].startswith("JIIO")]
+    return min((r for r in runs if r.as_strong_as(peer)), key=lambda r: r.cost)
 
 
 def overhead(found: dict[str, Any]) -> str:

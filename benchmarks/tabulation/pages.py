@@ -26,22 +26,19 @@ def headline(attack: Found, fits: Found) -> str:
         found = attacks.norm(attack, name)
         for label, peer in attacks.peers(found).items():
             ours = attacks.as_strong(found, peer)
-            cost, seconds = (
-                attacks.cost(peer) / attacks.cost(ours),
-                peer["seconds"] / ours["seconds"],
-            )
-            rows.append([what, label, f"1/{cost:.1f}", f"1/{seconds:.1f}"])
-        shares = [v["front"] for v in found["verdict"].values() if "front" in v]
-        worst, best = (f"1/{1 / share:.1f}" for share in (max(shares), min(shares)))
+            ratios = peer.cost / ours.cost, peer.seconds / ours.seconds
+            rows.append([what, label, *(f"1/{ratio:.1f}" for ratio in ratios)])
+        fronts = [v["front"] for v in found["verdict"].values() if "front" in v]
+        worst, best = (f"1/{1 / share:.1f}" for share in (max(fronts), min(fronts)))
         label = "nested PGD, warm-started, the cheapest of many settings"
         rows.append([what, label, f"{worst} to {best}", ""])
     arrived = [r for r in fits["rows"] if r["batch_cost"] is not None]
-    ours, peer = (
+    joint, adam = (
         min((r for r in arrived if r["family"] == family), key=latents.price)
         for family in ("JIIO", "Adam, warm")
     )
-    ratios = [f"1/{peer[k] / ours[k]:.1f}" for k in ("batch_cost", "batch_seconds")]
-    rows.append(["fitting latents", "Adam, warm-started, its best setting", *ratios])
+    shares = [f"1/{adam[key] / joint[key]:.1f}" for key in ("batch_cost", "batch_seconds")]
+    rows.append(["fitting latents", "Adam, warm-started, its best setting", *shares])
     return table("task | instead of | f + VJP | seconds", rows)
 
 

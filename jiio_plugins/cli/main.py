@@ -87,7 +87,7 @@ def parsed(words: list[str]) -> Command:
     One that is named is parsed by itself: what is said of a misspelt option is about its own.
 
     Args:
-        words: of the command line. None: as if they were ``--help``.
+        words: of the command line. Where there are none the help is shown.
 
     Raises:
         SystemExit: after the help, or for what is no command or no option of it.
