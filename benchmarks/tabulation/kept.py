@@ -70,8 +70,9 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
         '--validation 16 --tasks "denoise 0.2" "inpaint 50 %" --methods TV "latent Adam" JIIO'
     ),
     "inverse-trained": (
-        "python benchmarks/inverse_problems.py --data DIR --minutes 40 --no-cost --methods U-Net "
-        '"unfolded PGD" DEQ-PGD "JIIO, end to end, largest 1" "JIIO, unfolded, largest 1"'
+        'python benchmarks/inverse_problems.py --data DIR --minutes 6 --tasks box "sensing 25 %" '
+        '--no-cost --methods U-Net "unfolded PGD" DEQ-PGD "JIIO, end to end, largest 1" '
+        '"JIIO, unfolded, largest 1"'
     ),
     "fits": (
         "python benchmarks/generative.py --data DIR --images 8 --adam-steps 40 --joint-steps 50"
