@@ -16,9 +16,9 @@ Then it is judged on test images, as they are and under
 * clean, robust: of test images, by both kinds of solves;
 * verified: test images for which independent solves converge, as they are and at all examples that
   were found for them;
-* bar: what the trainer's bar ended with as clean and robust, on training images;
-* judged: the same of all training images after the training, by solves at the images and at the
-  examples that the training's own search finds. It is what the bar should say;
+* bar: what the trainer's bar ended with as clean and robust, on some training images;
+* judged: the same of all training images, by solves at the images and at the examples that the
+  training's own search finds. It is what the bar should say;
 * s: of the training, CPU seconds.
 
 The cells: ``conv`` is the deep equilibrium tutorial's block with group norms, ``torchdeq`` a layer
@@ -205,7 +205,8 @@ def header() -> str:
 
 def show(name: str, row: dict[str, Any]) -> None:
     last = row["history"][-1] if "history" in row else {}
-    bar = {k: f"{100 * last[k]:.1f}" if k in last else "" for k in ("clean", "robust")}
+    ended = {k: last.get(f"final_{k}") for k in ("clean", "robust")}
+    bar = {k: "" if value is None else f"{100 * value:.1f}" for k, value in ended.items()}
     percent = {k: 100 * v for k, v in row["judged"].items()}
     print(
         f"  {name:<32}{percent['clean']:>7.1f}{percent['robust']:>8.1f}{percent['verified']:>10.1f}"

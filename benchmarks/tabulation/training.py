@@ -110,7 +110,9 @@ def user_cells(found: dict[str, Any]) -> str:
 def _off_the_bar(seeds: list[dict[str, Any]], name: str) -> str:
     """Points between what the bar ended with and what was judged, the largest over seeds."""
     judged = [
-        (r["history"][-1][name], r["judged"][f"judged_{name}"]) for r in seeds if "history" in r
+        (r["history"][-1][f"final_{name}"], r["judged"][f"judged_{name}"])
+        for r in seeds
+        if "history" in r
     ]
     return f"{max(abs(100 * (bar - known)) for bar, known in judged):.1f}" if judged else ""
 

@@ -3,11 +3,10 @@
 from jiio_plugins.adversarial.batches import Batches, TensorBatches
 from jiio_plugins.adversarial.fit import (
     FitSettings,
-    Metrics,
     StepInterval,
     fit_adversarially,
-    validate,
 )
+from jiio_plugins.adversarial.judged import Metrics, validate
 from jiio_plugins.adversarial.step import (
     CARRIED_METHOD,
     CARRIED_REFINE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,8 +18,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from jiio_plugins.adversarial.carried import Carried, carry
-from jiio_plugins.adversarial.watch import Watch, corrected, judged_rows
-from jiio_plugins.envelope import joint_solution
+from jiio_plugins.adversarial.judged import corrected, finished, judged_rows, validate
+from jiio_plugins.adversarial.progress import Progress
+from jiio_plugins.adversarial.watch import Watch
 from jiio_plugins.joint.guard import flags_kept
 from jiio_plugins.utils.checkpoint import TrainingState
 from jiio_plugins.utils.checks import check_counts
@@ -26,21 +28,20 @@ from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.files import owning, understood
 from jiio_plugins.utils.randomness import seeded_generator, set_random_states
 from jiio_plugins.utils.signals import Interrupted, Stop
-from jiio_plugins.verification import Verdict, default_verifier, judge
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from jiio_plugins.adversarial.batches import Batches
+    from jiio_plugins.adversarial.judged import Metrics
     from jiio_plugins.adversarial.step import AdversarialStep, AdversarialTraining
 
 _SHARE = 10  # of an epoch's images that part is judged, at most
 _EARLY = 10  # that part of the first epoch has passed when a batch is judged
-_SHOWN = ("clean", "robust", "unverified")
-_SEEN = ("loss", "residual", "seen_clean", "seen_robust")
+_FINISHED = 8  # times as many are judged when the training has ended
+_FINISHED_SHARE = 5  # or that part of all images that it has drawn
 StepInterval = Literal["epoch", "step"]
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,9 @@ class FitSettings:
         judged: images of the last batches of each epoch, and of one batch early in the first, that
             are judged by solves: as they are, and at the examples that the steps have found. The
             progress tells what that makes of clean and robust accuracy. It is at most a tenth of
-            the epoch's images, as each takes about as long as a step on it. 0: none are.
+            the epoch's images, as each takes about as long as a step on it. After the last update
+            eight times as many are searched and judged anew, at most an epoch's and a fifth of all
+            that were drawn. 0: none are.
         seed: of everything random in the steps.
         verbose: show a progress bar: loss, relative residual of z and what the steps see, then what
             was judged last.
@@ -141,7 +144,9 @@ def fit_adversarially(
         where it starts at the images. "clean" and "robust" are the last two, corrected by how much
         judging changes them on the images that are judged. "unverified" is the share of those for
         which solves did not converge, "astray" that of examples on which search and solve disagree.
-        With validation "validation_clean", "validation_robust" and "validation_unverified".
+        With validation "validation_clean", "validation_robust" and "validation_unverified". The
+        last epoch's has "final_clean", "final_robust" and "final_unverified" besides: what
+        :func:`validate` makes of training images after the last update.
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
@@ -183,8 +188,7 @@ def fit_adversarially(
             model.train()
             for x, y in batches.epoch(run.progress.epoch, run.progress.step):
                 run.make_step(x, y)
-                shown = {name: f"{value:.3g}" for name, value in run.progress.shown().items()}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(_rounded(run.progress.shown()), refresh=False)
                 bar.update()
                 if stop.number is not None:
                     run.save()
@@ -196,8 +200,14 @@ def fit_adversarially(
             run.end_epoch(validation)
         if run.progress.best is not None:
             model.load_state_dict(run.progress.best["model"])
+        if run.progress.classes and stop.number is None:
+            bar.set_postfix(_rounded({**run.progress.shown(), **run.finish()}))
     optimizer.zero_grad()
     return run.progress.history
+
+
+def _rounded(metrics: Metrics) -> dict[str, str]:
+    return {name: f"{value:.3g}" for name, value in metrics.items()}
 
 
 def _check_optimizer(optimizer: Optimizer, scheduler: Any, model: nn.Module) -> None:
@@ -233,60 +243,6 @@ def _common(
 
 
 @dataclass
-class _Progress:
-    """How far a training has come."""
-
-    epoch: int = 0
-    step: int = 0
-    waited: int = 0
-    stopped: bool = False
-    history: list[Metrics] = field(default_factory=list)
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    judged: Metrics = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
-
-    def add(self, step: AdversarialStep, loss: float, judged: dict[str, Tensor]) -> None:
-        """One step has been made, and some of its rows have been judged."""
-        self.step += 1
-        size = len(step.solution.x)
-        self._sum("loss", size * loss, size)
-        rows = {"residual": step.residual, "seen_robust": step.robust, "seen_clean": step.clean}
-        for name, t in {**rows, **judged}.items():
-            if t is not None:
-                self._sum(name, float(t.sum()), len(t))
-        if judged:
-            means = corrected(self.means())
-            self.judged = {name: means[name] for name in _SHOWN}
-
-    def _sum(self, name: str, total: float, count: int) -> None:
-        before = self.sums.get(name, [0.0, 0])
-        self.sums[name] = [before[0] + total, before[1] + count]
-
-    def count(self, name: str) -> int:
-        """Rows of which something is known in this epoch."""
-        return int(self.sums.get(name, [0.0, 0])[1])
-
-    def means(self) -> Metrics:
-        """Of the epoch so far."""
-        return {name: total / count for name, (total, count) in self.sums.items()}
-
-    def shown(self) -> Metrics:
-        """For the bar: the epoch so far, then what was judged last."""
-        means = self.means()
-        return {**{name: means[name] for name in _SEEN if name in means}, **self.judged}
-
-    def wait(self, value: float, model: nn.Module, patience: int) -> None:
-        """Keep the weights if they are the best so far, or stop when none was for too long."""
-        if self.best is None or value > self.best["value"]:
-            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            self.best, self.waited = {"value": value, "model": weights}, 0
-        else:
-            self.waited += 1
-        self.stopped = self.waited >= patience
-
-
-@dataclass
 class _Run:
     """A training, and all that it needs."""
 
@@ -296,7 +252,7 @@ class _Run:
     settings: FitSettings
     kept: Carried | None
     wrapped: nn.Module | None
-    progress: _Progress = field(default_factory=_Progress)
+    progress: Progress = field(default_factory=Progress)
 
     def begin(self) -> None:
         """Take up the checkpoint, or make sure that none is overwritten."""
@@ -313,7 +269,7 @@ class _Run:
             carried = progress.pop("carried", None)
             if self.kept is not None:
                 self.kept.load(carried)
-            self.progress = _Progress(**progress)
+            self.progress = Progress(**progress)
         skip = getattr(self.batches, "skip", None)
         if skip is not None:
             skip(self._done())
@@ -345,7 +301,7 @@ class _Run:
         if self.kept is not None:
             self.kept.keep(at.epoch, at.step, step.ahead(), len(step.robust))
         if at.step == len(self.batches) // 2:  # what was judged early is old by the end
-            at.sums = {name: at.sums[name] for name in _SEEN if name in at.sums}
+            at.forget_judged()
         at.add(step, loss, judged)
         if settings.checkpoint_every is not None and at.step % settings.checkpoint_every == 0:
             self.save()
@@ -371,6 +327,20 @@ class _Run:
             watch.judged(at.epoch, means, count)
         if validation is not None:
             watch.validation(at.history, len(validation[0]))
+
+    def finish(self) -> Metrics:
+        """Judge the model that the training has ended with, and note it with the last epoch."""
+        at, settings, steps = self.progress, self.settings, len(self.batches)
+        drawn = self.batches.epoch(at.epoch - 1)
+        first = next(iter(drawn))
+        drawn_so_far = at.epoch * steps * len(first[0])
+        most = min(_FINISHED * settings.judged, math.ceil(drawn_so_far / _FINISHED_SHARE))
+        images = chain([first], drawn)
+        found, count = finished(self.state.model, self.training, images, at.classes, most)
+        at.history[-1].update({f"final_{name}": value for name, value in found.items()})
+        if count:
+            Watch(at.said).judged(at.epoch, found, count)
+        return found
 
     def bar(self) -> Any:
         """A bar over all steps."""
@@ -423,45 +393,3 @@ class _Run:
             scheduler.step(metrics.get("validation_robust", metrics.get("robust", 0.0)))
         else:
             scheduler.step(metrics["loss"])
-
-
-def validate(
-    model: nn.Module, training: AdversarialTraining, x: Tensor, y: Tensor, *, batch_size: int = 128
-) -> Metrics:
-    """Clean and robust accuracy in eval mode, by the answers of the model itself.
-
-    Robust means: against the training's own search from the image. For figures to report use
-    ``jiio_plugins.evaluation``.
-
-    Args:
-        model: returns logits ``(rows, classes)``.
-        training: whose search and whose ball.
-        x: images ``(n, ...)``.
-        y: true classes, integers ``(n,)``.
-        batch_size: images judged together.
-
-    Returns:
-        "clean" and "robust", and "unverified": the share of samples where an independent solve, at
-        the image or at the example, does not reach its tolerance. It grows when the fixed point is
-        being lost.
-    """
-    judged: dict[str, list[Verdict]] = {"clean": [], "robust": []}
-    with flags_kept(model):
-        model.eval()
-        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            found = joint_solution(
-                model,
-                images,
-                training.adversary(labels),
-                method=training.method,
-                constraint=training.region(images),
-            )
-            for name, seen in (("clean", images), ("robust", found.x)):
-                judged[name].append(judge(model, seen, labels, default_verifier(x.dtype)))
-    clean, robust = (Verdict.join(parts) for parts in judged.values())
-    flags = {
-        "clean": ~clean.model_wrong,
-        "robust": ~robust.model_wrong,
-        "unverified": ~(clean.converged & robust.converged),
-    }
-    return {name: float(flag.double().mean()) for name, flag in flags.items()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.carried import Carried
-from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially, validate
+from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
+from jiio_plugins.adversarial.judged import validate
 from jiio_plugins.adversarial.step import TRAINING_METHOD, AdversarialTraining
 from tests.adversarial.helpers import (
     TRAINING,
@@ -65,7 +66,7 @@ def test_searches_start_where_the_last_ones_of_the_same_samples_ended() -> None:
         fresh,
         torch.optim.SGD(model.parameters(), lr=0.01),
         Watched(x, torch.arange(64), 20, drop_last=True),
-        FitSettings(epochs=5, restart_every=3, carried=short, verbose=False),
+        FitSettings(epochs=5, restart_every=3, carried=short, judged=0, verbose=False),
     )
     for epoch, (begun, _) in enumerate(history):
         anew = epoch % 3 == 0

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from jiio_plugins import Joint, count_evaluations
 from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
-from jiio_plugins.adversarial.watch import judged_rows
+from jiio_plugins.adversarial.judged import finished, judged_rows, validate
 from jiio_plugins.utils import checkpoint
 from tests.adversarial.helpers import TRAINING, assert_equal_weights, build, data, train
 
@@ -61,6 +61,27 @@ def test_accuracies_are_what_the_steps_see_corrected_by_rows_judged_where_the_ep
     assert history[0]["unverified"] == judged["unverified"].double().mean().item()
 
 
+def test_the_finished_model_is_judged_on_training_images_whatever_its_weights() -> None:
+    model = build()
+    x, y = data()
+    history = train(model, epochs=5, judged=len(x), patience=2, validation=data("test", 20))
+    expected = validate(model, TRAINING, x, y)
+    found = {name: history[-1][f"final_{name}"] for name in expected}
+    assert found == pytest.approx(expected)
+    assert not any(name.startswith("final") for epoch in history[:-1] for name in epoch)
+
+
+def test_labels_that_a_loss_ignores_are_not_judged_in_the_end() -> None:
+    model = build()
+    x, y = data()
+    none = TensorBatches(x, torch.full_like(y, -100), 16)
+    assert finished(model, TRAINING, none.epoch(0), 10, 9) == ({}, 0)
+    some = torch.where(torch.arange(len(y)) < 3, y, 255)
+    metrics, count = finished(model, TRAINING, [(x, some)], 10, 9)
+    assert count == 3
+    assert metrics == validate(model, TRAINING, x[:3], y[:3])
+
+
 def test_what_is_judged_changes_nothing_and_is_counted() -> None:
     models, costs, drawn = [], [], []
     for judged in (0, 2):
@@ -68,10 +89,13 @@ def test_what_is_judged_changes_nothing_and_is_counted() -> None:
         torch.manual_seed(0)
         with count_evaluations() as counter:
             train(models[-1], epochs=1, judged=judged)
-        costs.append((counter.f_evals, counter.vjps, counter.verification_f_evals > 0))
+        costs.append([counter.f_evals, counter.vjps, counter.verification_f_evals > 0])
         drawn.append(torch.get_rng_state())
-    assert costs[0] == (*costs[1][:2], False)
-    assert costs[1][2]
+    with count_evaluations() as counter:  # of the finished model
+        x, y = (torch.cat(t) for t in zip(*TensorBatches(*data(), 16).epoch(0), strict=True))
+        validate(models[1], TRAINING, x[:13], y[:13], batch_size=16)
+    assert costs[1] == [costs[0][0] + counter.f_evals, costs[0][1] + counter.vjps, True]
+    assert not costs[0][2]
     assert torch.equal(*drawn)
     assert_equal_weights(*models)
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from jiio_plugins import Anderson
+from jiio_plugins.adversarial.judged import corrected, judged_rows
 from jiio_plugins.adversarial.step import AdversarialTraining
-from jiio_plugins.adversarial.watch import Watch, corrected, judged_rows
+from jiio_plugins.adversarial.watch import Watch
 from tests.helpers import Net, rand
 
 Y = torch.tensor([0, 2, 1, 2])
