@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jiio_plugins.utils.files import write_json
+from jiio_plugins.utils.files import plain, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -250,7 +250,7 @@ class RobustnessReport:
     worst: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, in JSON's types (L∞ is the string "inf")."""
+        """Everything but the images, in JSON's types. L∞ is the string "inf", and NaN is None."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "worst"}
 
     def save(self, path: str | Path) -> None:
@@ -300,6 +300,4 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    return value
+    return plain(value)

@@ -174,18 +174,19 @@ def as_json(content: Mapping[str, object], *, indent: int | None = None) -> str:
     """Plain values as JSON, with the version of jiio-plugins they come from.
 
     Args:
-        content: by name. JSON has no infinity and no NaN: those become strings, as paths do.
+        content: by name, what :func:`plain` takes. Anything else becomes text, as paths do.
         indent: of the text. None: one line.
     """
-    return json.dumps({"jiio_plugins": __version__, **_plain(content)}, indent=indent, default=str)
+    return json.dumps({"jiio_plugins": __version__, **plain(content)}, indent=indent, default=str)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value in what JSON has words for. NaN is a number not known: None. Infinity is text."""
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return None if math.isnan(value) else str(value)
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {str(name): plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_json(path: str | Path, content: Mapping[str, object], *, indent: int = 1) -> None:

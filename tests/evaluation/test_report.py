@@ -148,7 +148,7 @@ def test_json_and_print(tmp_path: Path) -> None:
     warned.save(tmp_path / "report.json")
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert read["norm"] == "inf"
-    assert read["checks"] == {"residual": "nan"}
+    assert read["checks"] == {"residual": None}
     assert read["accuracy"] == warned.accuracy._asdict()
     assert read["robust"] == [True, False]
     assert "worst" not in read

@@ -20,6 +20,7 @@ from jiio_plugins.generative import (
     fit_latents,
     fit_prior,
     metrics,
+    sample_run,
 )
 from jiio_plugins.generative.config import CONFIG
 from jiio_plugins.generative.files import GENERATOR, LATENTS, save_generator, save_latents
@@ -158,6 +159,13 @@ def test_metrics_from_the_shell(
     assert "FID" not in printed
     report = json.loads((folder / "metrics-gaussian.json").read_text())
     assert set(report["distances"]) == {"samples", "training images"}
+
+
+def test_a_share_that_is_not_known_is_null(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_run, "_COMPARED", 50)  # held-out images, no hundredth part of which
+    main(["sample", str(folder), "--measured", "4", "--fits", "2"])
+    report = json.loads((folder / "metrics-gmm.json").read_text())
+    assert report["nearest training images"]["copies"] is None
 
 
 def test_metrics_that_cannot_be_had(folder: Path, tmp_path: Path) -> None:
