@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 from warnings import catch_warnings, simplefilter
 
+from jiio_plugins.utils.builds import importing_torchvision
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
@@ -56,19 +58,21 @@ def load_adapter(name: str) -> ModuleType:
 
     Raises:
         ValueError: no adapter of that name.
-        ImportError: the host library is missing. The message has the command that installs it.
+        ImportError: the host library is missing, or built for another torch. The message says
+            what to install.
     """
     adapters = available_adapters()
     if name not in adapters:
         known = ", ".join(adapters) or "none installed"
         raise ValueError(f"no adapter called {name!r}; there are: {known}")
     try:
-        with importing_host():
+        with importing_host(), importing_torchvision():
             return importlib.import_module(adapters[name])
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == adapters[name]:
             raise
         raise ImportError(
             f"the adapter {name!r} needs {error.name}, which is not installed: "
-            + install_command(name)
+            + install_command(name),
+            name=error.name,
         ) from error

@@ -13,6 +13,7 @@ from jiio_plugins import __version__
 from jiio_plugins.cli.commands import Adapters, Bench, Check, Demo, Evaluate
 from jiio_plugins.cli.generative import Fit, Sample, TrainGenerator
 from jiio_plugins.hosts import available_adapters, install_command, load_adapter
+from jiio_plugins.utils.builds import SAME_PLACE, OtherBuildError
 from jiio_plugins.utils.console import quietly
 from jiio_plugins.utils.files import as_json
 from jiio_plugins.utils.signals import one_line_end
@@ -172,9 +173,9 @@ def list_adapters() -> dict[str, Any]:
         try:
             load_adapter(name)
         except ImportError as error:
-            missing = getattr(error.__cause__ or error, "name", None)
-            found[name] |= {"ready": False, "needs": missing, "install": install_command(name)}
-            state = f"needs {missing}: {install_command(name)}"
+            install = SAME_PLACE if isinstance(error, OtherBuildError) else install_command(name)
+            found[name] |= {"ready": False, "needs": error.name, "install": install}
+            state = f"needs {error.name}: {install}"
         print(f"{name:14} import {package:20} {state}")
     return {"adapters": found}
 

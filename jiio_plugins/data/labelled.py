@@ -20,6 +20,7 @@ from jiio_plugins.data.files import (
     read_files,
     to_bytes,
 )
+from jiio_plugins.utils.builds import importing_torchvision
 from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.factory import load_function
 
@@ -85,7 +86,8 @@ def load_labelled(
 
     Raises:
         FileNotFoundError: it is not there. The message says what to fetch, or what is accepted.
-        ImportError: torchvision is missing, or the function's module.
+        ImportError: torchvision is missing, or built for another torch, or the function's module
+            is missing.
         ValueError: bad settings, files or arrays. The message names them.
     """
     if split not in ("train", "test"):
@@ -158,8 +160,9 @@ def _from_torchvision(
     name, _, attribute = data.partition(":")
     kind, halves = _TORCHVISION[name]
     try:
-        from torchvision import datasets  # type: ignore[import-untyped]
-    except ImportError as error:
+        with importing_torchvision():
+            from torchvision import datasets  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs torchvision: pip install torchvision") from error
     try:
         found = getattr(datasets, kind)(str(folder), download=False, **halves[split])

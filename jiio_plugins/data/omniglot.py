@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from jiio_plugins.data.tasks import ClassImages, cache_folder
+from jiio_plugins.utils.builds import importing_torchvision
 from jiio_plugins.utils.console import progress_bar
 from jiio_plugins.utils.files import load_tensors, save_tensors, understood
 
@@ -78,7 +79,8 @@ def _load(path: Path) -> torch.Tensor:
 
 
 def _read(root: Path, size: int, path: Path) -> torch.Tensor:
-    from torchvision.datasets import Omniglot  # type: ignore[import-untyped]
+    with importing_torchvision():
+        from torchvision.datasets import Omniglot  # type: ignore[import-untyped]
 
     by_class: dict[int, list[NDArray[np.uint8]]] = {}
     classes = 0

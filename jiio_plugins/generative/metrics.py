@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins.joint.guard import flags_kept
+from jiio_plugins.utils.builds import importing_torchvision
 from jiio_plugins.utils.console import progress_bar
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
 _ENOUGH = 100  # held-out images, of whose distances a hundredth part is asked for
 _BATCH = 500
+
+
+def need_torchmetrics() -> None:
+    """Raise now, and not after the first figures, where there is none to compute them with.
+
+    Raises:
+        ImportError: torchmetrics is missing, or torchvision, which it imports, is built for another
+            torch.
+    """
+    with importing_torchvision():
+        import torchmetrics  # noqa: F401
 
 
 def psnr(made: Tensor, images: Tensor) -> Tensor:
@@ -49,6 +61,7 @@ def ssim(made: Tensor, images: Tensor) -> Tensor:
 
     Source: Wang, Bovik, Sheikh and Simoncelli, IEEE Transactions on Image Processing 13 (2004).
     """
+    need_torchmetrics()
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     sigma = 1.5 if min(images.shape[-2:]) >= 11 else 0.9
@@ -88,6 +101,7 @@ def distances(real: Tensor, made: Tensor, features: nn.Module, *, seed: int = 0)
 
     Source: Heusel et al. (NeurIPS 2017), eq. 6, and Bińkowski et al. (ICLR 2018), section 4.
     """
+    need_torchmetrics()
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -144,6 +144,7 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: there are such files, and ``overwrite`` is not set.
+        ImportError: see :func:`jiio_plugins.generative.metrics.need_torchmetrics`.
         ValueError: a count below 1, or no such device.
         BlockingIOError: another process writes them.
     """
@@ -155,6 +156,8 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
     names = ["samples.png", "metrics.json", "neighbours.png"][: 3 if config.metrics else 1]
     files = [out / name.replace(".", f"-{config.prior}.") for name in names]
     keep_results(out, [file.name for file in files], config.overwrite)
+    if config.metrics:
+        metrics.need_torchmetrics()
     device = check_device(config.device)
     source = open_source(config, device)
     name, network = find_features(config.features, source.data)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from jiio_plugins.utils.builds import importing_torchvision
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,7 +31,8 @@ def load_function(name: str, option: str) -> Callable[[], Any]:
         raise ValueError(f"{option} must be module:function, got {name!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        with importing_torchvision():  # as models of images do
+            found = getattr(importlib.import_module(module), attribute, None)
     finally:
         sys.path.remove(str(Path.cwd()))
     if not callable(found):
