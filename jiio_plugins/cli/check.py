@@ -25,6 +25,6 @@ def run_check(settings: Check) -> dict[str, Any]:
     if found.plain and find_spec("matplotlib"):
         found.plot(written[1])
     else:
-        written.pop()
+        written.pop().unlink(missing_ok=True)  # that of an earlier run is of another model
     print(f"written: {', '.join(str(path) for path in written)}")
     return {**asdict(found), "files": written}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +12,7 @@ import torch
 from jiio_plugins.data.files import SUFFIXES, read_files
 from jiio_plugins.data.images import to_unit
 from jiio_plugins.generative.config import CONFIG, check_penalty
-from jiio_plugins.generative.files import LATENTS, load_generator, lowest_psnr, save_latents
+from jiio_plugins.generative.files import LATENTS, about, load_generator, lowest_psnr, save_latents
 from jiio_plugins.generative.latents import fit
 from jiio_plugins.generative.pictures import write_sheet
 from jiio_plugins.methods.joint import Joint
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 
     from jiio_plugins.generative.config import FitConfig
 
+_PICTURE = re.compile(r"\d{4,}-[^/]+\.png")
+
 
 def fit_files(config: FitConfig) -> dict[str, Any]:
     """Fit image files. Write ``latents.safetensors``, ``fits.png`` and one PNG for each image.
 
     An image is *far* if its fit is worse than those of all held-out images that the generator was
-    judged by when it was trained, of 20 at least.
+    judged by when it was trained, of 20 at least. With ``overwrite`` the PNGs of the call that the
+    files are from go.
 
     Returns:
         The PSNR of each fit, whether the image is far (None: not known), and the files written.
@@ -58,7 +64,10 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
     with owning(*written):
         images = images.to(device)
         fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
-        save_latents(written[0], fitted.latents)
+        for path in _earlier(written[0]) - {*each}:  # else they would lie among the new ones
+            path.unlink(missing_ok=True)
+        names = json.dumps([path.name for path in each])
+        save_latents(written[0], fitted.latents, pictures=names)
         write_sheet(written[1], torch.stack([images, fitted.images], 1).flatten(0, 1), 8)
         for path, image in zip(each, fitted.images, strict=True):
             write_sheet(path, image[None], 1)
@@ -88,6 +97,14 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
         "held-out PSNR, lowest": lowest,
         "files": written,
     }
+
+
+def _earlier(latents: Path) -> set[Path]:
+    """The pictures that an earlier call wrote beside its latents, which name them."""
+    with suppress(OSError, ValueError):  # latents that cannot be read name none
+        names = json.loads(about(latents).get("pictures", "[]"))
+        return {latents.with_name(name) for name in names if _PICTURE.fullmatch(name)}
+    return set()
 
 
 def _find(paths: Sequence[Path]) -> list[Path]:

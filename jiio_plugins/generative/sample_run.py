@@ -153,7 +153,7 @@ def sample_run(config: SampleConfig) -> dict[str, Any]:
             raise ValueError(f"{what} must be at least 1, got {getattr(config, what)}")
     run = Path(config.run)
     out = config.out or (run if run.is_dir() else Path("out") / run)
-    names = ["samples.png", "metrics.json", "neighbours.png"][: 3 if config.metrics else 1]
+    names = ("samples.png", "metrics.json", "neighbours.png")
     files = [out / name.replace(".", f"-{config.prior}.") for name in names]
     keep_results(out, [file.name for file in files], config.overwrite)
     if config.metrics:
@@ -172,6 +172,8 @@ def _sample(
     density = fit_prior(source.latents, prior=config.prior, seed=config.seed)
     total = max(config.count, config.measured if config.metrics else 0)
     samples = decode(source.decoder, density.sample(total, config.seed).to(source.latents))
+    for old in files[1:]:  # figures of other samples
+        old.unlink(missing_ok=True)
     write_sheet(files[0], samples[: config.count], config.columns)
     print(f"{config.count} samples from {density} on {len(source.latents)} latents: {files[0]}")
     prior = {"components": density.components, "bic": {str(k): v for k, v in density.bic.items()}}
@@ -181,7 +183,7 @@ def _sample(
         write_json(files[1], report)
         show(report)
         print(f"figures: {files[1]}")
-    return {**report, "files": files}
+    return {**report, "files": files if config.metrics else files[:1]}
 
 
 def _measure(

@@ -106,6 +106,44 @@ def test_results_are_kept(tmp_path: Path, pictures: Path) -> None:
     assert (tmp_path / "check" / "check.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_pictures_of_an_earlier_fit_go_and_nothing_else(tmp_path: Path) -> None:
+    out, many = tmp_path / "out", tmp_path / "many"
+    many.mkdir()
+    for name in ("a", "b", "c"):
+        save_picture(many / f"{name}.png", (8, 8))
+    words = ["fit", "digits-generator", "--iterations=2", "--quiet", f"--out={out}"]
+    main([*words, str(many)])
+    mine = {out / "2024-holiday.png", out / "0007-of-mine.png", out / "notes.txt"}
+    for path in mine:
+        path.write_text("precious")
+    main([*words, str(many / "b.png"), "--overwrite"])
+    names = {"latents.safetensors", "fits.png", "0000-b.png"}
+    assert {*out.iterdir()} == mine | {out / name for name in names}
+    assert {path.read_text() for path in mine} == {"precious"}
+    (out / "latents.safetensors").write_bytes(b"damaged")  # they name no pictures then
+    main([*words, str(many / "a.png"), "--overwrite"])
+    assert {*out.iterdir()} == mine | {out / name for name in (*names, "0000-a.png")}
+
+
+def test_figures_of_earlier_samples_go(tmp_path: Path) -> None:
+    words = ["sample", "digits-generator", "--latents=40", "--quiet", f"--out={tmp_path}"]
+    main([*words, "--measured=4", "--fits=2"])
+    main([*words, "--prior=gaussian", "--no-metrics"])
+    assert len(list(tmp_path.iterdir())) == 4
+    main([*words, "--no-metrics", "--overwrite"])
+    assert {path.name for path in tmp_path.iterdir()} == {"samples-gmm.png", "samples-gaussian.png"}
+
+
+def test_a_picture_of_an_earlier_check_goes(tmp_path: Path) -> None:
+    (tmp_path / "check.png").write_text("of another model")
+    (tmp_path / "no_deq.py").write_text("from torch import nn\nbuild = nn.Flatten\n")
+    words = [*CHECK, str(tmp_path), "--model=no_deq:build", "--dataset=digits", "--overwrite"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        main([*words, "--quiet"])
+    assert not (tmp_path / "check.png").exists()
+
+
 COMPUTE = [name for name in commands(__file__, __file__) if name != "adapters"]  # type: ignore[arg-type]
 
 
