@@ -7,17 +7,18 @@ import itertools
 import math
 import re
 import shlex
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from jiio_plugins import Solution, Status
 from jiio_plugins.cli.main import parsed
+from jiio_plugins.generative import TrainConfig
+from jiio_plugins.generative.config import CONFIG
+from jiio_plugins.generative.files import save_config
 from tests.helpers import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LANGUAGES = {"python", "text", "sh", "bibtex"}  # python runs; text is output, a formula or a sketch
 NEEDS = {  # pages with such code are skipped where the library is not installed
@@ -130,7 +131,10 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 
 
 @named([page for page in PAGES if re.search(r"^\s*jiio ", page.read_text(), re.M)])
-def test_commands_parse(page: Path) -> None:
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/mine")  # which the pages go on with
+    save_config(run / CONFIG, TrainConfig(data="digits", out=run))
     for block in blocks(page):
         if block.language != "sh":
             continue

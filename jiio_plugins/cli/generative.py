@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from jiio_plugins.cli.commands import Output
-from jiio_plugins.generative.config import CONFIG, FitConfig, SampleConfig, TrainConfig
+from jiio_plugins.generative.config import FitConfig, SampleConfig, TrainConfig, config_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,22 @@ class TrainGenerator(Output, TrainConfig):
     On several GPUs: torchrun --nproc-per-node N -m jiio_plugins train-generator ...
     """
 
-    def read_again(self, words: list[str]) -> TrainGenerator:
-        """With --resume: the words on top of the run's settings, not on top of the defaults."""
-        path = self.out / CONFIG
-        if not self.resume or not path.is_file():
-            return self
-        saved = Resumed.read(path)
-        return tyro.cli(Resumed, args=words, default=saved, prog="jiio train-generator")
+    @classmethod
+    def parsed(cls, words: list[str]) -> TrainGenerator:
+        """With --resume: the words on top of the run's settings, not on top of the defaults.
+
+        Args:
+            words: of the command line, without the command.
+
+        Raises:
+            FileNotFoundError: there is no run to go on with.
+            SystemExit: after the help, or for what is no option.
+        """
+        where, _ = tyro.cli(_Where, args=words, return_unknown_args=True, add_help=False)
+        prog = "jiio train-generator"
+        if not where.resume or where.out is None or {"-h", "--help"} & {*words}:
+            return tyro.cli(cls, args=words, prog=prog)
+        return tyro.cli(Resumed, args=words, default=Resumed.read(config_of(where.out)), prog=prog)
 
 
 def run_training(command: TrainGenerator) -> dict[str, Any] | None:
@@ -46,6 +56,14 @@ def run_training(command: TrainGenerator) -> dict[str, Any] | None:
     if int(os.environ.get("RANK", "0")):
         return None
     return {"out": done.out, "steps": done.steps, "held-out PSNR": done.psnr}
+
+
+@dataclass(frozen=True)
+class _Where:
+    """The run that is to go on, if one is."""
+
+    out: Path | None = None
+    resume: bool = False
 
 
 class Resumed(TrainGenerator):

@@ -61,8 +61,6 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         command = parsed(words)
-        if isinstance(command, TrainGenerator):
-            command = command.read_again(words[1:])
         with one_line_end("jiio", _how_to_go_on(command)), _said(command):
             record = run(command)
         if command.json and record is not None:
@@ -94,6 +92,8 @@ def parsed(words: list[str]) -> Command:
         SystemExit: after the help, or for what is no command or no option of it.
     """
     kind = COMMANDS.get(words[0]) if words else None
+    if kind is TrainGenerator:
+        return TrainGenerator.parsed(words[1:])
     if kind is not None:
         return tyro.cli(kind, args=words[1:], prog=f"jiio {words[0]}")
     command: Command = tyro.extras.subcommand_cli_from_dict(

@@ -119,9 +119,9 @@ class TrainConfig:
         out: folder of the run: checkpoint, config, TensorBoard, pictures
         folder: where a named data set lies: torchvision's root, or Debian's of Fashion-MNIST
         resize: of files: crop images to their central square and scale it to so many pixels
-        resume: go on with the run in --out. Its own settings hold, of which epochs, steps, folder,
-            accelerator, loggers and how often
-            something is written may be given anew
+        resume: go on with the run in --out. Its own settings hold, and need not be given. Of them
+            epochs, steps, folder, accelerator, loggers and how often something is written may be
+            given anew
         model: sizes of the decoder. A field left out is chosen by the images' size
         latents: where a step's joint optimisation starts: at zero as in the paper, at the latents
             of the image's last visit (kept in a table), or at an encoder's guess
@@ -266,6 +266,20 @@ class TrainConfig:
             for name in ("latent", "channels"):
                 model[name] = tuple(model[name])
             return cls(model=Architecture(**model), **values)
+
+
+def config_of(run: Path) -> Path:
+    """The file of the settings of a run that is to go on.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"there is no run in {run}: leave out --resume")
+    return run / CONFIG
 
 
 _run = tyro.conf.arg(metavar="RUN")

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jiio_plugins.data.images import Images, load_images, to_unit
 from jiio_plugins.generative import files
-from jiio_plugins.generative.config import CONFIG, TrainConfig
+from jiio_plugins.generative.config import CONFIG, TrainConfig, config_of
 from jiio_plugins.generative.latents import fit, fit_latents
 from jiio_plugins.generative.pace import Every, duration, open_logger
 from jiio_plugins.generative.pictures import PICTURES, write_pictures
@@ -101,8 +101,8 @@ def train(
     Source: Gurumurthy, Bai, Manchester and Kolter (NeurIPS 2021), section 4.1.
     """
     fabric = launch(config.accelerator, precision=config.precision)
-    if config.resume and not (config.out / CONFIG).is_file():
-        raise FileNotFoundError(f"there is no run in {config.out}: leave out --resume")
+    if config.resume:
+        config_of(config.out)
     with _owning(config.out) if fabric.is_global_zero else nullcontext():
         config = _settle(config, fabric)
         images = load_images(config.data, config.folder, config.resize, without=config.out)
@@ -125,7 +125,7 @@ def _owning(out: Path) -> AbstractContextManager[None]:
 def _settle(config: TrainConfig, fabric: Fabric) -> TrainConfig:
     """See that the folder is fresh, or take the settings of the run that is there."""
     if config.resume:
-        saved = TrainConfig.read(config.out / CONFIG)
+        saved = TrainConfig.read(config_of(config.out))
         given = config.given()
         for name, value in given.items():
             if name not in _RESUMABLE and value != getattr(saved, name):
@@ -392,6 +392,11 @@ class _Run:
 
     def load(self) -> None:
         """Go on from the checkpoint, or from the beginning if the run never had one."""
+        if self.fabric.is_global_zero and self.total < self.planned:
+            note(
+                f"the run ends after its --steps {self.total}, before its --epochs "
+                f"{self.config.epochs} do, of {self.planned} steps: with --steps None it does all"
+            )
         path = self.config.out / files.CHECKPOINT
         if not path.is_file() and not (self.config.out / files.GENERATOR).exists():
             if self.fabric.is_global_zero:

@@ -147,6 +147,26 @@ def test_what_is_typed_on_resuming_counts_also_where_it_is_a_default(tmp_path: P
     assert states(out)["progress"]["step"] == 81
 
 
+def test_a_resumed_run_knows_its_data_and_says_what_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=2, epochs=1))
+    words = ["train-generator", f"--out={out}", "--resume"]
+    with pytest.raises(SystemExit, match="data was 'digits' and cannot be 'mnist' in a resumed"):
+        main([*words, "--dataset=mnist"])
+    with pytest.raises(SystemExit, match=r"there is no run in .*: leave out --resume"):
+        main(["train-generator", f"--out={tmp_path / 'other'}", "--resume"])
+    capsys.readouterr()
+    main([*words, "--epochs=3"])
+    said = capsys.readouterr().err
+    assert "ends after its --steps 2, before its --epochs 3 do, of 243 steps" in said
+    assert states(out)["progress"]["step"] == 2
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    assert end.value.code == 0
+
+
 def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(config(out, steps=2, epochs=3))
