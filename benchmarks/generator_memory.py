@@ -78,7 +78,7 @@ def steps(command: list[str]) -> Iterator[Seen]:
 
 
 def main(args: Args) -> None:
-    base = [sys.executable, "-m", "jiio_plugins", "train-generator", "--data", "fashion-mnist"]
+    base = [sys.executable, "-m", "jiio_plugins", "train-generator", "--dataset", "fashion-mnist"]
     base += ["--folder", str(args.data)]
     with tempfile.TemporaryDirectory() as folder:
         progress = steps([*base, "--out", f"{folder}/default"])

@@ -1,6 +1,6 @@
 """A classifier whose layer stops long before it has converged, to try ``jiio evaluate`` on.
 
-    jiio evaluate --model benchmarks.stops_early:classifier --dataset fashion-mnist --data DIR
+    jiio evaluate --model benchmarks.stops_early:classifier --dataset fashion-mnist --folder DIR
 
 Attacks that follow its own answers meet another function than the converged one.
 """

@@ -5,12 +5,12 @@
 With its defaults this makes the shipped ``digits-generator``; the shipped
 ``fashion-mnist-generator`` is the command line
 
-    jiio train-generator --data fashion-mnist --folder DIR --out RUN --epochs 1 --steps 600 \\
+    jiio train-generator --dataset fashion-mnist --folder DIR --out RUN --epochs 1 --steps 600 \\
         --step-size 0.1 --checkpoint-every 100 --pictures-every 300
 
 and ``fashion-mnist-spatial``, in some 20 minutes on one core,
 
-    jiio train-generator --data fashion-mnist --folder DIR --out RUN --model.latent 4 7 7 \\
+    jiio train-generator --dataset fashion-mnist --folder DIR --out RUN --model.latent 4 7 7 \\
         --latent-penalty 0.002 --batch-size 32 --ema-decay 0.995 --epochs 2 --steps 3000
 """
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 _EPS = {  # of data sets with shipped weights; for the others what is usual for CIFAR-10
     "digits": {"2": 0.5, "inf": 0.1, "1": 3.0},
@@ -59,8 +61,9 @@ class OnImages:
     """what to attack it on: digits, fashion-mnist, mnist, cifar-10, cifar-100, svhn, celeba, a
     folder with a subfolder for each class, an .npz file with x and y, or module:function, which
     returns both; default: what the weights are for"""
-    data: Path = Path("data")
-    """folder of a named data set: torchvision's root, or Debian's of Fashion-MNIST"""
+    folder: Annotated[Path, tyro.conf.arg(aliases=["--data"])] = Path("data")
+    """where a named data set lies: torchvision's root, or Debian's of Fashion-MNIST; --data is the
+    same"""
     resize: int | None = None
     """crop image files to their central square and scale it to so many pixels"""
     normalize: tuple[float, ...] = ()

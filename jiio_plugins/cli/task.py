@@ -93,7 +93,7 @@ def load_pair(settings: OnImages) -> Task:
             "subfolder for each class, an .npz file with x and y, or module:function"
         )
     images = load_labelled(
-        dataset, "test", settings.data, resize=settings.resize, limit=settings.images
+        dataset, "test", settings.folder, resize=settings.resize, limit=settings.images
     )
     if settings.normalize:
         half = len(settings.normalize) // 2

@@ -18,8 +18,8 @@ _FASHION_HELP = (
     "Fashion-MNIST was not found in {folder}. Give a folder that holds "
     "'{name}' or '{name}.gz', directly or in FashionMNIST/raw. Get it with torchvision "
     "(python -c \"from torchvision.datasets import FashionMNIST as F; F('data', download=True)\"; "
-    "then --data data) or on Debian with 'apt install dataset-fashion-mnist' "
-    "(then --data /usr/share/datasets/fashion-mnist)."
+    "the folder is data) or on Debian with 'apt install dataset-fashion-mnist' (the folder is "
+    "/usr/share/datasets/fashion-mnist). The commands of jiio take it with --folder."
 )
 
 

@@ -171,7 +171,7 @@ def _from_torchvision(
         raise FileNotFoundError(
             f"{name} was not found whole in {folder}: {error}. Get it with torchvision (python -c "
             f"\"from torchvision.datasets import {kind}; {kind}('{folder}', {half}, "
-            f'download=True)"), or give the folder that has it with --data'
+            f'download=True)"), or give the folder that has it, to jiio with --folder'
         ) from error
     classes = tuple(getattr(found, "classes", ())) or None
     column = None

@@ -115,7 +115,7 @@ class TrainConfig:
 
     Attributes:
         data: digits, fashion-mnist, mnist, cifar-10, cifar-100, svhn, celeba, a folder of images,
-            an npz file with x, or your own module:function
+            an npz file with x, or your own module:function. --data is the same in this command
         out: folder of the run: checkpoint, config, TensorBoard, pictures
         folder: where a named data set lies: torchvision's root, or Debian's of Fashion-MNIST
         resize: of files: crop images to their central square and scale it to so many pixels
@@ -155,7 +155,7 @@ class TrainConfig:
         ValueError: a count below 1, seconds that are not above 0, or a negative latent_penalty.
     """
 
-    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])]
+    data: Annotated[str, tyro.conf.arg(name="dataset", aliases=["--data"])]
     out: Path
     folder: Path = Path("data")
     resize: int | None = None

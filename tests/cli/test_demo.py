@@ -43,4 +43,4 @@ def test_no_images_for_the_demo(tmp_path: Path) -> None:
 def test_missing_fashion_mnist_says_where_to_get_it(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
-        main(["demo", "--dataset", "fashion-mnist", "--data", str(tmp_path), "--out", out])
+        main(["demo", "--dataset", "fashion-mnist", "--folder", str(tmp_path), "--out", out])

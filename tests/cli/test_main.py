@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jiio_plugins.cli.main import COMMANDS, main
+from jiio_plugins.cli.main import COMMANDS, main, parsed
 from jiio_plugins.hosts import available_adapters
 
 
@@ -51,6 +53,17 @@ def test_a_misspelt_option_is_compared_with_those_of_its_command(
     said = capsys.readouterr().err
     assert said.count("--images") == 1
     assert "jiio bench --help" in said
+
+
+@pytest.mark.parametrize("name", ["demo", "check", "evaluate", "bench", "train-generator"])
+def test_data_has_one_name_in_all(name: str) -> None:
+    out = ["--out", "run"]
+    command: Any = parsed([name, "--dataset", "mnist", "--folder", "there", *out])
+    of_training = name == "train-generator"
+    dataset = command.data if of_training else command.dataset
+    assert (dataset, command.folder) == ("mnist", Path("there"))
+    older: Any = parsed([name, "--data", "there", *out])  # as commands were written before
+    assert older.data == "there" if of_training else older.folder == Path("there")
 
 
 def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:
