@@ -45,6 +45,7 @@ _EASY, _SLOW = 0.9, 1.0  # ρ up to which the defaults do, and up to which plain
 _NEAR = 1e-3  # relative: two answers are one
 _GOOD = 0.95  # cosine of a gradient that may be trusted
 _TIGHT = 400  # evaluations, and products, that the exact gradient may take
+_PAGE = 'the page "Cells that do not contract"'  # by its title, which site and repository have
 _SETTLED = 1e-2  # residual of an adjoint that it may be read off
 
 Curve = list[tuple[float, float]]
@@ -70,7 +71,7 @@ class Diagnosis:
         gradient_ratio: its length over that of the exact one, of that row.
         plain: relative residuals of plain iteration, median and largest, one pair an evaluation.
         anderson: those of Anderson's method.
-        sentences: all of it in plain words.
+        sentences: all of it in plain words, the verdict first.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
@@ -142,7 +143,7 @@ def check(
         >>> found.independent, found.on_some_rows, found.repeatable
         (True, True, True)
         >>> print(found.sentences[0])
-        equilibrium is a layer with a joint mode: nothing has to be written.
+        Start with method=Joint(): the defaults.
     """
     one = isinstance(model, nn.Module) and is_one_problem(model)
     if objective is not None and not callable(objective):
@@ -172,7 +173,7 @@ def check(
             warnings.simplefilter("ignore", ConvergenceWarning)  # a sentence says it
             _look(problem, found)
     except REFUSALS as error:
-        found.sentences.append(f"The rest could not be looked at, as the model raises: {error}")
+        found.sentences.insert(0, f"Not all could be looked at, as the model raises: {error}")
     finally:
         for name in adapted:
             unadapt(model.get_submodule(name))
@@ -198,7 +199,7 @@ def _look(problem: Problem, found: Diagnosis) -> None:
         if "batch first" not in str(error):
             raise
         found.batch_first = False
-        say(f"Not batch first: {str(error).partition(': ')[2]}.")
+        found.sentences.insert(0, f"Not batch first: {str(error).partition(': ')[2]}.")
         return
     found.batch_first = True
     if problem.variable.one:
@@ -385,12 +386,17 @@ def _gradient(problem: Problem, found: Diagnosis, solved: Tensor) -> None:
     worst = int(cosine.argmin())
     found.gradient_cosine = float(cosine[worst])
     found.gradient_ratio = float(own[worst].norm() / exact[worst].norm())
-    good = "good" if found.gradient_cosine >= _GOOD else "not to be trusted"
+    good = "good" if _is_good(found.gradient_cosine) else "not to be trusted"
     found.sentences.append(
         f"The model's own gradient is {good}: its cosine with the exact one is "
         f"{found.gradient_cosine:.3f} at worst, where its length is {found.gradient_ratio:.2f} of "
         f"that, and {float(cosine.median()):.3f} in the median{of}."
     )
+
+
+def _is_good(cosine: float | None) -> bool:
+    """Whether nothing is known against a gradient."""
+    return cosine is None or cosine >= _GOOD
 
 
 def _settings(found: Diagnosis, solved: bool) -> None:
@@ -404,10 +410,7 @@ def _settings(found: Diagnosis, solved: bool) -> None:
             "verify=Anderson(max_iter=1000, tol=1e-5)"
         )
         if rate >= _SLOW:
-            why += (
-                ", or damp the cell (Damped), see docs/how-to/cells-that-do-not-contract.md for "
-                "others with the same fixed points"
-            )
+            why += f", or damp the cell (Damped), see {_PAGE} for others with the same fixed points"
     elif rate <= _EASY:
         found.settings, why = "Joint()", "the defaults"
     elif rate < _SLOW:
@@ -416,9 +419,17 @@ def _settings(found: Diagnosis, solved: bool) -> None:
         found.settings = "Joint(max_iter=80, anchors=4)"
         why = (
             "rows that plain iteration repels are solved afresh now and then. Compare with "
-            "Nested(), and see docs/how-to/cells-that-do-not-contract.md"
+            f"Nested(), and see {_PAGE}"
         )
-    found.sentences.append(f"Start with method={found.settings}: {why}.")
+    verdict = [f"Start with method={found.settings}: {why}."]
+    faults = {
+        "two calls differ": found.repeatable is False,
+        "rows are not independent": found.independent is False,
+        "the model's own gradient is not to be trusted": not _is_good(found.gradient_cosine),
+    }
+    if any(faults.values()):
+        verdict.append(f"Mind, see below: {', '.join(k for k, there in faults.items() if there)}.")
+    found.sentences[:0] = verdict
 
 
 def _first(output: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from jiio_plugins import Anderson, Equilibrium, Phantom, check, diagnosis
 from jiio_plugins.cli.main import main
 from tests.equilibrium.specimens import Hooked, Model, iterate
-from tests.helpers import TIGHT, Affine, TanhCell, contraction, linear, rand, rotation
+from tests.helpers import ROOT, TIGHT, Affine, TanhCell, contraction, linear, rand, rotation
 from tests.test_whole_batches import Net
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def test_a_model_without_faults(tmp_path: Path) -> None:
     assert found.plain[-1][1] < 1e-6
     assert found.anderson[-1][1] < 1e-9
     assert str(found) == "\n".join(found.sentences)
+    assert found.sentences[0] == "Start with method=Joint(): the defaults."
+    assert found.sentences[1].endswith("nothing has to be written.")  # there is nothing to mind
     found.save(tmp_path / "check.json")
     assert json.loads((tmp_path / "check.json").read_text())["independent"] is True
     found.plot(tmp_path / "check.png")
@@ -102,6 +105,11 @@ def test_how_contractive(angles: list[float], radius: float, settings: str) -> N
     assert settings in found.settings
     assert found.anderson[-1][1] < 1e-4
     assert (found.plain[-1][1] > 1) == (radius > 1) or radius < 1
+    assert settings in found.sentences[0]
+    titles = re.findall(r'the page "(.*?)"', found.sentences[0])
+    assert titles == ["Cells that do not contract"] * (radius > 1)
+    headings = {path.read_text().partition("\n")[0] for path in ROOT.glob("docs/**/*.md")}
+    assert {f"# {title}" for title in titles} <= headings
 
 
 def test_a_gradient_that_is_none() -> None:
@@ -111,6 +119,7 @@ def test_a_gradient_that_is_none() -> None:
     assert found.gradient_ratio is not None
     assert found.gradient_ratio < 0.6
     assert any("own gradient is" in line for line in found.sentences)
+    assert found.sentences[1] == "Mind, see below: the model's own gradient is not to be trusted."
 
 
 def test_a_layer_that_others_wrote_is_put_back() -> None:
@@ -130,11 +139,13 @@ def test_nodes_of_a_graph_and_random_starts() -> None:
     found = check(Net("graph", 6), X)
     assert (found.independent, found.on_some_rows) == (False, False)
     assert any("Rows are not independent" in line for line in found.sentences)
+    assert found.sentences[1].startswith("Mind, see below: rows are not independent")
     model = Model("hook").eval()
     model.deq.solver = lambda f, z0: iterate(f, torch.rand_like(z0), most=3)
     found = check(model, X)
     assert found.repeatable is False
     assert any("start or solver is random" in line for line in found.sentences)
+    assert found.sentences[1].startswith("Mind, see below: two calls differ")
 
     class Noisy(TanhCell):
         def forward(self, z: Tensor, u: Tensor) -> Tensor:
@@ -169,7 +180,7 @@ def test_an_adjoint_that_does_not_settle(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_states_that_are_not_batch_first() -> None:
     found = check(Net("sequences", 6), X)
     assert found.batch_first is False
-    assert any("called on 6 rows, the states" in line for line in found.sentences)
+    assert "called on 6 rows, the states" in found.sentences[0]
 
 
 def test_nothing_to_work_on_and_bad_input() -> None:
@@ -185,4 +196,4 @@ def test_nothing_to_work_on_and_bad_input() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", "--weights", "digits", "--images", "3", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"check.json", "check.png"}
-    assert "Start with method=Joint" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("Start with method=Joint")
