@@ -180,6 +180,10 @@ def count_rows(rows: int, device: torch.device) -> Tensor:
 def count_evaluations() -> Iterator[Counter]:
     """Count what every equilibrium layer does inside the ``with`` block.
 
+    A backward pass through k evaluations of f is k VJPs. Of an adapted layer that has a solver of
+    its own the solver's evaluations are counted, and what it does outside of that is not: most
+    often one more evaluation, and the backward pass.
+
     Example:
         >>> with count_evaluations() as counter:
         ...     y = model(x)

@@ -162,7 +162,8 @@ class AttackResult:
         loss: mean verified cross-entropy of its images. None if it was given none. Where they fail,
             torchattacks' APGD and Square return the image they were given.
         f_evals: evaluations of f per attacked sample, without the judging.
-        vjps: vector-Jacobian products, likewise.
+        vjps: vector-Jacobian products, likewise. Those of a layer that has a solver of its own, see
+            :func:`jiio_plugins.count_evaluations`, are not in it.
         seconds: likewise.
     """
 
@@ -285,6 +286,14 @@ class RobustnessReport:
             f"{self.unverified} samples with an unconverged verification; {self.seconds:.0f} s"
         ]
         tail += [f"left out ({name}): {why}" for name, why in self.left_out.items()]
+        uncounted = [
+            a.name for a in self.attacks if a.gradient == "own" and a.attacked and not a.vjps
+        ]
+        if uncounted:
+            tail.append(
+                f"no VJPs are known of {', '.join(uncounted)}: the model's layers run a backward "
+                "pass of their own, which is not counted. Their seconds are whole"
+            )
         tail += [f"warning ({w.kind}): {w.message}" for w in self.warnings]
         if not self.warnings:
             tail.append("no warning")

@@ -10,9 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Anderson, Equilibrium, Joint, Picard
+from jiio_plugins import (
+    Anderson,
+    Equilibrium,
+    JacobianFree,
+    Joint,
+    Phantom,
+    Picard,
+    Unrolled,
+    adapt,
+)
 from jiio_plugins.evaluation import Attack, engine_attack, robust_accuracy
 from jiio_plugins.models import load_pretrained
+from tests.equilibrium.specimens import ByFunction, iterate
 from tests.helpers import Affine, Net, rand
 
 BALL: dict[str, Any] = {"eps": 0.3, "norm": float("inf"), "lower": -2.0, "upper": 2.0}
@@ -107,6 +117,34 @@ def test_batches_and_costs() -> None:
     assert line.name == "JIIO"
     assert line.vjps == 6 + 3  # of the adjoint's warm-up
     assert line.f_evals > 6
+
+
+def two_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(model(leaf).sum(), leaf)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "steps"), [(JacobianFree(), 1), (Phantom(steps=3), 3), (Unrolled(steps=7), 7)]
+)
+def test_a_gradient_through_k_evaluations_is_k_vjps(adjoint: Any, steps: int) -> None:
+    model = Threshold()
+    model.equilibrium.adjoint = adjoint
+    report = evaluate([Attack("two", two_gradients, "own")], model)
+    assert report.attacks[0].vjps == 2 * steps
+    assert "no VJPs are known" not in str(report)
+
+
+def test_a_backward_pass_of_the_layers_own_is_told() -> None:
+    model: Any = Threshold()
+    model.equilibrium = ByFunction(model.equilibrium.cell, iterate)
+    suite = [Attack("two", two_gradients, "own"), Attack("none", down_by(0.0), "none")]
+    report = evaluate(suite, adapt(model))
+    assert [a.vjps for a in report.attacks] == [0, 0]
+    assert report.attacks[0].f_evals > 0
+    assert "no VJPs are known of two: the model's layers run a backward pass" in str(report)
 
 
 def test_an_attack_that_has_nothing_left_to_do() -> None:
