@@ -174,12 +174,18 @@ class _Tapped:
 
 
 class _Heard:
-    """A solver whose calls are answered by somebody else."""
+    """A solver whose calls are answered by somebody else, as long as somebody listens.
+
+    A layer that kept it calls it in its backward pass too, which is its own affair.
+    """
 
     def __init__(self, own: Any, answer: Callable[..., Any]) -> None:
         self._own, self._answer = own, answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        listener = _listener.get()
+        if listener is None or listener.answer is not self._answer:
+            return self._own(*args, **kwargs)
         return self._answer(self._own, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -108,6 +108,17 @@ def test_another_solver_and_the_count() -> None:
 
 
 @forms
+def test_products_of_a_backward_pass_are_no_evaluations(form: str) -> None:
+    model, x = adapt(Model(form).eval()), rand(4, 5, seed=4).requires_grad_()
+    with count_evaluations() as counter:
+        out = model(x)
+        forward = counter.f_evals
+        out.sum().backward()
+    assert counter.f_evals == forward > 0
+    assert counter.vjps == 0
+
+
+@forms
 def test_copies_and_pickles_work(form: str) -> None:
     model, x = adapt(Model(form).eval()), rand(4, 5, seed=4)
     optimize_input(model, x, objective, constraint=L2Ball(0.5), method=Joint(max_iter=2))
