@@ -44,13 +44,14 @@ class Args:
 
 
 def art_pgd(comparison: Comparison) -> Any:
+    """ART's PGD of 20 steps, through the solves and the gradients that the model itself makes."""
     from art.attacks.evasion import ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
         model=comparison.model,
         loss=nn.CrossEntropyLoss(),
-        input_shape=(1, 28, 28),
+        input_shape=tuple(comparison.x.shape[1:]),
         nb_classes=10,
         clip_values=(0.0, 1.0),
         device_type="cpu",

@@ -46,6 +46,22 @@ def shares(found: dict[str, Any], *, timed: bool = True) -> str:
     return "\n\n".join([table(head, cold), table(front, warm)])
 
 
+def prices(found: dict[str, Any]) -> str:
+    """The shortest attack that is as strong as ART's, in gradients, and where its passes go."""
+    rows, parts = [], []
+    for name, r in found["results"].items():
+        cost, verified = r["row"]["cost"], r["row"]["cost"] + r["row"]["verification"]
+        ratios = [f"{c / g:.2f}" for g in r["gradients"].values() for c in (cost, verified)]
+        rows.append(
+            [name, str(r["iterations"]), f"{r['peer']['cost']:.0f}", f"{cost:.1f}", *ratios]
+        )
+        parts.append([name, *(f"{value:.1f}" for value in r["parts"].values())])
+    where = " | ".join(next(iter(found["results"].values()))["parts"])
+    head = "attack | iterations | f + VJP of ART's PGD-20 | of JIIO | in gradients of ART's"
+    price = table(f"{head} | verified | in clean ones | verified", rows)
+    return "\n\n".join([price, table(f"attack | {where}", parts)])
+
+
 def norm(found: dict[str, Any], name: str) -> dict[str, Any]:
     """The results of the attack benchmark under one norm."""
     one: dict[str, Any] = next(r for r in found["results"] if r["norm"] == name)

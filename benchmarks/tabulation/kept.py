@@ -31,6 +31,7 @@ _GARMENTS = (
 COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "attack": "python benchmarks/attack.py --data DIR --threads 1 --repeats 1",
     "bench": "jiio bench --threads 1 --repeats 1",
+    "price": "python benchmarks/price.py --data DIR",
     "loop": "python benchmarks/loop.py --even",
     "solvers": "python benchmarks/solvers.py --rounds 3",
     "scaling": "python benchmarks/scaling.py",

@@ -54,6 +54,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {  # made of wha
     "attack-linf": (("attack",), under("Linf", attacks.attacks)),
     "attack-l2-shares": (("attack",), under("L2", attacks.shares)),
     "attack-linf-shares": (("attack",), under("Linf", attacks.shares)),
+    "price": (("price",), attacks.prices),
     "overhead": (("loop",), attacks.overhead),
     "operations": (("loop",), attacks.operations),
     "bench": (("bench",), partial(attacks.attacks, timed=False)),
