@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
@@ -90,6 +91,10 @@ _MESSAGES = {
     ),
 }
 
+# The value of another status is right, or nobody was to look: with GRADIENT_UNSETTLED it is the
+# search that may be bettered, and a few rows often have it.
+_DOUBTFUL = (Status.NONFINITE, Status.NOT_VERIFIED, Status.DISAGREEMENT, Status.RANDOM)
+
 
 def report_of(status: Tensor, stats: Any) -> str:
     """Count of each status with its message, one line each, how the adjoints ended, and the price.
@@ -104,11 +109,7 @@ def report_of(status: Tensor, stats: Any) -> str:
     Source of the factor: Gauger, Griewank, Hamdi, Kratzenstein, Özkaya and Slawig, "Automated
     extension of fixed point PDE solvers for optimal design with bounded retardation" (2012).
     """
-    codes, counts = torch.unique(status.cpu(), return_counts=True)
-    lines = [
-        f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
-        for c, n in zip(codes, counts, strict=True)
-    ]
+    lines = _counted(status)
     adjoint = stats.costate_residual
     if adjoint is not None and len(adjoint):
         adjoint = torch.as_tensor(adjoint)
@@ -126,6 +127,37 @@ def report_of(status: Tensor, stats: Any) -> str:
                 "verification"
             )
     return "\n".join(lines)
+
+
+def warn_if_doubtful(status: Tensor, *, stacklevel: int) -> None:
+    """Warn of rows whose value is not to be relied on, once for all of them, with what to change.
+
+    For callers whose own users get an x and no :class:`Solution`.
+
+    Args:
+        status: :class:`Status` codes, any number of them.
+        stacklevel: as of :func:`warnings.warn`, from where this is called.
+
+    Warns:
+        ConvergenceWarning: there are such rows.
+    """
+    doubtful = status[torch.isin(status, torch.tensor(_DOUBTFUL).to(status))]
+    if len(doubtful):
+        warnings.warn(
+            f"{len(doubtful)} of {len(status)} rows are not to be relied on:\n"
+            + "\n".join(_counted(doubtful)),
+            ConvergenceWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _counted(status: Tensor) -> list[str]:
+    """A line for each status there is: how many rows have it, and its message."""
+    codes, counts = torch.unique(status.cpu(), return_counts=True)
+    return [
+        f"{int(n)} × {Status(int(c)).name}: {Status(int(c)).message}"
+        for c, n in zip(codes, counts, strict=True)
+    ]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.joint import guarded
 from jiio_plugins.losses import check_logits, check_output, logits_of, too_few_classes
 from jiio_plugins.methods import Joint, Method
+from jiio_plugins.solution import warn_if_doubtful
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
@@ -162,6 +163,10 @@ class JIIO(Attack):
             labels: classes, integers ``(rows,)``. None: what the model predicts.
             *args: of the base class.
             **kwargs: of the base class.
+
+        Warns:
+            ConvergenceWarning: images whose status says that they are not to be relied on, once a
+                call, with how many there are of each status and what to do.
         """
         self._solution = None
         # The base class restores neither a frozen BatchNorm nor anything after an exception.
@@ -171,6 +176,8 @@ class JIIO(Attack):
                 adversarial: Tensor = super().__call__(inputs, labels, *args, **kwargs)
         finally:
             self._set_normalization_applied(normalization)
+        assert self.solution is not None
+        warn_if_doubtful(self.solution.status, stacklevel=2)
         return adversarial
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

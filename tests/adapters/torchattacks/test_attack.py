@@ -11,9 +11,17 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from jiio_plugins import Joint, Nested, Status, attack as engine_attack, count_evaluations
+from jiio_plugins import (
+    Joint,
+    Nested,
+    Picard,
+    Status,
+    attack as engine_attack,
+    count_evaluations,
+)
 from jiio_plugins.data.classification import load_digits
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.solution import ConvergenceWarning
 from jiio_torchattacks import JIIO
 from tests.adapters.torchattacks.helpers import (
     CLASSES,
@@ -155,6 +163,23 @@ def test_verification_can_be_left_out() -> None:
     assert unchecked.solution.value is None
     with pytest.raises(TypeError, match="verify must be Anderson"):
         JIIO(model, verify="no")  # type: ignore[arg-type]
+
+
+def test_images_not_to_be_relied_on_are_told_of_once_a_call() -> None:
+    model, (images, labels) = net(), batch(saturated=False)
+    atk = JIIO(model, steps=5)
+    atk(images, labels)  # a sound model: warnings are errors
+    model.equilibrium.solver = Picard(max_iter=1)
+    with pytest.warns(ConvergenceWarning) as told:
+        atk(images, labels)
+    message = str(told[0].message)
+    wrong = int((atk.solution.status == Status.DISAGREEMENT).sum())
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert message.startswith(f"{wrong} of 6 rows are not to be relied on:\n{wrong} × DISAGREEMENT")
+    assert Status.DISAGREEMENT.message in message
+    atk.verify = False
+    atk(images, labels)  # what has been left out on purpose is no reason
 
 
 def test_batch_of_one_is_a_row_of_the_batch() -> None:

@@ -60,6 +60,7 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((net(x).argmax(1) == y).float().mean())
 
 
+@pytest.mark.filterwarnings("ignore:.* not to be relied on")  # it has learnt for seconds
 def test_attacks_of_both_kinds(digits: nn.Module) -> None:
     x, y = (t[:100] for t in load_digits("test"))
     assert accuracy(digits, x, y) > 0.9
