@@ -43,7 +43,7 @@ def main(args: Args) -> None:
     tasks = sinusoid_taskset(Sinusoids(tasks=2000), samples=2 * args.shots)
     model = SinusoidDEQ()
     maml = JIIOLearner(
-        model, lr=0.05, adapt=["context", "head.weight", "head.bias"], reg=0.2, iters=200, memory=20
+        model, lr=0.2, adapt=["context", "head.weight", "head.bias"], reg=0.2, iters=200, memory=20
     )
     opt = torch.optim.Adam(maml.parameters(), args.meta_lr)
     bar = tqdm(range(args.iterations), desc="meta-training")

@@ -39,6 +39,7 @@ _NOISE = 1e3  # times the dtype's precision: a block of a smaller norm counts as
 _PLAIN = 5  # iterations that show the sizes of λ's blocks, and whether the step is too long
 _TRIES = 12  # how often a step may be cut to a third
 _AMPLIFY = 10.0  # of a doubt that comes from residuals, which are errors times about 1 − ρ
+_ADVICE = "allow more iterations, change the step size, or add a penalty on the variables"
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -417,19 +418,21 @@ def warn_above(solver: Solver | None) -> float:
     return max(WARN_ABOVE, min(10 * solver.tol, LOOSEST)) if solver is not None else WARN_ABOVE
 
 
-def warn_if_loose(residuals: Residuals, solver: Solver | None = None) -> None:
+def warn_if_loose(
+    residuals: Residuals, solver: Solver | None = None, advice: str | None = None
+) -> None:
     """Warn when the point is not accurate enough for its implicit gradient.
 
     Args:
         residuals: of the point.
         solver: that the caller gave for the gradient, or None.
+        advice: what to change, of a caller who knows it. None: what mostly helps.
     """
     worst = float(residuals.joint.max())
     if not worst <= warn_above(solver):
         warnings.warn(
             f"the joint solution has a relative residual of {worst:.1e}, and its implicit gradient "
-            "is about as inexact: allow more iterations, change the step size, or add a penalty on "
-            "the variables",
+            f"is about as inexact: {advice or _ADVICE}",
             ConvergenceWarning,
             stacklevel=3,
         )

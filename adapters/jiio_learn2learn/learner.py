@@ -23,6 +23,7 @@ from jiio_learn2learn._checks import (
     reaches,
     same_inputs,
 )
+from jiio_learn2learn._pace import Pace
 from jiio_learn2learn._task import Slots, TaskVariable, kept
 from jiio_learn2learn.recording import Recorded, Tape, tensors_in
 from jiio_plugins.equilibrium import Anderson, Implicit, StateLayout, count, count_evaluations
@@ -57,6 +58,7 @@ class _TaskState:
         z: flat state of each layer where that ended.
         jz_mu: ``J_zᵀμ`` there, ``(rows, n)``.
         called_with: the model's last arguments inside a closure.
+        pace: what the way of v so far tells of its step.
     """
 
     slots: Slots
@@ -66,6 +68,7 @@ class _TaskState:
     z: list[Tensor] = field(default_factory=list)
     jz_mu: Tensor | None = None
     called_with: Any = None
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass
@@ -90,8 +93,8 @@ class JIIOLearner(BaseLearner):
     Args:
         model: reaches at least one :class:`jiio_plugins.Equilibrium` in its forward.
         lr: step size α on v, in units of v² / loss. It changes the way to v*, not v*. A loss summed
-            over samples wants it divided by their number. Residuals are of the step that it makes,
-            so one that is far too small looks converged.
+            over samples wants it divided by their number. A warning says which way to move one that
+            does not come near enough to v*.
         adapt: names from ``model.named_parameters()``, of parameters used in the cell, before it or
             after it. None: those called ``context``. Where the graph of no equilibrium leads to
             them (a head alone), ``adapt`` refines the fixed point once and leaves it there.
@@ -237,6 +240,9 @@ class JIIOLearner(BaseLearner):
             allow_unused: for this call. None: as the learner has it.
             allow_nograd: for this call. None: as the learner has it.
 
+        Warns:
+            ConvergenceWarning: v is too far from its optimum for the implicit gradient.
+
         Raises:
             ValueError: the loss is not one finite number, or comes from elsewhere or from before
                 the last adaptation. A name does not influence it. The support set has changed.
@@ -289,17 +295,20 @@ class JIIOLearner(BaseLearner):
             fixed, fixed_residual = self._fixed_points(variable, forward, first_order)
         state = FlatState(StateLayout(forward.mode.layouts), variable.z, jz_mu=task.jz_mu)
         problem = variable.problem(state, fixed)
-        result = solve(problem, self._method(variable.z.dtype))
+        result = solve(problem, self._method(variable.z.dtype), callback=task.pace)
         count(problem.cost)
         if first_order:
             self.residuals = None
             found = result.v + (variable.anchor - variable.anchor.detach())
         else:
-            step = result.v.new_full((1, 1), self.lr)
+            # a tiny lr makes a tiny step anywhere: how far v is from v* the curvature tells
+            step, left = task.pace.measure(self.lr)
             with kept(self.module):
-                found, self.residuals = attach(problem, result, step, solver=self.adjoint)
-            self.residuals.joint.clamp_(min=fixed_residual)
-            warn_if_loose(self.residuals)
+                found, self.residuals = attach(
+                    problem, result, result.v.new_full((1, 1), step), solver=self.adjoint
+                )
+            self.residuals.joint.clamp_(min=max(fixed_residual, left))
+            warn_if_loose(self.residuals, advice=task.pace.advice(self.lr))
         variable.slots.put(variable.parts(found))
         task.version += 1
         task.support = forward.inputs
