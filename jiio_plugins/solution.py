@@ -76,8 +76,9 @@ _MESSAGES = {
     Status.GRADIENT_UNSETTLED: (
         "the value is verified, but where the loop ended its adjoint had not settled, or its state "
         "was at another fixed point, so the search did not follow the model's gradient and a "
-        "better x is likely: raise max_state_steps, max_adjoint_steps or anchors of Joint, damp "
-        "the cell (Damped), or use Nested with a tight solver"
+        "better x is likely: raise max_iter (iters of a host), in a ball also max_state_steps, "
+        "max_adjoint_steps or anchors of Joint, damp the cell (Damped), or use Nested with a tight "
+        "solver and a max_iter as large"
     ),
     Status.UNVERIFIED: (
         "nobody has checked where the loop ended, as verify=False asked for: judge x yourself, or "

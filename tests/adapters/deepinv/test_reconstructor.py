@@ -332,3 +332,32 @@ def test_the_value_owes_nothing_to_the_batch_where_pixels_do(
         assert model.solution is not None
         values.append(model.solution.value)
     torch.testing.assert_close(torch.cat(values[1:]), values[0], rtol=rtol, atol=0)
+
+
+def test_what_helps_where_the_gradient_has_not_settled() -> None:
+    """The advice of the status, on a generator that is hard to solve: there is no ball."""
+    generator = load_pretrained("digits-generator")
+    with torch.no_grad():
+        for p in generator.equilibrium.cell.parameters():
+            p.mul_(1.8)
+    torch.manual_seed(0)
+    physics = Inpainting((1, 8, 8), mask=0.5, noise_model=GaussianNoise(0.05))
+    y = physics(load_digits("test")[0][:40])
+
+    def found(**settings: Any) -> tuple[int, Tensor]:
+        method = Joint(**{"max_iter": 60, "step_size": 1.0, **settings})
+        model = JIIOReconstructor(generator, method=method)
+        with torch.no_grad():
+            model(y, physics)
+        assert model.solution is not None
+        unsettled = model.solution.status == Status.GRADIENT_UNSETTLED
+        return int(unsettled.sum()), model.solution.value
+
+    some, value = found()
+    assert some >= 4
+    assert "raise max_iter" in Status.GRADIENT_UNSETTLED.message
+    fewer, lower = found(max_iter=300)
+    assert fewer < some / 2
+    assert lower.mean() < value.mean()
+    _, same = found(max_state_steps=12, max_adjoint_steps=12, anchors=8)
+    assert torch.equal(same, value)
