@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
@@ -130,26 +129,22 @@ def report_of(status: Tensor, stats: Any) -> str:
     return "\n".join(lines)
 
 
-def warn_if_doubtful(status: Tensor, *, stacklevel: int) -> None:
-    """Warn of rows whose value is not to be relied on, once for all of them, with what to change.
+def doubtful_rows(status: Tensor) -> str:
+    """What is to be said of rows whose value is not to be relied on. Empty where there are none.
 
-    For callers whose own users get an x and no :class:`Solution`.
+    For hosts whose users get an x and no :class:`Solution`: in the way that those hosts warn.
 
     Args:
         status: :class:`Status` codes, any number of them.
-        stacklevel: as of :func:`warnings.warn`, from where this is called.
 
-    Warns:
-        ConvergenceWarning: there are such rows.
+    Returns:
+        How many there are, and a line for each status with what to change.
     """
     doubtful = status[torch.isin(status, torch.tensor(_DOUBTFUL).to(status))]
-    if len(doubtful):
-        warnings.warn(
-            f"{len(doubtful)} of {len(status)} rows are not to be relied on:\n"
-            + "\n".join(_counted(doubtful)),
-            ConvergenceWarning,
-            stacklevel=stacklevel + 1,
-        )
+    if not len(doubtful):
+        return ""
+    head = f"{len(doubtful)} of {len(status)} rows are not to be relied on:"
+    return "\n".join([head, *_counted(doubtful)])
 
 
 def _counted(status: Tensor) -> list[str]:

@@ -23,6 +23,7 @@ from jiio_art.record import AttackRecord
 from jiio_plugins import Joint, attack
 from jiio_plugins.joint import guarded
 from jiio_plugins.losses import check_logits
+from jiio_plugins.solution import doubtful_rows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -186,7 +187,8 @@ class JIIOAttack(EvasionAttack):
 
         Returns:
             A new float32 array of the shape of x. A sample for which nothing better was found comes
-            back as it started.
+            back as it started. Where the status of some says that they are not to be relied on, the
+            log has a warning with their number and what to do.
 
         Raises:
             TypeError: another keyword.
@@ -226,6 +228,8 @@ class JIIOAttack(EvasionAttack):
         self.solution = AttackRecord.join(records)
         if self.verify is not False:
             logger.info("Success rate of attack: %.2f%%", 100 * self.solution.success.mean())
+        if doubt := doubtful_rows(torch.from_numpy(self.solution.status)):
+            logger.warning(doubt)
         if self.summary_writer is not None:
             self.summary_writer.reset()
         return adversarial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from jiio_plugins.equilibrium import check_solver
 from jiio_plugins.joint import guarded
 from jiio_plugins.losses import check_logits, check_output, logits_of, too_few_classes
 from jiio_plugins.methods import Joint, Method
-from jiio_plugins.solution import warn_if_doubtful
+from jiio_plugins.solution import ConvergenceWarning, doubtful_rows
 from jiio_plugins.utils import is_count
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ class JIIO(Attack):
         finally:
             self._set_normalization_applied(normalization)
         assert self.solution is not None
-        warn_if_doubtful(self.solution.status, stacklevel=2)
+        if doubt := doubtful_rows(self.solution.status):
+            warnings.warn(doubt, ConvergenceWarning, stacklevel=2)
         return adversarial
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from art.metrics import adversarial_accuracy
 from art.summary_writer import SummaryWriter
 
 from jiio_art import AttackRecord, JIIOAttack
-from jiio_plugins import Joint, Nested, Status, count_evaluations
+from jiio_plugins import Joint, Nested, Picard, Status, count_evaluations
 from jiio_plugins.models import ConvDEQClassifier
 from tests.adapters.art.helpers import EPS, Digits, assert_inside, attack_on, sizes
 
@@ -27,6 +27,24 @@ if TYPE_CHECKING:
 
 
 # What it finds ----------------------------------------------------------------------------------
+
+
+def test_samples_not_to_be_relied_on_are_logged(
+    trained: PyTorchClassifier,
+    digits: Digits,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    attack = attack_on(trained, norm=2, eps=EPS[2.0], max_iter=5)
+    attack.generate(*digits)
+    assert not caplog.records
+    monkeypatch.setattr(trained.model.equilibrium, "solver", Picard(max_iter=1))
+    attack.generate(*digits)
+    assert attack.solution is not None
+    wrong = int((attack.solution.status == Status.DISAGREEMENT).sum())
+    (said,) = caplog.messages
+    assert said.startswith(f"{wrong} of 8 rows are not to be relied on:\n{wrong} × DISAGREEMENT")
+    assert Status.DISAGREEMENT.message in said
 
 
 @pytest.mark.parametrize("norm", [1, 2, np.inf, "inf"])
