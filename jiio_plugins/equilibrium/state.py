@@ -240,7 +240,8 @@ def relative(residual: Tensor, fz: Tensor) -> Tensor:
         residual: ``f(z) − z``, ``(rows, n)``.
         fz: ``f(z)``, ``(rows, n)``.
     """
-    return safe_norm(residual) / safe_norm(fz).clamp(min=torch.finfo(fz.dtype).tiny)
+    r, norm = safe_norms(residual, fz)
+    return r / norm.clamp(min=torch.finfo(fz.dtype).tiny)
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:

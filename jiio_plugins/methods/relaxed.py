@@ -15,7 +15,7 @@ from torch import Tensor
 from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
-from jiio_plugins.methods.iteration import JointIteration, finite_or
+from jiio_plugins.methods.iteration import JointIteration
 from jiio_plugins.methods.round import Iteration
 from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
 
@@ -282,7 +282,8 @@ class Relaxed(JointIteration):
                 if self.first and self.control:
                     lost = lost | self._unsettled()
                 v_next = self._not_along(lost, v, v_next)
-        self.jz_mu = finite_or(self.jz_mu_next, self.jz_mu)
+        # the residual is finite where they are
+        self.jz_mu = by_row(self.mu_residual < torch.inf, self.jz_mu_next, self.jz_mu)
         return v_next
 
     def _unsettled(self) -> Tensor:
