@@ -3,8 +3,8 @@
     python benchmarks/price.py --data DIR [--images 1000] [--out out/benchmark-price]
 
 On both shipped classifiers, within the pixel box, it runs ART's PGD-20 and :class:`Joint` with its
-defaults at every length. The shortest that is as strong (accuracy within a point or lower, at least
-97 % of the loss, both by converged solves) is priced in f evaluations and VJPs over
+defaults at every length from five on. The shortest that is as strong (accuracy within a point or
+lower, at least 97 % of the loss, both by converged solves) is priced in f evaluations and VJPs over
 
 * those of one of the peer's 20 gradients;
 * those of one gradient of the model at the images as they are: a solve and an adjoint solve from

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 _SETTLED = 0.1  # adjoint residual above which a gradient changes for other reasons than v
 _SEEN = 0.3  # of the first gradient: a smaller change of it is no measure of the curvature
-_NOISE = 1e3  # times the dtype's precision: a smaller gradient counts as zero
+_PAIR = 0.01  # the same of two evaluations in a row, which are to tell the way and not rounding
+_NOISE = 1e3  # times the dtype's precision: a smaller gradient counts as zero, in the loss's units
 _FITS = 2.0  # how many times too short or too long a step may be, and fit
 
 
@@ -46,7 +47,7 @@ class Pace:
             self._size = torch.maximum(self._size.to(now[0]), _norm(now[1]))
         else:
             step, change = _way(self._now, now)
-            told = settled & self._settled & (step > 0) & (change > 0)
+            told = settled & self._settled & (step > 0) & (change > _PAIR * self._size)
             self._least = torch.minimum(self._least, torch.where(told, step / change, torch.inf))
             begins = settled & ~self._known
             self._first = tuple(  # type: ignore[assignment]

@@ -99,22 +99,11 @@ def user_cells(found: dict[str, Any]) -> str:
                 f"{statistics.mean(judged['robust']):.1f} %",
                 ", ".join(f"{v:.1f}" for v in judged["robust"]) + " %",
                 f"{min(judged['verified']):.1f} %",
-                ", ".join(filter(None, (_off_the_bar(seeds, k) for k in ("clean", "robust")))),
                 f"{statistics.mean(r['seconds'] for r in seeds):.0f}",
             ]
         )
     head = "cell | training | clean | robust | robust, per seed | verified, lowest"
-    return table(f"{head} | bar, off by at most: clean, robust | CPU s", rows)
-
-
-def _off_the_bar(seeds: list[dict[str, Any]], name: str) -> str:
-    """Points between what the bar ended with and what was judged, the largest over seeds."""
-    judged = [
-        (r["history"][-1][f"final_{name}"], r["judged"][f"judged_{name}"])
-        for r in seeds
-        if "history" in r
-    ]
-    return f"{max(abs(100 * (bar - known)) for bar, known in judged):.1f}" if judged else ""
+    return table(f"{head} | CPU s", rows)
 
 
 def learners(found: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ class Batches(Protocol):
     ``batch_size``. ``order`` gives the numbers of all samples as the epoch has them.
 
     Where the batches can only be drawn one after the other, ``skip(batches)`` draws and drops those
-    that a resumed training has seen. It is called, if there is one, before the first epoch. What
+    that a resumed training has seen. It is called, if there is one, before the first epoch. Without
+    it, some of the last epoch are drawn once more when the training has ended. What
     ``settings()`` returns, if it is there, plain values by name, must be the same in a resumed one.
     """
 

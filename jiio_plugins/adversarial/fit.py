@@ -8,6 +8,7 @@ state than the weights, the optimiser, the scheduler and the global random state
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -69,9 +70,9 @@ class FitSettings:
         judged: images of the last batches of each epoch, and of one batch early in the first, that
             are judged by solves: as they are, and at the examples that the steps have found. The
             progress tells what that makes of clean and robust accuracy. It is at most a tenth of
-            the epoch's images, as each takes about as long as a step on it. After the last update
-            eight times as many are searched and judged anew, at most an epoch's and a fifth of all
-            that were drawn. 0: none are.
+            the epoch's images, as each takes about as long as a step on it. When the training has
+            ended eight times as many are searched and judged anew, at most an epoch's and a fifth
+            of all that were drawn. 0: none are.
         seed: of everything random in the steps.
         verbose: show a progress bar: loss, relative residual of z and what the steps see, then what
             was judged last.
@@ -145,8 +146,9 @@ def fit_adversarially(
         judging changes them on the images that are judged. "unverified" is the share of those for
         which solves did not converge, "astray" that of examples on which search and solve disagree.
         With validation "validation_clean", "validation_robust" and "validation_unverified". The
-        last epoch's has "final_clean", "final_robust" and "final_unverified" besides: what
-        :func:`validate` makes of training images after the last update.
+        last epoch's has "final_clean", "final_robust" and "final_unverified" besides, where batches
+        can be drawn again: what :func:`validate` makes of training images, with the weights that
+        are left.
 
     Raises:
         FileExistsError: ``checkpoint`` is there and ``resume`` is not set.
@@ -156,12 +158,13 @@ def fit_adversarially(
         FloatingPointError: the loss became NaN or Inf. The last checkpoint is whole.
         OSError: a checkpoint could not be written. The one before is kept.
         Interrupted: SIGINT or SIGTERM arrived, with ``checkpoint`` given. The step was finished and
-            a checkpoint written. A second signal does not wait for that.
+            a checkpoint written, or all of them were. A second signal does not wait for that.
 
     Warns:
         RuntimeWarning: once each. Judged images differ from what the search saw, do not converge,
             or are classified better with an attack than without. Validation falls far below its
-            best. z was left far from its fixed points in an epoch.
+            best. z was left far from its fixed points in an epoch. The finished model could not be
+            judged.
     """
     if not hasattr(batches, "epoch") or not hasattr(batches, "__len__"):
         raise TypeError(
@@ -200,8 +203,10 @@ def fit_adversarially(
             run.end_epoch(validation)
         if run.progress.best is not None:
             model.load_state_dict(run.progress.best["model"])
-        if run.progress.classes and stop.number is None:
+        if stop.number is None:
             bar.set_postfix(_rounded({**run.progress.shown(), **run.finish()}))
+        if stop.number is not None:
+            raise Interrupted(stop.number, f"all epochs are done, and in {settings.checkpoint}")
     optimizer.zero_grad()
     return run.progress.history
 
@@ -330,13 +335,23 @@ class _Run:
 
     def finish(self) -> Metrics:
         """Judge the model that the training has ended with, and note it with the last epoch."""
-        at, settings, steps = self.progress, self.settings, len(self.batches)
-        drawn = self.batches.epoch(at.epoch - 1)
-        first = next(iter(drawn))
-        drawn_so_far = at.epoch * steps * len(first[0])
-        most = min(_FINISHED * settings.judged, math.ceil(drawn_so_far / _FINISHED_SHARE))
-        images = chain([first], drawn)
-        found, count = finished(self.state.model, self.training, images, at.classes, most)
+        at, model, steps = self.progress, self.state.model, len(self.batches)
+        if not at.classes or hasattr(self.batches, "skip"):  # those cannot be drawn again
+            return {}
+        try:
+            drawn = iter(self.batches.epoch(at.epoch - 1))
+            first = next(drawn)
+            all_drawn = at.epoch * steps * len(first[0])
+            most = min(_FINISHED * self.settings.judged, math.ceil(all_drawn / _FINISHED_SHARE))
+            images = chain([first], drawn)
+            found, count = finished(model, self.training, images, at.classes, most)
+        except Exception as error:
+            warnings.warn(
+                f"the training has ended, but its model could not be judged: {error!r}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return {}
         at.history[-1].update({f"final_{name}": value for name, value in found.items()})
         if count:
             Watch(at.said).judged(at.epoch, found, count)
@@ -362,7 +377,7 @@ class _Run:
         early = at.epoch == 0 and at.step == steps // _EARLY
         if not (ending or early):
             return {}
-        rows = judged_rows(self.state.model, step, x, y, most - at.count("astray"))
+        rows = judged_rows(self.state.model, step, x, y, max(0, most - at.count("astray")))
         if rows and not ending:
             means = {name: float(t.double().mean()) for name, t in rows.items()}
             Watch(at.said).judged(1, means, len(rows["astray"]))

@@ -97,7 +97,8 @@ def validate(
         model: returns logits ``(rows, classes)``.
         training: whose search and whose ball.
         x: images ``(n, ...)``.
-        y: true classes, integers ``(n,)``.
+        y: true classes, integers ``(n,)``, or what else the training's loss takes, whose likeliest
+            class is the true one: probabilities ``(n, classes)``.
         batch_size: images judged together.
 
     Returns:
@@ -116,8 +117,9 @@ def validate(
                 method=training.method,
                 constraint=training.region(images),
             )
+            classes = likeliest(labels)
             for name, seen in (("clean", images), ("robust", found.x)):
-                judged[name].append(judge(model, seen, labels, default_verifier(x.dtype)))
+                judged[name].append(judge(model, seen, classes, default_verifier(x.dtype)))
     clean, robust = (Verdict.join(parts) for parts in judged.values())
     flags = {
         "clean": ~clean.model_wrong,
@@ -134,9 +136,9 @@ def finished(
     classes: int,
     most: int,
 ) -> tuple[Metrics, int]:
-    """:func:`validate` on training images, after the last update.
+    """:func:`validate` on training images, with the weights that a training leaves.
 
-    An epoch's figures are of weights that still move. These are of those that are left.
+    An epoch's figures are of weights that still move.
 
     Args:
         model: that has been trained.
@@ -154,7 +156,7 @@ def finished(
         likely = likeliest(y)
         known = ((likely >= 0) & (likely < classes)).nonzero().squeeze(1)[: most - count]
         images.append(x[known])
-        labels.append(likely[known])
+        labels.append(y[known])
         count, size = count + len(known), max(size, len(x))
         if count >= most:
             break

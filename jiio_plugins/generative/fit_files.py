@@ -64,7 +64,8 @@ def fit_files(config: FitConfig) -> dict[str, Any]:
     with owning(*written):
         images = images.to(device)
         fitted = fit(decoder, images, method=method, latent_penalty=penalty, progress=True)
-        for path in _earlier(written[0]) - {*each}:  # else they would lie among the new ones
+        kept = {path.resolve() for path in (*each, *files)}  # an input may be one of them
+        for path in _earlier(written[0]) - kept:  # else they would lie among the new ones
             path.unlink(missing_ok=True)
         names = json.dumps([path.name for path in each])
         save_latents(written[0], fitted.latents, pictures=names)
@@ -103,7 +104,8 @@ def _earlier(latents: Path) -> set[Path]:
     """The pictures that an earlier call wrote beside its latents, which name them."""
     with suppress(OSError, ValueError):  # latents that cannot be read name none
         names = json.loads(about(latents).get("pictures", "[]"))
-        return {latents.with_name(name) for name in names if _PICTURE.fullmatch(name)}
+        near = latents.resolve()
+        return {near.with_name(name) for name in names if _PICTURE.fullmatch(name)}
     return set()
 
 

@@ -43,6 +43,10 @@ def importing_torchvision() -> Iterator[None]:
 
 
 def _from_torchvision(error: Exception) -> bool:
-    """Whether a line of torchvision's led to it. The message alone need not name it."""
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-    return any(name.partition(".")[0] == "torchvision" for name in modules)
+    """Whether it arose while a module of torchvision's was run. The message need not name it."""
+    imported = (
+        frame.f_globals.get("__name__", "")
+        for frame, _ in walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"  # a call of its functions may fail for other reasons
+    )
+    return any(name.partition(".")[0] == "torchvision" for name in imported)

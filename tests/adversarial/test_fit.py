@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jiio_plugins.adversarial.batches import TensorBatches
 from jiio_plugins.adversarial.fit import FitSettings, fit_adversarially
 from jiio_plugins.adversarial.judged import finished, judged_rows, validate
 from jiio_plugins.utils import checkpoint
+from jiio_plugins.utils.signals import Interrupted
 from tests.adversarial.helpers import TRAINING, assert_equal_weights, build, data, train
 
 if TYPE_CHECKING:
@@ -69,6 +71,74 @@ def test_the_finished_model_is_judged_on_training_images_whatever_its_weights() 
     found = {name: history[-1][f"final_{name}"] for name in expected}
     assert found == pytest.approx(expected)
     assert not any(name.startswith("final") for epoch in history[:-1] for name in epoch)
+
+
+def test_batches_that_can_be_drawn_but_once_are_not_drawn_again() -> None:
+    stream = TensorBatches(*data(), 16).epoch(0)
+
+    class Once(TensorBatches):
+        def skip(self, batches: int) -> None:
+            raise NotImplementedError
+
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            yield from stream
+
+    (epoch,) = train(build(), batches=Once, epochs=1, judged=9)
+    assert "robust" in epoch
+    assert "final_robust" not in epoch
+
+
+def test_a_list_of_batches_is_judged_from_its_beginning() -> None:
+    class Listed(TensorBatches):
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            return list(super().epoch(index, skip))
+
+    model = build()
+    (epoch,) = train(model, batches=Listed, epochs=1, judged=5)
+    drawn = [torch.cat(t)[:13] for t in zip(*TensorBatches(*data(), 16).epoch(0), strict=True)]
+    assert epoch["final_robust"] == validate(model, TRAINING, *drawn, batch_size=16)["robust"]
+
+
+def test_a_model_that_cannot_be_judged_in_the_end_has_been_trained() -> None:
+    class Ends(TensorBatches):
+        drawn = 0
+
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            Ends.drawn += 1
+            if Ends.drawn > 2:
+                raise OSError("the disk is gone")
+            return super().epoch(index, skip)
+
+    with pytest.warns(RuntimeWarning, match="has ended, but .* could not be judged: OSError"):
+        history = train(build(), batches=Ends, epochs=2, judged=5)
+    assert len(history) == 2
+
+
+def test_a_loss_of_probabilities_gets_probabilities_in_the_end() -> None:
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -(labels * logits.log_softmax(1)).sum(1)
+
+    model, (x, y) = build(), data(count=10)
+    soft = torch.nn.functional.one_hot(y, 10).float()
+    found, count = finished(model, replace(TRAINING, loss=loss), [(x, soft)], 10, 9)
+    assert (found, count) == (validate(model, TRAINING, x[:9], y[:9], batch_size=10), 9)
+
+
+def test_a_signal_while_the_finished_model_is_judged_ends_the_training(tmp_path: Path) -> None:
+    class Signals(TensorBatches):
+        drawn = 0
+
+        def epoch(self, index: int, skip: int = 0) -> Any:
+            Signals.drawn += 1
+            if Signals.drawn > 1:
+                signal.raise_signal(signal.SIGTERM)
+            return super().epoch(index, skip)
+
+    options: dict[str, Any] = {"epochs": 1, "judged": 5, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(Interrupted, match="all epochs are done, and in"):
+        train(build(), batches=Signals, **options)
+    (epoch,) = train(build(), resume=True, **options)
+    assert "final_robust" in epoch
 
 
 def test_labels_that_a_loss_ignores_are_not_judged_in_the_end() -> None:

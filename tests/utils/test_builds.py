@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def test_other_errors_are_left_alone(broken: Path) -> None:
         import torchvision  # noqa: F401
     with pytest.raises(RuntimeError, match="torchvision in its text"), importing_torchvision():
         raise RuntimeError("torchvision in its text")
+    (broken / "torchvision.py").write_text(f"def nms():\n    {REASONS['nms']}")
+    with pytest.raises(RuntimeError, match=r"^operator"), importing_torchvision():
+        importlib.import_module("torchvision").nms()
 
 
 def test_data_and_models_that_need_it(broken: Path) -> None:
