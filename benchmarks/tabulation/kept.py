@@ -28,6 +28,8 @@ _GARMENTS = (
     "--repeats 1"
 )
 
+_DAMPED = [f"damped-{w}-{a}" for w in ("easy", "hard") for a in (0.15, 0.3, 0.5, 1, 1.5, 2, 2.2)]
+
 COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "attack": "python benchmarks/attack.py --data DIR --threads 1 --repeats 1",
     "bench": "jiio bench --threads 1 --repeats 1",
@@ -41,6 +43,7 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
         "mondeq-plain mondeq-forward-backward mondeq-peaceman-rachford unfolded-pgd "
         "gradient-descent transformer graph inr"
     ),
+    "damped": "python benchmarks/zoo.py --threads 1 --iterations 80 --kinds " + " ".join(_DAMPED),
     "robustness": "jiio evaluate --images 500 --eps 0.125 0.25 0.5",
     "robustness-garments": (
         "jiio evaluate --weights fashion-mnist --data DIR --images 200 --eps 0.25"

@@ -64,6 +64,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {  # made of wha
     "precision": (("precision",), attacks.precision),
     "zoo": (("zoo",), attacks.zoo),
     "zoo-steps": (("zoo",), attacks.zoo_steps),
+    "damped": (("damped",), attacks.damped),
     "robustness": (("robustness",), attacks.reports),
     "robustness-garments": (("robustness-garments",), attacks.reports),
     "robustness-early": (("robustness-early",), attacks.disagreement),
