@@ -68,14 +68,11 @@ def norm(found: dict[str, Any], name: str) -> dict[str, Any]:
     return one
 
 
-def peers(found: dict[str, Any]) -> dict[str, Row]:
-    """ART's attack, and of the nested loops that solve cold the cheapest as strong as the best."""
-    rows = [Row(**r) for r in found["rows"]]
-    (art,) = [r for r in rows if r.family == "ART PGD-20"]
-    cold = [r for r in rows if r.method in NAMES]
+def best_cold(found: dict[str, Any]) -> Row:
+    """Of the nested loops that solve cold, the cheapest as strong as the best."""
+    cold = [Row(**r) for r in found["rows"] if r["method"] in NAMES]
     strongest = max(cold, key=lambda r: r.loss)
-    best = min((r for r in cold if r.as_strong_as(strongest)), key=lambda r: r.cost)
-    return {"ART's PGD-20": art, "nested PGD-20, cold solves, the best of four": best}
+    return min((r for r in cold if r.as_strong_as(strongest)), key=lambda r: r.cost)
 
 
 def as_strong(found: dict[str, Any], peer: Row) -> Row:
