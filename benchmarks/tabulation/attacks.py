@@ -222,32 +222,25 @@ def damped(found: dict[str, Any]) -> str:
     """The same fixed points by cells ``z + a (f − z)``: strength and price by a."""
     kinds = {}
     for kind in found["results"]:
-        _, which, a = kind["kind"].split("-")
-        kinds[which, float(a)] = kind, {run["method"]: run for run in kind["runs"]}
+        runs = {run["method"]: run for run in kind["runs"]}
+        kinds[float(kind["kind"].rpartition("-")[2])] = kind, runs
+    plain = kinds[1.0][1]["JIIO, 30 (defaults)"]
     rows = []
-    for (which, a), (kind, runs) in kinds.items():
-        plain = kinds[which, 1.0][1]
-        ours, peer = runs["JIIO, 30 (defaults)"], runs[kind["peer"]]
-        loss, price = (
-            ours["summary"]["loss"] / plain[ours["method"]]["summary"]["loss"],
-            ours["cost"] / plain[ours["method"]]["cost"],
-        )
+    for a, (kind, runs) in kinds.items():
+        ours, longer, peer = (runs[n] for n in ("JIIO, 30 (defaults)", "JIIO, 80", kind["peer"]))
         rows.append(
             [
-                which,
                 f"{a:g}",
                 f"{kind['radius']['median']:.2f}",
                 str(kind["judged"]),
-                f"{100 * ours['summary']['share']:.1f} %",
-                f"{100 * runs['JIIO, 80']['summary']['share']:.1f} %",
-                f"{peer['cost']:.0f}",
-                f"{ours['cost']:.0f}",
-                f"{100 * loss:.1f} %",
-                f"{price:.2f}",
+                *(f"{100 * run['summary']['share']:.1f} %" for run in (ours, longer)),
+                *(f"{run['cost']:.0f}" for run in (ours, longer, peer)),
+                f"{100 * ours['summary']['loss'] / plain['summary']['loss']:.1f} %",
+                f"{ours['cost'] / plain['cost']:.2f}",
             ]
         )
-    head = "cell | a | ρ | judged | JIIO, 30 | JIIO, 80 | PGD's f + VJP | JIIO's, 30"
-    return table(f"{head} | loss over that at a = 1 | f + VJP over those at a = 1", rows)
+    head = "a | ρ | judged | JIIO, 30 | JIIO, 80 | f + VJP of 30 | of 80 | of PGD-20"
+    return table(f"{head} | 30: loss over that at a = 1 | f + VJP over those", rows)
 
 
 def precision(found: dict[str, Any]) -> str:
