@@ -416,11 +416,8 @@ def _settings(found: Diagnosis, solved: bool) -> None:
     elif rate < _SLOW:
         found.settings, why = "Joint(max_iter=80)", "slow rows take more steps"
     else:
-        found.settings = "Joint(max_iter=80, anchors=4)"
-        why = (
-            "rows that plain iteration repels are solved afresh now and then. Compare with "
-            f"Nested(), and see {_PAGE}"
-        )
+        found.settings = "Joint(max_iter=80)"
+        why = f"plain iteration is repelled. Compare with Nested(), and see {_PAGE}"
     verdict = [f"Start with method={found.settings}: {why}."]
     faults = {
         "two calls differ": found.repeatable is False,

@@ -96,7 +96,7 @@ def test_a_model_that_takes_something_else() -> None:
 
 @pytest.mark.parametrize(
     ("angles", "radius", "settings"),
-    [([0.5, 1.0, 2.0], 0.95, "Joint(max_iter=80)"), ([2.0, 2.5, 3.0], 1.3, "anchors=4")],
+    [([0.5, 1.0, 2.0], 0.95, "Joint(max_iter=80)"), ([2.0, 2.5, 3.0], 1.3, "Joint(max_iter=80)")],
 )
 def test_how_contractive(angles: list[float], radius: float, settings: str) -> None:
     found = check(Around(Affine(rotation(angles, radius))), X)

@@ -26,6 +26,9 @@ class BestSoFar:
     Attributes:
         v: iterate of least running loss, ``(problems, d)``.
         loss: that loss, ``(problems,)``.
+        v_sure: of the iterates at which z was solved for from the initial state, that of least
+            loss, ``(problems, d)``.
+        loss_sure: that loss, ``(problems,)``. It is inf where there was none.
         loss_first: the loss at the start, see :class:`MethodResult`, ``(problems,)``.
         shift_first: by how much that differs from the running loss, ``(problems,)``.
         error_first: how far off ``loss_first`` may be, ``(problems,)``.
@@ -51,6 +54,7 @@ class BestSoFar:
         self.groups, self.stop = problem.groups, stop
         v = self.v = problem.v_start
         self.loss = v.new_full((len(v),), torch.inf)
+        self.v_sure, self.loss_sure = v, self.loss
         self.loss_first = self.shift_first = self.error_first = self.loss_last = self.loss
         self._pause(torch.zeros(len(v), device=v.device))
         self.resting = self.paused
@@ -58,12 +62,19 @@ class BestSoFar:
         self.flag = HostFlag(v.device)
         self.first = True
 
-    def update(self, v: Tensor, at: Evaluation) -> None:
+    def update(
+        self, v: Tensor, at: Evaluation, anchored: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Take in what was found at ``v``.
+
+        Where z turns out to have been at another fixed point than the one that a solve from the
+        initial state finds, no loss so far is that of the model. The best iterate is then among
+        those to come.
 
         Args:
             v: the variable, ``(problems, d)``.
             at: the evaluation there.
+            anchored: see :attr:`Iteration.anchored`.
 
         Raises:
             TypeError: the stop condition is not of booleans.
@@ -71,6 +82,12 @@ class BestSoFar:
         """
         self.iterations = self.iterations + self.active
         loss = self.groups.sum(at.loss.detach())
+        if anchored is not None:
+            looked, elsewhere = anchored
+            surer = looked & (loss < self.loss_sure)
+            self.v_sure = torch.where(surer[:, None], v, self.v_sure)
+            self.loss_sure = torch.where(surer, loss, self.loss_sure)
+            self.loss = torch.where(elsewhere, torch.inf, self.loss)
         better = loss < self.loss
         self.v = torch.where(better[:, None], v, self.v)
         self.loss = torch.where(better, loss, self.loss)

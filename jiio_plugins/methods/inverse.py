@@ -14,18 +14,20 @@ _RIDGE = 1e-3  # of the least squares, relative to their unit diagonal
 # Roundings of what has moved below which the change of a residual is noise. No more than that: in a
 # cell that contracts slowly all residuals are small, and so are the changes that tell about it.
 _NOISE = 10
+_STRETCH = 10.0  # σ at most
 
 
 class SecantInverse:
     """An approximation B of ``(I − J)⁻¹``, from pairs of moves and of what they did to a residual.
 
-    With moves D and changes ``Y = (J − I) D``, it is B Y = −D. What the pairs do not span, B leaves
-    as it is::
+    With moves D and changes ``Y = (J − I) D``, it is B Y = −D. What the pairs do not span, B
+    stretches by σ, as far as it stretches the least of them::
 
-        B r = r − (D + Y) γ,   γ = argmin ‖r − Y γ‖²
+        B r = σ (r − Y γ) − D γ,   γ = argmin ‖r − Y γ‖²,   σ = min ‖d‖/‖y‖, from 1 to 10
 
-    With the pairs of one fixed-point iteration ``z + B r`` is Anderson's step. Each row has its own
-    pairs and weights.
+    In a damped cell ``z + a (f − z)`` it is σ ≈ 1/a, without which all but a few directions would
+    creep. With the pairs of one fixed-point iteration ``z + B r`` is Anderson's step of mixing σ.
+    Each row has its own pairs, weights and σ.
 
     Args:
         like: a state, ``(rows, n)``, for shape, dtype and device.
@@ -73,8 +75,15 @@ class SecantInverse:
         return some
 
     def __call__(self, r: Tensor) -> Tensor:
-        """``B r``, ``(rows, n)``. It is r in a row whose least squares fail."""
+        """``B r``, ``(rows, n)``. It is σ r in a row whose least squares fail."""
         gram = torch.bmm(self.y, self.y.mT).double()
         along = products(self.y, r).double()[:, :, None]
         gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype).squeeze(2)
-        return r - products((self.d + self.y).mT, gamma)
+        sigma = self._stretch()
+        return sigma * (r - products(self.y.mT, gamma)) - products(self.d.mT, gamma)
+
+    def _stretch(self) -> Tensor:
+        """σ, ``(rows, 1)``. It is 1 where there is no pair."""
+        d, y = (torch.linalg.vector_norm(t, dim=2) for t in (self.d, self.y))
+        least = torch.where(y > 0, d / y, torch.inf).amin(1, keepdim=True)
+        return torch.where(least < torch.inf, least, 1.0).clamp(1.0, _STRETCH)

@@ -72,10 +72,11 @@ class Joint(Method):
     They settle more tightly as v comes to rest. The first step is the longest, and decides which
     maximum a row ends in. It is not taken where z or μ has not settled before it.
 
-    Where f has been seen to take two states apart there may be several fixed points. A state that
-    follows v may stay with one that the model's own solve, which starts anew, no longer finds. So
-    such rows are solved from the initial state ``anchors`` times during the run, and go on from
-    there where that is elsewhere.
+    There may be several fixed points. A state that follows v may go over to one that the model's
+    own solve, which starts anew, does not find. So slow rows in which z or μ has not settled at
+    some v are solved from the initial state ``anchors`` times during the run. They go on from there
+    where that is elsewhere. What they were worth is then forgotten, but for the best v that such a
+    solve was at, which is judged at the end too.
 
     Without a ball v settles, and the history of z, μ and v helps it to. With ``mixing``
     "quasi-newton" v takes L-BFGS steps, and z and μ follow along their secants
@@ -99,9 +100,9 @@ class Joint(Method):
         max_state_steps: the same of a slow row, at most. No more than ``state_steps`` switches the
             control off: all rows then count as fast.
         max_adjoint_steps: VJPs an iteration of a slow row, at most.
-        anchors: times that slow rows in which f takes states apart are solved from the initial
-            state, evenly spread over the run, at most once in five iterations. There are none where
-            a state to start with is given.
+        anchors: times that slow rows which have not settled are solved from the initial state,
+            evenly spread over the run, at most once in five iterations. There are none where a
+            state to start with is given. None: once in ten iterations, and at least once.
         adjoint_warmup: iterations at the beginning that take a second VJP. Where there is mixing
             none do. None: a quarter of them, and at least 3.
         relaxation: ω in (0, 2). Where there is mixing it is 1. With one state step more than 1
@@ -128,7 +129,7 @@ class Joint(Method):
     state_steps: int = 2
     max_state_steps: int = 6
     max_adjoint_steps: int = 6
-    anchors: int = 2
+    anchors: int | None = None
     adjoint_warmup: int | None = None
     relaxation: float = 1.5
     mixing: Literal["quasi-newton", "anderson"] = "quasi-newton"
@@ -146,9 +147,9 @@ class Joint(Method):
         if not self.tol >= 0:
             raise ValueError(f"tol must not be negative, got {self.tol}")
         least = {"state_steps": 1, "max_state_steps": 1, "max_adjoint_steps": 1}
-        if self.adjoint_warmup is not None:
-            least["adjoint_warmup"] = 0
-        check_counts(self, **least, anchors=0, acceleration=0)
+        optional = ("adjoint_warmup", "anchors")
+        least.update({name: 0 for name in optional if getattr(self, name) is not None})
+        check_counts(self, **least, acceleration=0)
 
     def start(self, problem: Problem) -> Iteration:
         """See :class:`Method`."""
@@ -157,6 +158,8 @@ class Joint(Method):
         settings = {name: getattr(self, name) for name in Following._fields}
         if self.adjoint_warmup is None:
             settings["adjoint_warmup"] = max(3, self.max_iter // 4)
+        if self.anchors is None:
+            settings["anchors"] = max(1, self.max_iter // 10)
         return Relaxed(self, problem, Following(**settings), self.capture)
 
 

@@ -106,6 +106,9 @@ class MethodResult:
         v_best: iterate of least running loss, ``(problems, d)``. After mixing it is the last whose
             gain was beyond doubt.
         loss_best: its running loss, ``(problems,)``. After mixing it is a bound on its objective.
+        v_sure: of the iterates at which z was solved for from the initial state, that of least
+            loss, ``(problems, d)``.
+        loss_sure: that loss, ``(problems,)``. It is inf where there was none.
         loss_first: the loss at the start, as far as the adjoint tells it where z has not settled,
             ``(problems,)``.
         shift_first: by how much that differs from the running loss, ``(problems,)``.
@@ -126,6 +129,8 @@ class MethodResult:
     jz_mu: Tensor
     v_best: Tensor
     loss_best: Tensor
+    v_sure: Tensor
+    loss_sure: Tensor
     loss_first: Tensor
     shift_first: Tensor
     error_first: Tensor

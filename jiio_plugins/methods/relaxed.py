@@ -39,7 +39,8 @@ _GROWN = 1.0  # unless it is no smaller than this: J_zᵀ makes μ larger
 # rest, what they are off by is more and more of what is left to be gained. The first step is the
 # longest, and the loss at the start is told from there.
 _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
-_ANCHOR = Anderson(max_iter=30, tol=1e-2)  # tells one fixed point from another
+_LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
+_ANCHOR = Anderson(max_iter=15, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 
@@ -61,13 +62,12 @@ class Relaxed(JointIteration):
     Attributes:
         omega: length of the relaxed steps, ``(rows, 1)``. It is halved where it proves too long.
         slow: rows whose z and μ are settled at each v, bool ``(rows,)``.
-        expands: slow rows in which f has been seen to take two states apart, bool ``(rows,)``. An f
-            that never does has but one fixed point.
-        unsure: slow rows whose z may have followed another fixed point, bool ``(rows,)``.
+        unsure: slow rows whose z may have gone over to another fixed point, bool ``(rows,)``: it or
+            μ has not settled at some v, or z was at another one when that was last looked at.
     """
 
     leaves = True
-    per_row = ("omega", "slow", "expands", "unsure")
+    per_row = ("omega", "slow", "unsure")
     carried = (*Iteration.carried, *per_row)
 
     def __init__(
@@ -84,7 +84,7 @@ class Relaxed(JointIteration):
         layers = bool(problem.layout.layouts)
         self.controlled = layers and following.max_state_steps > following.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
-        self.unsure = self.expands = torch.zeros_like(self.slow)
+        self.unsure = torch.zeros_like(self.slow)
         self.none_slow = HostFlag(self.z.device)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
@@ -102,7 +102,7 @@ class Relaxed(JointIteration):
         self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
         self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
         self.adjoint_begun = k > _BEGIN
-        self.control = self._any_slow()
+        self.control, self.anchored = self._any_slow(), None
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
 
@@ -132,8 +132,10 @@ class Relaxed(JointIteration):
             far = far.new_zeros(len(active)).index_copy(0, among, far)
         elsewhere = unsure & (row_norm(z - self.z) > far * row_norm(z))
         self.z = torch.where(elsewhere[:, None], z, self.z)
-        self.jz_mu = torch.where(elsewhere[:, None], 0.0, self.jz_mu)
         self.unsure = elsewhere
+        worst = problem.groups.worst
+        looked, left = (worst(self.spread(rows.float())) > 0 for rows in (unsure, elsewhere))
+        self.anchored = looked, left
 
     def state_steps(self, k: int, active: Tensor) -> StateSteps | None:
         """No relaxed ones in the first iteration, after the warm-up."""
@@ -144,7 +146,8 @@ class Relaxed(JointIteration):
             most = following.max_state_steps - 1 + (0 if k else following.max_state_steps)
             slow = self.slow & (active > 0)
             steps = following.state_steps - 1 if k else 0
-            return StateSteps(steps, self.omega, slow, most, self.share, self.method.precision)
+            share = _LOOSER * self.share
+            return StateSteps(steps, self.omega, slow, most, share, self.method.precision)
         return StateSteps(following.state_steps - 1, self.omega) if k else None
 
     def second_product(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> None:
@@ -270,14 +273,13 @@ class Relaxed(JointIteration):
         self.z = relaxed(z, self.omega, self.r, size)
         if self.before is not None and self.before.slow is not None:
             self.z = self.before.settled(split(z), split(self.r), split(self.z))
-            expanded = self.before.expanded
-            self.unsure = self.unsure | (expanded & ~self.expands)
-            self.expands = self.expands | expanded
+            if self.adjoint_begun:
+                self.unsure = self.unsure | self._unsettled()
         if self.controlled:
             long = self.omega[:, 0] >= _SHORT * self.following.relaxation
             keeps_up = long & (self.mu_residual < (_LOST if self.adjoint_begun else _GROWN))
             lost = ~(keeps_up | self.slow)
-            self.unsure, self.slow = self.unsure | lost, self.slow | lost
+            self.slow = self.slow | lost
             if not self.adjoint_begun:
                 if self.first and self.control:
                     lost = lost | self._unsettled()

@@ -33,11 +33,14 @@ class Iteration(abc.ABC):
         mu: adjoint μ, ``(rows, n)``.
         jz_mu: ``J_zᵀμ``, ``(rows, n)``.
         mu_residual: ``‖J_zᵀμ + ∂ℓ/∂z − μ‖ / ‖μ‖`` at the last evaluation, ``(rows,)``.
+        anchored: problems whose z has just been solved for from the initial state, and those of
+            them in which that was elsewhere, bool ``(problems,)`` each. None: z is a warm one.
         capture: whether steady iterations are to be captured where the device can
             (:mod:`jiio_plugins.methods.captured`).
         carried: names of the tensors that it takes from one iteration to the next.
     """
 
+    anchored: tuple[Tensor, Tensor] | None = None
     capture: bool = False
     carried: tuple[str, ...] = ("z", "mu", "jz_mu", "mu_residual")
     z: Tensor
@@ -102,6 +105,8 @@ class Iteration(abc.ABC):
             jz_mu=self.jz_mu,
             v_best=best.v,
             loss_best=best.loss,
+            v_sure=best.v_sure,
+            loss_sure=best.loss_sure,
             loss_first=best.loss_first,
             shift_first=best.shift_first,
             error_first=best.error_first,
@@ -153,7 +158,7 @@ class Round:
         v, best, iteration, feasible = self.v, self.best, self.iteration, self.feasible
         self.at = None  # it need not outlive the next one's making
         at = self.at = iteration.evaluate(k, v, best.active)
-        best.update(v, at)
+        best.update(v, at, iteration.anchored)
         if self.callback is not None:
             loss, known = at.loss.detach(), (at.z_residual, at.z, at.mu_residual)
             self.callback(Progress(k, v, at.gradient, loss, *known))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MEMORY = 4  # secant pairs
 _AT_REST = 0.1  # of the share: a residual below it means that the row has not been disturbed
-_EXPANDED = 1.01  # times the distance of two states: further apart are those that f makes of them
 
 
 class StateSteps:
@@ -112,16 +111,9 @@ class StateSteps:
         return every[:, None]
 
     @property
-    def expanded(self) -> Tensor:
-        """Slow rows in which some layer's f took two states apart, bool ``(rows,)``."""
-        return self._any([layer.rows.put_none(layer.expanded) for layer in self._settled])
-
-    @property
     def unsettled(self) -> Tensor:
         """Slow rows in which some layer's z would have moved on, bool ``(rows,)``."""
-        return self._any([layer.rows.put_none(layer.running) for layer in self._settled])
-
-    def _any(self, each: list[Tensor]) -> Tensor:
+        each = [layer.rows.put_none(layer.running) for layer in self._settled]
         return each[0] if len(each) == 1 else torch.stack(each).any(0)
 
     def settled(self, z: Sequence[Tensor], r: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
@@ -198,7 +190,6 @@ class _Settled:
     Attributes:
         z: where they end.
         evals: evaluations of f.
-        expanded: rows in which f took two states apart, bool ``(rows,)``.
         running: rows that took all steps and would have moved on, bool ``(rows,)``.
     """
 
@@ -216,7 +207,6 @@ class _Settled:
         self.last: tuple[Tensor, Tensor] | None = None
         assert rows.mask is not None
         running = rows.take(rows.mask)
-        self.expanded = torch.zeros_like(running)
         self.evals = torch.zeros(len(self.z), device=z.device)
         enough = _AT_REST * share  # the step of no pairs is the residual, small in a slow row
         for k in range(0 if rows.none else most):
@@ -242,7 +232,6 @@ class _Settled:
         else:
             before, left = self.last
             d, y = z - before, r - left
-            self.expanded = self.expanded | (rows & (row_norm(d + y) > _EXPANDED * row_norm(d)))
             self.inverse.learn(d, y, row_norm(z), rows)
             # what a row that stands still does must not hang on how long others go on
             self.last = by_row(rows, z, before), by_row(rows, r, left)

@@ -177,13 +177,17 @@ def _led_astray(
 def _never_worse(
     judge: Judge, result: MethodResult, final: Candidate, amplification: Tensor
 ) -> Candidate:
-    """The end, or where that is better the best iterate or the start."""
+    """The end, or where that is better the best iterate, the surest one or the start."""
     problem, groups = judge.problem, judge.problem.groups
     amplified = _SLOWER * amplification
     # a better candidate is looked for only where the running losses make one plausible
     last = final.value if result.bounded else result.loss_last
     promising = result.loss_best < last - 0.02 * last.abs()
     final = judge.take_better(final, result.v_best, promising)
+    # z may have gone over to a fixed point that the model does not find
+    sure = result.loss_sure
+    promising = ~(final.value <= sure + 0.02 * sure.abs()) & (sure < torch.inf)
+    final = judge.take_better(final, result.v_sure, promising)
     amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
     error = _CLEAR * result.loss_first.abs() + _SHIFTED * result.shift_first
     error = error + amplified * result.error_first

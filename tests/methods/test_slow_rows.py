@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,11 @@ from jiio_plugins.attacks import attack as jiio_attack
 from jiio_plugins.data import load_digits
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods import solve
+from jiio_plugins.methods.best import BestSoFar
 from jiio_plugins.methods.inverse import SecantInverse
+from jiio_plugins.methods.records import Evaluation
 from jiio_plugins.models import load_pretrained
+from jiio_plugins.verification import verified
 from tests.cases import squared
 from tests.helpers import TIGHT, TanhCell, contraction, linear, rand
 
@@ -63,6 +67,22 @@ def test_pairs_of_a_linear_map_solve_it() -> None:
         z = z + move
     solution = torch.linalg.solve(torch.eye(6, dtype=z.dtype) - a, b.T).T
     torch.testing.assert_close(z, solution, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sigma"), [((3.0, 5.0), 3.0), ((0.2, 5.0), 1.0), ((99.0,), 10.0)]
+)
+def test_what_no_pair_spans_is_stretched_as_the_least_of_them(
+    lengths: tuple[float, ...], sigma: float
+) -> None:
+    inverse, everything = SecantInverse(torch.zeros(1, 4), 3), torch.ones(1, dtype=torch.bool)
+    unit = torch.eye(4)
+    r = unit[3:]
+    torch.testing.assert_close(inverse(r), r)  # without a pair it is r
+    for k, length in enumerate(lengths):
+        inverse.learn(length * unit[[k]], -unit[[k]], torch.zeros(1), everything)
+    torch.testing.assert_close(inverse(r), sigma * r)
+    torch.testing.assert_close(inverse(unit[:1]), lengths[0] * unit[:1], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +182,11 @@ def test_a_run_of_one_step_takes_it() -> None:
     assert ((found.x - rand(12, 5, seed=4)).norm(dim=1) > 0.4).any()
 
 
-def test_only_where_f_takes_states_apart_a_row_is_solved_afresh() -> None:
-    """Without several fixed points there is nothing to go back to."""
-    for a, solved in ((0.1, False), (2.4, True)):
-        costs = [attack(a, anchors=anchors).stats.f_evals for anchors in (0, 2)]
+def test_only_a_row_that_has_not_settled_is_solved_afresh() -> None:
+    """One that has settled at each v has followed its fixed point."""
+    for steps, solved in ((60, False), (3, True)):
+        most = {"max_state_steps": steps, "max_adjoint_steps": steps}
+        costs = [attack(2.4, anchors=anchors, **most).stats.f_evals for anchors in (0, 2)]
         assert bool((costs[0] != costs[1]).any()) == solved
 
 
@@ -224,6 +245,48 @@ def test_an_anchor_leads_back_to_the_fixed_point_that_the_model_finds() -> None:
     assert float(iteration.z[0]) < -0.9
     assert (iteration.z[1:] == 0.97).all()  # one costs nothing any more, one is sure
     assert ((problem.f_evals > before) == torch.tensor([True, False, False])).all()
+    looked, elsewhere = iteration.anchored
+    assert looked.tolist() == elsewhere.tolist() == [True, False, False]
+
+
+def test_the_losses_of_another_fixed_point_are_forgotten() -> None:
+    """But not those of where z was solved for: the model itself finds them."""
+    problem = Problem(
+        Variable(nn.Linear(2, 1), rand(3, 2, seed=1, dtype=torch.float32)),
+        lambda y: y.sum(1),
+        L2Ball(1.0),
+    )
+    best, none = BestSoFar(problem, None), torch.zeros(3)
+    state = torch.zeros(3, 1)
+
+    def update(x: float, loss: list[float], anchored: tuple[Tensor, Tensor] | None = None) -> None:
+        at = Evaluation(torch.tensor(loss), None, *[state] * 5, none, state)
+        best.update(torch.full((3, 2), x), at, anchored)
+
+    update(1.0, [-5.0, -5.0, -5.0])
+    looked, elsewhere = torch.tensor([[True, True, False], [True, False, False]])
+    update(2.0, [-1.0, -4.0, -4.0], (looked, elsewhere))
+    update(3.0, [-2.0, -3.0, -3.0])
+    assert best.loss.tolist() == [-2.0, -5.0, -5.0]
+    assert best.v[:, 0].tolist() == [3.0, 1.0, 1.0]
+    assert best.loss_sure.tolist() == [-1.0, -4.0, float("inf")]
+    assert best.v_sure[:2, 0].tolist() == [2.0, 2.0]
+
+
+def test_a_surer_iterate_is_judged_where_the_end_is_no_better() -> None:
+    """A run that ends at another fixed point is worth what the model finds there."""
+    model = nn.Sequential(Equilibrium(TwoFixedPoints(), solver=TIGHT))
+    x = torch.full((2, 1), 1.0, dtype=torch.float64)
+    problem = Problem(Variable(model, x), lambda y: -y.sum(1), L2Ball(3.0))
+    with problem.variable.guarded():
+        result = solve(problem, Joint(max_iter=4))
+        down, up = torch.full_like(x, -1.5), torch.full_like(x, 1.2)
+        claimed = torch.tensor([-1.0, torch.inf], dtype=torch.float64)
+        result = replace(result, v=down, v_best=down, v_sure=up, loss_sure=claimed)
+        solution, v = verified(problem, result, TIGHT)
+    assert v[:, 0].tolist() == [1.2, 1.0]  # without a sure one it is the start
+    assert solution.value is not None
+    assert (solution.value < -0.9).all()
 
 
 class Failing(nn.Module):
