@@ -44,7 +44,7 @@ class Args:
     shots: int = 1
     queries: int = 3
     adapt: tuple[str, ...] = ("context", "head.weight", "head.bias")
-    """parameters that a task adapts; the head's two alone are cheaper, with --reg 0.03 --lr 0.2"""
+    """parameters that a task adapts; the head's two alone are cheaper, with --reg 0.03 --lr 0.5"""
     lr: float = 0.4
     """of the adaptation"""
     reg: float = 0.5
