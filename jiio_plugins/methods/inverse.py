@@ -76,6 +76,8 @@ class SecantInverse:
 
     def __call__(self, r: Tensor) -> Tensor:
         """``B r``, ``(rows, n)``. It is σ r in a row whose least squares fail."""
+        if not self.memory:
+            return r
         gram = torch.bmm(self.y, self.y.mT).double()
         along = products(self.y, r).double()[:, :, None]
         gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype).squeeze(2)

@@ -101,6 +101,12 @@ def test_only_rounding_is_no_pair(dtype: torch.dtype, precision: torch.dtype | N
     torch.testing.assert_close(inverse(y), -0.5 * z, rtol=2e-3, atol=0)
 
 
+def test_without_a_memory_it_is_the_identity() -> None:
+    inverse, r = SecantInverse(torch.zeros(2, 3), 0), rand(2, 3, seed=1)
+    inverse.learn(r, r, torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    assert torch.equal(inverse(r), r)
+
+
 def test_a_row_that_stands_still_keeps_its_pairs() -> None:
     z = rand(2, 6, seed=1)
     inverse, first = SecantInverse(z, 2), torch.tensor([True, False])
