@@ -44,6 +44,7 @@ class SecantInverse:
         self.count = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.y = like.new_zeros(rows, self.memory, n)
         self.d = like.new_zeros(rows, self.memory, n)
+        self.stretch = like.new_full((rows, self.memory), torch.inf)  # ‖d‖/‖y‖
 
     def learn(self, d: Tensor, y: Tensor, size: Tensor, rows: Tensor) -> None:
         """Take in a pair, in the place of the row's oldest.
@@ -57,13 +58,15 @@ class SecantInverse:
         """
         if not self.memory:
             return
-        change = row_norm(y)
-        usable = rows & torch.isfinite(row_norm(d)) & torch.isfinite(change)
+        move, change = row_norm(d), row_norm(y)
+        usable = rows & torch.isfinite(move) & torch.isfinite(change)
         usable = usable & (change > self.noise * size)
-        slot = (self.count % self.memory)[:, None, None].expand(-1, 1, self.y.shape[2])
-        for kept, new in ((self.y, y), (self.d, d)):
-            oldest = kept.gather(1, slot)
-            kept.scatter_(1, slot, torch.where(usable[:, None, None], new[:, None], oldest))
+        slot = (self.count % self.memory)[:, None, None]
+        pairs = (self.y, y), (self.d, d), (self.stretch[..., None], (move / change)[:, None])
+        for kept, new in pairs:
+            where = slot.expand(-1, 1, kept.shape[2])
+            oldest = kept.gather(1, where)
+            kept.scatter_(1, where, torch.where(usable[:, None, None], new[:, None], oldest))
         self.count = self.count + usable
 
     def restrict(self, rows: Tensor) -> SecantInverse:
@@ -72,20 +75,17 @@ class SecantInverse:
         some.count, some.y, some.d = (t[rows] for t in (self.count, self.y, self.d))
         for t in (some.count, some.y, some.d):
             t[none] = 0
+        some.stretch = self.stretch[rows]
+        some.stretch[none] = torch.inf
         return some
 
     def __call__(self, r: Tensor) -> Tensor:
-        """``B r``, ``(rows, n)``. It is σ r in a row whose least squares fail."""
+        """``B r``, ``(rows, n)``. Where the least squares fail it is σ r, without a pair r."""
         if not self.memory:
             return r
         gram = torch.bmm(self.y, self.y.mT).double()
         along = products(self.y, r).double()[:, :, None]
         gamma = mixing_weights(gram, along, _RIDGE).to(r.dtype).squeeze(2)
-        sigma = self._stretch()
+        least = self.stretch.amin(1, keepdim=True)
+        sigma = torch.where(least < torch.inf, least, 1.0).clamp(1.0, _STRETCH)
         return sigma * (r - products(self.y.mT, gamma)) - products(self.d.mT, gamma)
-
-    def _stretch(self) -> Tensor:
-        """σ, ``(rows, 1)``. It is 1 where there is no pair."""
-        d, y = (torch.linalg.vector_norm(t, dim=2) for t in (self.d, self.y))
-        least = torch.where(y > 0, d / y, torch.inf).amin(1, keepdim=True)
-        return torch.where(least < torch.inf, least, 1.0).clamp(1.0, _STRETCH)

@@ -82,6 +82,8 @@ def test_what_no_pair_spans_is_stretched_as_the_least_of_them(
     for k, length in enumerate(lengths):
         inverse.learn(length * unit[[k]], -unit[[k]], torch.zeros(1), everything)
     torch.testing.assert_close(inverse(r), sigma * r)
+    none = inverse.restrict(torch.tensor([-1]))
+    torch.testing.assert_close(none(r), r)
     torch.testing.assert_close(inverse(unit[:1]), lengths[0] * unit[:1], rtol=0.02, atol=0.02)
 
 
@@ -207,6 +209,8 @@ def test_without_control_a_repelling_cell_is_attacked_along_no_gradient() -> Non
 def test_counts_are_checked(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Joint(**{name: 0})
+    with pytest.raises(ValueError, match="anchors"):
+        Joint(anchors=-1)
 
 
 class TwoFixedPoints(nn.Module):
