@@ -1,6 +1,6 @@
 """JIIO against PGD on deep equilibrium models as public code builds and trains them, in one run.
 
-    python benchmarks/zoo.py [--kinds tutorial mdeq] [--samples 64] [--out out/benchmark-zoo]
+    python benchmarks/zoo.py [--kinds tutorial mdeq] [--samples 128] [--out out/benchmark-zoo]
 
 Every kind of ``zoo_models`` is trained, or loaded from ``--cache``. Then it is attacked by
 
@@ -10,17 +10,17 @@ Every kind of ``zoo_models`` is trained, or loaded from ``--cache``. Then it is 
   steps along exact gradients come to;
 * :class:`jiio_plugins.Joint` with its defaults, and with each of ``--iterations``.
 
-All points are judged by solves in float64 that share no code with either. The judge also compares
-the last gradient of each loop with the exact one at the same x. The columns:
+All points are judged by solves in float64 that share no code with either, and by the model's own
+answer. What counts of a row is the smaller loss of the two, and a class that is wrong by both. The
+judge also compares the last gradient of each loop with the exact one at the same x. The columns:
 
-* loss, accuracy: by the judge. The loss of an image is its squared error;
-* share: of the loss of the stronger PGD;
+* loss, accuracy: of all rows. The loss of an image is its squared error;
+* share: of the loss of the stronger PGD, and its standard error, by rows;
 * f+VJP: a row, then with the final verification. gain: PGD's f+VJP over the method's, both with it;
 * cosine: of the two gradients, the median; wrong: rows below 0.9 whose status is CONVERGED;
 * short: rows whose loss is more than 3 % below that of the stronger PGD; flagged: those of them
   whose status is another than CONVERGED;
-* unjudged: rows for which the judge itself did not converge. Loss, accuracy, share and short are of
-  the rows that were judged for every method.
+* unjudged: rows for which the judge itself did not converge.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Args:
 
     kinds: tuple[str, ...] = tuple(KINDS)
     """which models"""
-    samples: int = 64
+    samples: int = 128
     """rows of each attack, at most 500"""
     iterations: tuple[int, ...] = (10, 80)
     """of JIIO, besides its defaults"""
@@ -83,9 +83,10 @@ class Run:
 
     Attributes:
         method: its name.
-        loss: by the judge, of each row.
+        loss: of each row, the smaller one of what the judge and the model's own answer say.
         judged: whether the judge converged, of each row.
-        right: whether the class is right, of each row. Empty where the model is no classifier.
+        right: whether the class is right by either, of each row. Empty where the model is no
+            classifier.
         status: names, of each row.
         cosine: of the loop's last gradient with the exact one, of each row. None where the judge
             did not converge.
@@ -131,9 +132,9 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
     cost = (stats.f_evals + stats.vjps).mean().item()
     found = Run(
         method=name,
-        loss=verdict.loss.tolist(),
+        loss=verdict.sure_loss.tolist(),
         judged=verdict.converged.tolist(),
-        right=[] if verdict.right is None else verdict.right.tolist(),
+        right=[] if (right := verdict.right_by_either) is None else right.tolist(),
         status=[Status(int(code)).name for code in solution.status],
         cosine=[c if ok else None for c, ok in zip(cosine.tolist(), known, strict=True)],
         cost=cost,
@@ -143,29 +144,29 @@ def run(name: str, method: Method, case: Case, judge: Judge) -> tuple[Run, Tenso
     return found, x
 
 
-def summarise(found: Run, peer: Run, common: Tensor) -> None:
+def summarise(found: Run, peer: Run) -> None:
     """Fill in the figures of one run.
 
     Args:
         found: the run.
         peer: that of the stronger PGD.
-        common: rows that were judged for every method, bool ``(rows,)``.
     """
-    loss, best = (torch.tensor(r.loss)[common] for r in (found, peer))
+    loss, best = (torch.tensor(r.loss, dtype=torch.float64) for r in (found, peer))
     converged = torch.tensor([name == "CONVERGED" for name in found.status])
     cosine = torch.tensor([math.nan if c is None else c for c in found.cosine])
     known = torch.isfinite(cosine)
     short = loss < best - (1 - SHORT) * best.abs()
-    right = torch.tensor(found.right)
+    right, of_peer = torch.tensor(found.right), best.mean()
     found.summary = {
         "loss": loss.mean().item(),
-        "accuracy": right[common].double().mean().item() if len(right) else None,
-        "share": (loss.mean() / best.mean()).item(),
+        "accuracy": right.double().mean().item() if len(right) else None,
+        "share": (loss.mean() / of_peer).item(),
+        "share_error": ((loss - best).std() / math.sqrt(len(loss)) / of_peer).item(),
         "gain": peer.cost_verified / found.cost_verified,
         "cosine": cosine[known].median().item() if bool(known.any()) else None,
         "wrong": ((cosine < ALIGNED) & known & converged).double().mean().item(),
         "short": int(short.sum()),
-        "flagged": int((short & ~converged[common]).sum()),
+        "flagged": int((short & ~converged).sum()),
         "unjudged": found.judged.count(False),
         "status": dict(Counter(found.status)),
     }
@@ -178,6 +179,7 @@ def show(found: Run) -> None:
     others = ", ".join(f"{n} {name}" for name, n in s["status"].items() if name != "CONVERGED")
     print(
         f"  {found.method:<22}{s['loss']:>8.3f}{accuracy:>9}{s['share']:>8.1%}"
+        f" ±{s['share_error']:>5.1%}"
         f"{found.cost:>9.1f}{found.cost_verified:>9.1f}{s['gain']:>7.2f}{cosine:>8}"
         f"{s['wrong']:>8.1%}{s['short']:>6}{s['flagged']:>8}{s['unjudged']:>9}"
         f"{found.seconds:>7.1f}  {others}",
@@ -187,7 +189,7 @@ def show(found: Run) -> None:
 
 def header() -> str:
     return (
-        f"  {'method':<22}{'loss':>8}{'accuracy':>9}{'share':>8}{'f+VJP':>9}{'verified':>9}"
+        f"  {'method':<22}{'loss':>8}{'accuracy':>9}{'share':>15}{'f+VJP':>9}{'verified':>9}"
         f"{'gain':>7}{'cosine':>8}{'wrong':>8}{'short':>6}{'flagged':>8}{'unjudged':>9}{'s':>7}"
         "  statuses other than CONVERGED"
     )
@@ -230,20 +232,17 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
     for name, method in (bar := tqdm(methods.items(), leave=False)):
         bar.set_description(f"{kind}: {name}")
         runs[name], points[name] = run(name, method, case, judge)
-    common = torch.tensor([r.judged for r in runs.values()]).all(0)
-    best = max(PGD, key=lambda name: torch.tensor(runs[name].loss)[common].mean().item())
+    best = max(PGD, key=lambda name: torch.tensor(runs[name].loss).mean().item())
     radius = judge(points[best], radius=True).radius
     middle, largest = radius.median().item(), radius.max().item()
     facts["radius"] = {"median": middle, "largest": largest}
     print(f"  ρ(J_z) where {best} ended: median {middle:.3f}, largest {largest:.3f}")
-    print(f"  {int(common.sum())} of {len(common)} rows were judged for every method")
     print(header())
     for found in runs.values():
-        summarise(found, runs[best], common)
+        summarise(found, runs[best])
         show(found)
-    judged = int(common.sum())
     every = [asdict(r) for r in runs.values()]
-    return {"kind": kind, **facts, "judged": judged, "peer": best, "runs": every}
+    return {"kind": kind, **facts, "peer": best, "runs": every}
 
 
 def main(args: Args) -> None:

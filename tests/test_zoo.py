@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.zoo_models import KINDS, Case, Judge, load
+from benchmarks.zoo_models import KINDS, Case, Judge, judge as judge_module, load
 from jiio_plugins import Anderson, Joint, L2Ball, Status, optimize_input
 from jiio_plugins.joint import layer_mode
 from tests.helpers import LinearNet, rand
@@ -88,6 +88,24 @@ def test_judge_of_a_linear_model() -> None:
     torch.testing.assert_close(verdict.radius, expected.expand(4), rtol=0.02, atol=0)
     assert verdict.converged.all()
     assert verdict.gradient_converged.all()
+    torch.testing.assert_close(verdict.own_loss, verdict.loss, rtol=1e-3, atol=1e-3)
+    assert torch.equal(verdict.sure_loss, torch.minimum(verdict.loss, verdict.own_loss))
+    assert verdict.right_by_either is None
+
+
+@pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")
+def test_rows_that_are_slow_are_judged_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load("unfolded-pgd", samples=4, steps=1)
+    at_once = Judge(case)(case.x, gradient=True, radius=True)
+    monkeypatch.setattr(judge_module, "_QUICK", 8)
+    quick = Judge(case, max_iter=8)(case.x)
+    assert not quick.converged.all()
+    in_two = Judge(case)(case.x, gradient=True, radius=True)
+    for name in ("loss", "own_loss", "gradient", "radius"):
+        one, other = getattr(at_once, name), getattr(in_two, name)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert torch.equal(at_once.converged, in_two.converged)
+    assert torch.equal(at_once.gradient_converged, in_two.gradient_converged)
 
 
 @pytest.mark.filterwarnings("ignore::jiio_plugins.ConvergenceWarning")

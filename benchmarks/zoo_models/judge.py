@@ -2,7 +2,8 @@
 
 It runs the model's own forward, in which the layer answers with the fixed point found by a small
 Anderson iteration. The gradient is by the implicit function theorem, its adjoint equation solved
-likewise. The spectral radius of J_z there is by power iteration.
+likewise. The spectral radius of J_z there is by power iteration. Beside it stands what the model
+answers with its own solver.
 """
 
 from __future__ import annotations
@@ -25,14 +26,7 @@ if TYPE_CHECKING:
 
     from .case import Case
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jiio_plugins.equilibrium import CellMap
-    from jiio_plugins.joint import LayerDefaults
-
-    from .case import Case
-
+_QUICK = 40  # evaluations of f for all rows: those that have not converged then go on by themselves
 # memory, mixing and growth: what has not converged tries the next
 _TRIES = ((15, 1.0, math.inf), (15, 1.0, 2.0), (5, 0.3, 2.0))
 
@@ -167,9 +161,11 @@ class Verdict:
     """What the judge says of some points, ``(rows,)`` each.
 
     Attributes:
-        loss: minus the objective.
-        right: whether the class is right. None where the model is no classifier.
-        residual: ``‖f(z) − z‖ / ‖f(z)‖``.
+        loss: minus the objective, at the judge's fixed point.
+        right: whether the class is right there. None where the model is no classifier.
+        own_loss: the same of the model's own answer, by the solver that it carries.
+        own_right: likewise.
+        residual: ``‖f(z) − z‖ / ‖f(z)‖`` of the judge's solve.
         converged: whether it is below the tolerance.
         gradient: of the objective by x, as x is. None where it was not asked for.
         gradient_converged: whether the adjoint's residual is below the tolerance too.
@@ -178,11 +174,25 @@ class Verdict:
 
     loss: Tensor
     right: Tensor | None
+    own_loss: Tensor
+    own_right: Tensor | None
     residual: Tensor
     converged: Tensor
     gradient: Tensor | None = None
     gradient_converged: Tensor | None = None
     radius: Tensor | None = None
+
+    @property
+    def sure_loss(self) -> Tensor:
+        """The smaller of the two losses. To lead to where the two differ is no strength."""
+        return torch.fmin(self.loss, self.own_loss)
+
+    @property
+    def right_by_either(self) -> Tensor | None:
+        """Whether the class is right by either."""
+        if self.right is None or self.own_right is None:
+            return None
+        return self.right | self.own_right
 
 
 class Judge:
@@ -206,22 +216,57 @@ class Judge:
             gradient: find the gradient of the objective by x as well.
             radius: find the spectral radius as well.
         """
-        x = x.detach().double().requires_grad_(gradient)
-        exact = _Exact(self.tol, self.max_iter)
-        with torch.enable_grad(), layer_mode(exact):
-            output = self.model(x)
-            value = self.case.objective(output)
-        found = torch.autograd.grad(value.sum(), x)[0] if gradient else None
-        converged = exact.residual <= self.tol
-        labels = self.case.labels
+        x, labels = x.detach().double(), self.case.labels
+        found = self._solve(x, min(_QUICK, self.max_iter), gradient, radius)
+        left = ((found["residual"] > self.tol) | (found["adjoint"] > self.tol)).nonzero().squeeze(1)
+        if len(left):
+            more = self._solve(x, self.max_iter, gradient, radius, left, found["output"])
+            found = {name: t.index_copy(0, left, more[name]) for name, t in found.items()}
+        with torch.no_grad():
+            own = self.case.model(x.to(self.case.x))
+        answers, converged = (found["output"], own), found["residual"] <= self.tol
+        loss, own_loss = (-self.case.objective(answer).double() for answer in answers)
+        known = labels is not None
+        right, own_right = (a.argmax(1) == labels if known else None for a in answers)
         return Verdict(
-            loss=-value.detach(),
-            right=None if labels is None else output.argmax(1) == labels,
-            residual=exact.residual,
+            loss=loss,
+            right=right,
+            own_loss=own_loss,
+            own_right=own_right,
+            residual=found["residual"],
             converged=converged,
-            gradient=found,
-            gradient_converged=None
-            if exact.adjoint_residual is None
-            else converged & (exact.adjoint_residual <= self.tol),
-            radius=exact.spectral_radius() if radius else None,
+            gradient=found.get("gradient"),
+            gradient_converged=converged & (found["adjoint"] <= self.tol) if gradient else None,
+            radius=found.get("radius"),
         )
+
+    def _solve(
+        self,
+        x: Tensor,
+        max_iter: int,
+        gradient: bool,
+        radius: bool,
+        rows: Tensor | None = None,
+        outputs: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What is found of these rows by their indices, of all for None.
+
+        An objective is of all rows, so the others' ``outputs`` have to be known.
+        """
+        exact = _Exact(self.tol, max_iter)
+        x = (x if rows is None else x[rows]).requires_grad_(gradient)
+        with torch.enable_grad(), layer_mode(exact):
+            output = every = self.model(x)
+            if rows is not None:
+                assert outputs is not None
+                every = outputs.index_copy(0, rows, output)
+            value = self.case.objective(every)
+        found = {"output": output.detach(), "residual": exact.residual}
+        found["adjoint"] = torch.zeros_like(exact.residual)
+        if gradient:
+            found["gradient"] = torch.autograd.grad(value.sum(), x)[0]
+            assert exact.adjoint_residual is not None
+            found["adjoint"] = exact.adjoint_residual
+        if radius:
+            found["radius"] = exact.spectral_radius()
+        return found
