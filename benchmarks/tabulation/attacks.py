@@ -195,18 +195,18 @@ def zoo(found: dict[str, Any]) -> str:
             [
                 kind["kind"],
                 f"{kind['radius']['median']:.2f}",
-                str(kind["judged"]),
-                f"{100 * said['share']:.1f} %",
+                f"{100 * said['share']:.1f} ± {100 * said['share_error']:.1f} %",
                 *broken,
                 f"{peer['cost']:.0f}",
                 f"{ours['cost']:.0f}",
                 f"1/{said['gain']:.1f}",
-                f"{said['status'].get('GRADIENT_UNSETTLED', 0)}",
+                *(f"{100 * s['unjudged'] / found['samples']:.0f} %" for s in (known, said)),
+                f"{100 * said['status'].get('GRADIENT_UNSETTLED', 0) / found['samples']:.0f} %",
                 f"{100 * said['wrong']:.1f} %",
             ]
         )
-    head = "model | ρ | judged | loss | PGD's accuracy | JIIO's | PGD's f + VJP | JIIO's"
-    return table(f"{head} | verified | unsettled | untold", rows)
+    head = "model | ρ | loss | PGD's accuracy | JIIO's | PGD's f + VJP | JIIO's | verified"
+    return table(f"{head} | PGD's unjudged | JIIO's | unsettled | untold", rows)
 
 
 def zoo_steps(found: dict[str, Any]) -> str:
@@ -232,14 +232,16 @@ def damped(found: dict[str, Any]) -> str:
             [
                 f"{a:g}",
                 f"{kind['radius']['median']:.2f}",
-                str(kind["judged"]),
-                *(f"{100 * run['summary']['share']:.1f} %" for run in (ours, longer)),
+                *(
+                    f"{100 * s['share']:.1f} ± {100 * s['share_error']:.1f} %"
+                    for s in (ours["summary"], longer["summary"])
+                ),
                 *(f"{run['cost']:.0f}" for run in (ours, longer, peer)),
                 f"{100 * ours['summary']['loss'] / plain['summary']['loss']:.1f} %",
                 f"{ours['cost'] / plain['cost']:.2f}",
             ]
         )
-    head = "a | ρ | judged | JIIO, 30 | JIIO, 80 | f + VJP of 30 | of 80 | of PGD-20"
+    head = "a | ρ | JIIO, 30 | JIIO, 80 | f + VJP of 30 | of 80 | of PGD-20"
     return table(f"{head} | 30: loss over that at a = 1 | f + VJP over those", rows)
 
 
