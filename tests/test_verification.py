@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from jiio_plugins import (
 )
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods import solve
+from jiio_plugins.verification import Judge
+from jiio_plugins.verification.results import _led_astray
 from tests.cases import (
     CONSTRAINTS,
     METHODS,
@@ -390,6 +393,38 @@ def test_a_gradient_in_doubt_is_compared_with_the_exact_one(rate: float) -> None
     assert flagged_right <= 4
     assert right >= 56
     assert 0 < products < 64
+
+
+def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
+    """Its adjoint may be right, and what it was followed by wrong all the same."""
+    problem = Problem(Variable(Net(solver=TIGHT), rand(4, 5, seed=1)), squared, L2Ball(0.3))
+    result = solve(problem, Joint(max_iter=40, gap_tol=0.0))
+    assert result.gradient is not None
+    assert result.near is not None
+    assert result.near.all()
+    final = Judge(problem, TIGHT).everything(result.v)
+    opposite = torch.tensor([True, False, True, False])
+    near = torch.tensor([True, True, False, False])
+    gradient = torch.where(opposite[:, None], -result.gradient, result.gradient)
+    off = torch.full((4,), 0.05)
+    for amplification, expected in ((10.0, [True, False, False, False]), (3.0, [False] * 4)):
+        astray, _, vjps = _led_astray(
+            problem,
+            replace(result, gradient=gradient, near=near),
+            final,
+            off,
+            torch.full((4,), amplification),
+        )
+        assert (vjps > 0).all()
+        assert astray.tolist() == expected
+
+
+def test_the_last_gradient_counts_where_v_has_hardly_moved_since() -> None:
+    problem = Problem(Variable(Net(), rand(4, 5, seed=1)), squared, L2Ball(0.3))
+    far = solve(problem, Joint(max_iter=1))  # its step is all of its way
+    assert far.near is not None
+    assert not far.near.any()
+    assert solve(problem, Nested(max_iter=2)).gradient is None
 
 
 @pytest.mark.parametrize("method", [Joint(max_iter=5), Nested(max_iter=3)])

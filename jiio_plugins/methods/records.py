@@ -121,6 +121,9 @@ class MethodResult:
         bounded: whether ``loss_best`` is a bound.
         mu_error: estimate of the relative error of the last adjoint, ``(rows,)``. None: there is
             none.
+        gradient: the last one that was followed, ``(problems, d)``. None: what :attr:`jz_mu` yields
+            is as good.
+        near: problems whose v has hardly moved since that gradient, bool ``(problems,)``.
     """
 
     v: Tensor
@@ -140,3 +143,5 @@ class MethodResult:
     mu_residual: Tensor
     bounded: bool = False
     mu_error: Tensor | None = None
+    gradient: Tensor | None = None
+    near: Tensor | None = None

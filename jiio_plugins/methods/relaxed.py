@@ -7,6 +7,7 @@ z and μ at each v. The steps on z are in :mod:`jiio_plugins.methods.steps`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.methods.base import Method
     from jiio_plugins.methods.best import BestSoFar
-    from jiio_plugins.methods.records import Evaluation
+    from jiio_plugins.methods.records import Evaluation, MethodResult
 
 # A row is slow where a mixed evaluation brings z nearer to its fixed point by no less than this, or
 # where plain steps lose it: ω has been halved three times, or μ has this relative residual.
@@ -42,6 +43,7 @@ _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
 _LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
 _ANCHOR = Anderson(max_iter=15, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
+_NEAR = 0.1  # a step on v of less than this share of its way from the center hardly turns gradients
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 
 
@@ -64,11 +66,12 @@ class Relaxed(JointIteration):
         slow: rows whose z and μ are settled at each v, bool ``(rows,)``.
         unsure: slow rows whose z may have gone over to another fixed point, bool ``(rows,)``: it or
             μ has not settled at some v, or z was at another one when that was last looked at.
+        v_last: where the last gradient was taken, ``(problems, d)``.
     """
 
     leaves = True
     per_row = ("omega", "slow", "unsure")
-    carried = (*Iteration.carried, *per_row)
+    carried = (*Iteration.carried, *per_row, "v_last")
 
     def __init__(
         self, method: Method, problem: Problem, following: Following, capture: bool = False
@@ -98,7 +101,7 @@ class Relaxed(JointIteration):
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
         """See :class:`JointIteration`. Whether there are slow rows, and how far they settle."""
-        last = self.method.max_iter - 1
+        last, self.v_last = self.method.max_iter - 1, v
         self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
         self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
         self.adjoint_begun = k > _BEGIN
@@ -313,6 +316,14 @@ class Relaxed(JointIteration):
             return known
         moved = torch.where(self._unsettled(), torch.inf, self.share)
         return torch.where(self.spread(self.slow.float()) > 0, self.spread(moved), known)
+
+    def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
+        """See :class:`Iteration`."""
+        result, feasible = super().finish(at, v, best), self.problem.feasible
+        if feasible.radius is None:
+            return result
+        near = row_norm(v - self.v_last) <= _NEAR * row_norm(v - feasible.center)
+        return replace(result, gradient=at.gradient, near=near)
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""

@@ -27,6 +27,7 @@ _UNSETTLED = 0.2
 # than this, and they themselves are no more than the second.
 _DOUBTFUL, _LOST = 0.1, 0.5
 _ALIGNED = 0.92  # cosine of an angle of 23 degrees
+_LAGS = 4.0  # amplification beyond which z lags behind v by more than its residual shows
 _ADJOINT = Anderson(max_iter=30, tol=1e-2)
 # The loss ℓ at the start is known to first order, up to ‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖ / (1 − ρ). A
 # result is trusted to be better than the start beyond this share of ℓ, this many times the first
@@ -138,7 +139,8 @@ def _led_astray(
     """Rows in which the search did not follow the gradient of the model, and what that cost to see.
 
     Where residuals leave a doubt, the adjoint equation is solved at the state that was judged, and
-    the gradient that the run's own adjoint yields there compared with the one that follows.
+    the gradient that the run's own adjoint yields there compared with the one that follows. Where z
+    may have lagged behind, the last gradient that was followed is.
 
     Args:
         problem: that was solved.
@@ -169,7 +171,11 @@ def _led_astray(
         )
     if found is None:
         found = solve_adjoint(*at)
-    wrong = where & ~(cosine_similarity(found.gradient, found.first) > _ALIGNED)
+    followed = found.first
+    if result.gradient is not None and result.near is not None:
+        lags = result.near & (groups.worst(amplification) > _LAGS)
+        followed = torch.where(lags[:, None], result.gradient, followed)
+    wrong = where & ~(cosine_similarity(found.gradient, followed) > _ALIGNED)
     known = found.converged & doubtful
     return torch.where(known, groups.spread(wrong), astray), found.f_evals, found.vjps
 
