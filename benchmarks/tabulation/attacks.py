@@ -200,13 +200,13 @@ def zoo(found: dict[str, Any]) -> str:
                 f"{peer['cost']:.0f}",
                 f"{ours['cost']:.0f}",
                 f"1/{said['gain']:.1f}",
-                *(f"{100 * s['unjudged'] / found['samples']:.0f} %" for s in (known, said)),
+                f"{100 * said['unjudged'] / found['samples']:.0f} %",
                 f"{100 * said['status'].get('GRADIENT_UNSETTLED', 0) / found['samples']:.0f} %",
                 f"{100 * said['wrong']:.1f} %",
             ]
         )
     head = "model | ρ | loss | PGD's accuracy | JIIO's | PGD's f + VJP | JIIO's | verified"
-    return table(f"{head} | PGD's unjudged | JIIO's | unsettled | untold", rows)
+    return table(f"{head} | unjudged | unsettled | untold", rows)
 
 
 def zoo_steps(found: dict[str, Any]) -> str:

@@ -145,7 +145,10 @@ def table(head: str, rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the head's cells are separated by bars."""
     lines = [head.split(" | "), ["---"] * (head.count(" | ") + 1), *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+    together = {" %": "\N{NO-BREAK SPACE}%", " ± ": "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"}
+    for spaced, kept in together.items():
+        text = text.replace(spaced, kept)
+    return text
 
 
 def origin(name: str, _: dict[str, Any]) -> str:
