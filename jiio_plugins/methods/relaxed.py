@@ -43,8 +43,8 @@ _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
 _LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
 _ANCHOR = Anderson(max_iter=15, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
-_NEAR = 0.1  # a step on v of less than this share of its way from the center hardly turns gradients
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
+_NEAR = 0.1  # a step on v of less than this share of its way from the center hardly turns gradients
 
 
 class Following(NamedTuple):
