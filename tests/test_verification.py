@@ -406,17 +406,41 @@ def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
     opposite = torch.tensor([True, False, True, False])
     near = torch.tensor([True, True, False, False])
     gradient = torch.where(opposite[:, None], -result.gradient, result.gradient)
-    off = torch.full((4,), 0.05)
-    for amplification, expected in ((10.0, [True, False, False, False]), (3.0, [False] * 4)):
+    off, none = torch.full((4,), 0.05), torch.zeros(4, dtype=torch.bool)
+    first, lagging = torch.tensor([True, False, False, False]), [True, False, False, False]
+    for slow, amplification, expected in (
+        (none, 10.0, lagging),  # a residual tells little there
+        (first, 3.0, lagging),  # z was settled step by step, since plain steps do not serve
+        (none, 3.0, [False] * 4),
+    ):
         astray, _, vjps = _led_astray(
             problem,
-            replace(result, gradient=gradient, near=near),
+            replace(result, gradient=gradient, near=near, slow=slow),
             final,
             off,
             torch.full((4,), amplification),
         )
         assert (vjps > 0).all()
         assert astray.tolist() == expected
+
+
+def test_where_residuals_are_amplified_the_adjoint_is_solved_more_finely() -> None:
+    model, x = Net(rate=0.9, solver=TIGHT), rand(4, 5, seed=1)
+
+    def products(amplification: list[float], rows: list[int]) -> list[float]:
+        problem = Problem(Variable(model, x[rows]), squared, L2Ball(0.3))
+        result = solve(problem, Joint(max_iter=5, gap_tol=0.0))
+        result = replace(result, jz_mu=torch.zeros_like(result.jz_mu))
+        final = Judge(problem, TIGHT).everything(result.v)
+        off = torch.full((len(rows),), 0.05)
+        _, _, vjps = _led_astray(problem, result, final, off, torch.tensor(amplification))
+        return vjps.tolist()
+
+    every = [0, 1, 2, 3]
+    loose, fine = products([5.0] * 4, every), products([50.0] * 4, every)
+    assert all(one < other for one, other in zip(loose, fine, strict=True))
+    assert products([5.0, 50.0, 5.0, 50.0], every) == [loose[0], fine[1], loose[2], fine[3]]
+    assert products([50.0], [1]) == fine[1:2]
 
 
 def test_the_last_gradient_counts_where_v_has_hardly_moved_since() -> None:

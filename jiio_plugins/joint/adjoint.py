@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from jiio_plugins.equilibrium.solvers import Solver, iterate
+from jiio_plugins.equilibrium.state import by_row
 from jiio_plugins.solution import Status
 
 if TYPE_CHECKING:
@@ -94,6 +95,21 @@ class Adjoint(NamedTuple):
     f_evals: Tensor
     vjps: Tensor
 
+    def joined(self, other: Adjoint, rows: Tensor) -> Adjoint:
+        """This, with another one's rows, each of a problem of its own. The costs add up.
+
+        Args:
+            other: that of these rows.
+            rows: which they are, bool ``(rows of the batch,)``.
+        """
+        return Adjoint(
+            gradient=by_row(rows, other.gradient, self.gradient),
+            first=by_row(rows, other.first, self.first),
+            converged=torch.where(rows, other.converged, self.converged),
+            f_evals=self.f_evals + other.f_evals,
+            vjps=self.vjps + other.vjps,
+        )
+
 
 def solve_adjoint(
     problem: Problem,
@@ -101,8 +117,8 @@ def solve_adjoint(
     z: Tensor,
     jz_mu: Tensor,
     solver: Solver,
-    *,
     rows: Tensor | None = None,
+    *,
     output: Any = None,
 ) -> Adjoint:
     """Solve the adjoint equation at ``(z, v)``.

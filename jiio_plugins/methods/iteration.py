@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from jiio_plugins.methods.best import BestSoFar
     from jiio_plugins.methods.steps import StateSteps
 
-_ENDS = ("z", "mu", "jz_mu", "mu_residual")  # what is known of a row when it leaves
-
 
 class JointIteration(Iteration):
     """One evaluation of f with its graph and one VJP an iteration, warm from the last one.
@@ -44,10 +42,12 @@ class JointIteration(Iteration):
             None: all.
         leaves: whether this is what becomes of rows that have finished. Else the kind of iteration
             keeps them itself.
+        ends: names of what is known of a row when it leaves.
         per_row: names of what a kind of iteration keeps per row besides.
     """
 
     leaves = False
+    ends: tuple[str, ...] = ("z", "mu", "jz_mu", "mu_residual")
     per_row: tuple[str, ...] = ()
 
     def __init__(self, method: Method, problem: Problem) -> None:
@@ -134,7 +134,7 @@ class JointIteration(Iteration):
     def restrict(self, rows: Tensor) -> None:
         """Go on with these of the rows that were computed so far, by their indices among them."""
         self.rows = rows if self.rows is None else self.rows[rows]
-        for name in (*_ENDS, *self.per_row):
+        for name in {*self.ends, *self.per_row}:
             setattr(self, name, getattr(self, name)[rows])
 
     def spread(self, t: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class JointIteration(Iteration):
 
     def _end(self) -> None:
         """Keep what is known now of the rows that are computed."""
-        for name in _ENDS:
+        for name in self.ends:
             now = getattr(self, name)
             of_all = now if self.rows is None else self._ended[name].index_copy(0, self.rows, now)
             self._ended[name] = of_all

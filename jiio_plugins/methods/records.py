@@ -124,6 +124,8 @@ class MethodResult:
         gradient: the last one that was followed, ``(problems, d)``. None: what :attr:`jz_mu` yields
             is as good.
         near: problems whose v has hardly moved since that gradient, bool ``(problems,)``.
+        slow: problems with a row in which z and μ were settled at each v, because plain steps
+            creep there or lead away, bool ``(problems,)``.
     """
 
     v: Tensor
@@ -145,3 +147,4 @@ class MethodResult:
     mu_error: Tensor | None = None
     gradient: Tensor | None = None
     near: Tensor | None = None
+    slow: Tensor | None = None

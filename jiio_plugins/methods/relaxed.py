@@ -70,6 +70,7 @@ class Relaxed(JointIteration):
     """
 
     leaves = True
+    ends = (*JointIteration.ends, "slow")
     per_row = ("omega", "slow", "unsure")
     carried = (*Iteration.carried, *per_row, "v_last")
 
@@ -323,7 +324,8 @@ class Relaxed(JointIteration):
         if feasible.radius is None:
             return result
         near = row_norm(v - self.v_last) <= _NEAR * row_norm(v - feasible.center)
-        return replace(result, gradient=at.gradient, near=near)
+        slow = self.problem.groups.worst(self.slow.float()) > 0
+        return replace(result, gradient=at.gradient, near=near, slow=slow)
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from jiio_plugins.equilibrium.solvers import Anderson, Picard, Solver, check_solver
 from jiio_plugins.equilibrium.state import relative, row_norm
-from jiio_plugins.joint.adjoint import solve_adjoint
+from jiio_plugins.joint.adjoint import Adjoint, solve_adjoint
 from jiio_plugins.solution import Solution, Stats, Status
 from jiio_plugins.verification.candidates import Candidate, Judge, has_rows
 
@@ -26,9 +27,12 @@ _UNSETTLED = 0.2
 # It is compared with the one that the judged state has where 1 / (1 − ρ) times these errors is more
 # than this, and they themselves are no more than the second.
 _DOUBTFUL, _LOST = 0.1, 0.5
-_ALIGNED = 0.92  # cosine of an angle of 23 degrees
+# Cosine of two gradients that agree: 23 degrees. The one that was followed is of the v before, and
+# has turned since: 21 degrees.
+_ALIGNED, _ALIGNED_BEFORE = 0.92, 0.93
 _LAGS = 4.0  # amplification beyond which z lags behind v by more than its residual shows
-_ADJOINT = Anderson(max_iter=30, tol=1e-2)
+_AMPLIFIED = 15.0  # amplification beyond which a residual of μ of 1e-2 says nothing about an angle
+_ADJOINT, _FINE = Anderson(max_iter=30, tol=1e-2), Anderson(max_iter=60, tol=1e-3)
 # The loss ℓ at the start is known to first order, up to ‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖ / (1 − ρ). A
 # result is trusted to be better than the start beyond this share of ℓ, this many times the first
 # order itself, and this amplification of the rest. Else the start is judged.
@@ -163,21 +167,40 @@ def _led_astray(
     where = groups.worst(doubtful.float()) > 0
     if not bool(where.any()):
         return astray, none, none
-    at, found = (problem, result.v, final.z, result.jz_mu, _ADJOINT), None
-    if groups.index is None and has_rows(final.output, problem):
-        found = problem.on_some(
-            lambda rows: solve_adjoint(*at, rows=rows, output=final.output),
-            where.nonzero().squeeze(1),
-        )
-    if found is None:
-        found = solve_adjoint(*at)
-    followed = found.first
-    if result.gradient is not None and result.near is not None:
-        lags = result.near & (groups.worst(amplification) > _LAGS)
-        followed = torch.where(lags[:, None], result.gradient, followed)
-    wrong = where & ~(cosine_similarity(found.gradient, followed) > _ALIGNED)
+    found = _exact(problem, result, final, where, groups.worst(amplification) > _AMPLIFIED)
+    right = cosine_similarity(found.gradient, found.first) > _ALIGNED
+    if result.gradient is not None and result.near is not None and result.slow is not None:
+        lags = result.near & (result.slow | (groups.worst(amplification) > _LAGS))
+        of_before = cosine_similarity(found.gradient, result.gradient) > _ALIGNED_BEFORE
+        right = torch.where(lags, of_before, right)
+    wrong = where & ~right
     known = found.converged & doubtful
     return torch.where(known, groups.spread(wrong), astray), found.f_evals, found.vjps
+
+
+def _exact(
+    problem: Problem, result: MethodResult, final: Candidate, where: Tensor, amplified: Tensor
+) -> Adjoint:
+    """The adjoint at the state that was judged, from the run's own.
+
+    Args:
+        problem: that was solved.
+        result: where the method ended.
+        final: what was judged of that.
+        where: problems that it is wanted of, bool ``(problems,)``.
+        amplified: those in which a small residual may be a large error, bool ``(problems,)``.
+    """
+    at, found = (problem, result.v, final.z, result.jz_mu), None
+    if problem.groups.index is None and has_rows(final.output, problem):
+        for some, solver in ((where & ~amplified, _ADJOINT), (where & amplified, _FINE)):
+            if not bool(some.any()):
+                continue
+            once = partial(solve_adjoint, *at, solver, output=final.output)
+            part = problem.on_some(once, some.nonzero().squeeze(1))
+            if part is None:
+                return solve_adjoint(*at, _FINE)
+            found = part if found is None else found.joined(part, some)
+    return solve_adjoint(*at, _FINE) if found is None else found
 
 
 def _never_worse(
