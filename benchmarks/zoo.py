@@ -1,6 +1,6 @@
 """JIIO against PGD on deep equilibrium models as public code builds and trains them, in one run.
 
-    python benchmarks/zoo.py [--kinds tutorial mdeq] [--samples 128] [--out out/benchmark-zoo]
+    python benchmarks/zoo.py [--kinds tutorial mdeq] [--samples 200] [--out out/benchmark-zoo]
 
 Every kind of ``zoo_models`` is trained, or loaded from ``--cache``. Then it is attacked by
 
@@ -67,7 +67,7 @@ class Args:
 
     kinds: tuple[str, ...] = tuple(KINDS)
     """which models"""
-    samples: int = 128
+    samples: int = 200
     """rows of each attack, at most 500"""
     iterations: tuple[int, ...] = (10, 80)
     """of JIIO, besides its defaults"""
