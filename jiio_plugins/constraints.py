@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -88,7 +89,8 @@ class FeasibleSet(Constraint):
             return self.clip(v)
         d = v - self.center
         nearest = nearest_l2 if self.norm == 2 else nearest_l1
-        found = nearest(d.double().abs(), self._room(d).double(), self.radius.double())
+        room = torch.where(d > 0, *self._rooms)
+        found = nearest(d.double().abs(), room, self.radius.double())
         return self.clip(self.center + torch.copysign(found.to(v.dtype), d))
 
     def project_smoothly(self, v: Tensor) -> Tensor:
@@ -160,10 +162,13 @@ class FeasibleSet(Constraint):
         d = d / size.clamp(min=tiny)
         return self.project(c + self.radius * length.to(c) ** (1 / free) * d)
 
-    def _room(self, d: Tensor) -> Tensor:
-        """How far each entry may go from c in the direction of ``d``, by ε at most."""
+    @cached_property
+    def _rooms(self) -> tuple[Tensor, Tensor]:
+        """How far each entry may go up and down from c, by ε at most. In float64."""
         assert self.radius is not None
-        return (self.clip(self.center + torch.copysign(self.radius, d)) - self.center).abs()
+        ends = self.center + self.radius, self.center - self.radius
+        up, down = ((self.clip(end) - self.center).abs().double() for end in ends)
+        return up, down
 
     def descent_direction(self, g: Tensor, v: Tensor) -> Tensor:
         """Steepest descent of length one in the ball's norm. Without a ball it is −g.

@@ -137,9 +137,9 @@ class JointMap:
             v: ``(problems, d)``.
         """
         linearized = self.problem.linearize(v, z, answer_fz=False)
-        dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output))
+        dl_dz = linearized.gradient(self.problem.loss(linearized.output))
         jz_mu, jv_mu = linearized.vjp(mu)
-        moved = v - self.step * (dl_dv + jv_mu)
+        moved = v - self.step * linearized.by_v(jv_mu)
         return linearized.fz, jz_mu + dl_dz, self.problem.feasible.project(moved)
 
     @torch.enable_grad()
@@ -153,10 +153,10 @@ class JointMap:
         """
         linearized = self.problem.linearize(v, z, answer_fz=False)
         mu = mu.detach().requires_grad_()
-        dl_dz, dl_dv = linearized.gradient(self.problem.loss(linearized.output), create_graph=True)
+        dl_dz = linearized.gradient(self.problem.loss(linearized.output), create_graph=True)
         jz_mu, jv_mu = linearized.vjp(mu, create_graph=True)
         *z_leaves, v_leaf = linearized.leaves
-        moved = v_leaf - self.step * (dl_dv + jv_mu)
+        moved = v_leaf - self.step * linearized.by_v(jv_mu)
         fq = linearized.live_fz, jz_mu + dl_dz, self.problem.feasible.project_smoothly(moved)
         return fq, [*z_leaves, mu, v_leaf]
 
@@ -169,12 +169,12 @@ def _estimate(problem: Problem, z: Tensor, mu: Tensor, v: Tensor) -> tuple[Tenso
     """
     linearized = problem.linearize(v, z, answer_fz=False)
     loss = problem.loss(linearized.output)
-    dl_dz, dl_dv = linearized.gradient(loss)
+    dl_dz = linearized.gradient(loss)
     jz_mu, jv_mu = linearized.vjp(mu)
     r = linearized.fz - z
     value = problem.groups.sum(loss.detach() + (mu * r).sum(1))
     error = problem.groups.sum(row_norm(r) * row_norm(jz_mu + dl_dz - mu))
-    return value, (dl_dv + jv_mu).reshape(v.shape), error
+    return value, linearized.by_v(jv_mu).reshape(v.shape), error
 
 
 def plain_step(problem: Problem, result: MethodResult, step: Tensor) -> Tensor:

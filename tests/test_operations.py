@@ -11,8 +11,8 @@ import pytest
 from benchmarks.loop import Cell, Operations, counted, flags_unread, loop_of
 
 # of one iteration, beside two evaluations of f, encoder, head, and their backward passes
-GLUE = {"L2": 168, "Linf": 116, "L1": 144}
-SHARE = {"L2": 1.8, "Linf": 1.55, "L1": 1.7}
+GLUE = {"L2": 136, "Linf": 88, "L1": 121}
+SHARE = {"L2": 1.65, "Linf": 1.42, "L1": 1.58}
 
 
 @pytest.mark.parametrize("norm", GLUE)

@@ -69,11 +69,12 @@ class NoHostCopies(TorchFunctionMode):
 class Unread:
     """Stands for the flag that an accelerator answers later: never yet."""
 
-    def __init__(self, device: torch.device) -> None: ...
+    def __init__(self, device: torch.device, known: bool = False) -> None:
+        self.known = known
 
-    def __call__(self, all_done: Tensor) -> bool:
-        assert all_done.is_meta
-        return False
+    def __call__(self, answer: Tensor) -> bool:
+        assert answer.is_meta
+        return self.known
 
 
 @pytest.fixture(autouse=True)

@@ -240,8 +240,9 @@ def relative(residual: Tensor, fz: Tensor) -> Tensor:
         residual: ``f(z) − z``, ``(rows, n)``.
         fz: ``f(z)``, ``(rows, n)``.
     """
-    r, norm = safe_norms(residual, fz)
-    return r / norm.clamp(min=torch.finfo(fz.dtype).tiny)
+    wide = None if fz.device.type == "cpu" else torch.float64  # see safe_norm
+    r, norm = safe_norms(residual, fz, wide)
+    return (r / norm.clamp(min=torch.finfo(fz.dtype).tiny)).to(fz.dtype)
 
 
 def _show(shapes: list[tuple[int, ...]]) -> str:

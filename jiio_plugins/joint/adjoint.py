@@ -137,12 +137,12 @@ def solve_adjoint(
         z, jz_mu = z[rows], jz_mu[rows]
     linearized = problem.linearize(v, z, rows)
     now = linearized.output
-    dl_dz, dl_dv = linearized.gradient(
+    dl_dz = linearized.gradient(
         problem.loss(now if rows is None else output.index_copy(0, rows, now))
     )
     equation = AdjointEquation(problem, linearized, v, z, dl_dz, rows)
     mu = equation(jz_mu + dl_dz)
-    first = (dl_dv + equation.jv_mu).reshape(v.shape)
+    first = linearized.by_v(equation.jv_mu.clone())
     found = iterate(equation, mu, solver)
     done = found.status == Status.CONVERGED
     counted = equation.f_evals
@@ -150,7 +150,7 @@ def solve_adjoint(
     if rows is not None:
         parts = [t.new_zeros(problem.rows).index_copy(0, rows, t) for t in parts]
     once, vjps, done = parts
-    gradient = (dl_dv + equation.jv_mu).reshape(v.shape)
+    gradient = linearized.by_v(equation.jv_mu)
     layers = len(problem.layout.layouts)
     f_evals = layers * (once + counted)
     return Adjoint(gradient, first, done > 0, f_evals, layers * vjps)

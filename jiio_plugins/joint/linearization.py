@@ -4,8 +4,8 @@ A method needs the loss, ``f(z, v)``, and products with the Jacobians ``J_z`` an
 forward pass in joint mode yields them all. A :class:`jiio_plugins.joint.RecordMode` cuts the graph
 at each layer: f is evaluated at a leaf, and the layer answers with a leaf. So what comes after the
 layers, and f itself, are differentiated apart from each other. :meth:`Linearization.gradient` gives
-``∂ℓ/∂z`` and the direct ``∂ℓ/∂v``, which needs no product with f. :meth:`Linearization.vjp` gives
-``J_zᵀμ`` and ``J_vᵀμ`` by one vector-Jacobian product.
+``∂ℓ/∂z``, which needs no product with f. :meth:`Linearization.vjp` gives ``J_zᵀμ`` and ``J_vᵀμ`` by
+one vector-Jacobian product. :meth:`Linearization.by_v` makes the gradient of it.
 
 What the layers do in the pass is in :mod:`jiio_plugins.joint.modes`. What a method makes of it is
 in :mod:`jiio_plugins.methods.joint`.
@@ -53,6 +53,7 @@ class Linearization:
     """
 
     own_jz_mu: Tensor
+    _dl_dv: Tensor | None
     apart: Tensor | None
     _sent: Sent | None
 
@@ -84,15 +85,14 @@ class Linearization:
         """``f(z, v)`` with its graph, flat ``(rows, n)``."""
         return flatten(self._f).to(self.z.dtype)
 
-    def gradient(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """Derivatives of what is around f, which is held constant.
+    def gradient(self, loss: Tensor, *, create_graph: bool = False) -> Tensor:
+        """``∂ℓ/∂z``, ``(rows, n)``: of what is around f, which is held constant.
+
+        :meth:`by_v` has the direct ``∂ℓ/∂v`` from then on.
 
         Args:
             loss: ℓ, ``(rows,)``, made of ``output``.
             create_graph: let the result be differentiated again.
-
-        Returns:
-            ``∂ℓ/∂z``, ``(rows, n)``, and the direct ``∂ℓ/∂v``, ``(problems, d)``.
 
         Raises:
             ValueError: the loss has no gradient.
@@ -104,14 +104,24 @@ class Linearization:
                 "does not use the model's output"
             )
         with layer_mode(self._mode):
-            grads = torch.autograd.grad(
-                loss.sum(),
+            grads = torch.autograd.grad(  # of the sum, which would be two kernels more
+                loss,
                 [*self._answers, self._v],
+                torch.ones_like(loss),
                 retain_graph=True,
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return self._pack(self._answers, grads[:-1]), self._of_v(grads[-1])
+        self._dl_dv = grads[-1]
+        return self._pack(self._answers, grads[:-1])
+
+    def by_v(self, jv_mu: Tensor) -> Tensor:
+        """``J_vᵀμ + ∂ℓ/∂v``, ``(problems, d)``: the gradient of the objective where μ has settled.
+
+        Args:
+            jv_mu: ``J_vᵀμ``, as :meth:`vjp` gave it.
+        """
+        return jv_mu if self._dl_dv is None else self._dl_dv + jv_mu
 
     def vjp(
         self, mu: Tensor, *, last: bool = True, create_graph: bool = False
@@ -130,7 +140,7 @@ class Linearization:
             ``J_zᵀμ``, ``(rows, n)``, and ``J_vᵀμ``, ``(problems, d)``.
         """
         jz_mu, of_v = self._products(mu, [self._v], not last, create_graph)
-        return jz_mu, self._of_v(of_v[0])
+        return jz_mu, torch.zeros_like(self._v) if of_v[0] is None else of_v[0]
 
     def jz_mu(self, mu: Tensor) -> Tensor:
         """``J_zᵀμ`` alone, with another product to come: what is before the layer is left out."""
@@ -190,6 +200,3 @@ class Linearization:
             for grad, leaf in zip(grads, like, strict=True)
         ]
         return flatten(filled).to(self.z.dtype)
-
-    def _of_v(self, grad: Tensor | None) -> Tensor:
-        return torch.zeros_like(self._v) if grad is None else grad

@@ -245,7 +245,7 @@ class Problem:
         self,
         f_evals: Tensor | float | None = None,
         vjps: Tensor | float | None = None,
-        times: int = 1,
+        times: float = 1,
     ) -> None:
         """Add to the cost, which is the sum of all layers'.
 

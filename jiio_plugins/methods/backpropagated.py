@@ -96,7 +96,8 @@ class _BackpropagatedIteration(Iteration):
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         self.z = torch.cat(view.z, dim=1).detach()
         unknown = torch.full_like(self.z[:, :1], torch.inf)  # no residual: the start is judged
-        nan = torch.full_like(loss.detach(), torch.nan)
+        loss = loss.detach()
+        nan = torch.full_like(loss, torch.nan)
         none = torch.zeros_like(self.z)
         return Evaluation(loss, output, gradient, self.z, unknown, self.z, self.z, nan, none)
 

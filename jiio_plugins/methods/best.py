@@ -35,19 +35,18 @@ class BestSoFar:
         loss_last: running loss at the last evaluation, ``(problems,)``.
         iterations: so far, ``(rows,)``.
         active: 1 for the rows that still cost something, else 0, ``(rows,)``.
-        paused: problems whose v stands still because the stop condition holds, bool
-            ``(problems,)``.
+        free: problems whose v moves: the stop condition does not hold, bool ``(problems,)``.
         finished: problems that have met it for four evaluations in a row while z moved on, bool
             ``(problems,)``.
         resting: problems that were at rest at the last evaluation, bool ``(problems,)``.
-        none_paused: whether no problem is paused. On an accelerator, where asking would make the
-            host wait, it is always False.
+        all_free: whether all of them do. On an accelerator, where asking would make the host wait,
+            it is always False.
         carried: names of the tensors that are taken from one iteration to the next.
     """
 
     carried = (
         *("v", "loss", "loss_first", "shift_first", "error_first", "loss_last", "iterations"),
-        *("met", "paused", "finished", "active", "resting"),
+        *("met", "free", "finished", "active", "resting"),
     )
 
     def __init__(self, problem: Problem, stop: Stop | None) -> None:
@@ -56,8 +55,9 @@ class BestSoFar:
         self.loss = v.new_full((len(v),), torch.inf)
         self.v_sure, self.loss_sure = v, self.loss
         self.loss_first = self.shift_first = self.error_first = self.loss_last = self.loss
-        self._pause(torch.zeros(len(v), device=v.device))
-        self.resting = self.paused
+        self.met = torch.zeros(len(v), device=v.device)  # evaluations in a row, where it holds
+        self.resting = self.met > 0
+        self._stand(self.resting)
         self.iterations = torch.zeros(problem.rows, device=v.device)
         self.flag = HostFlag(v.device)
         self.first = True
@@ -81,7 +81,7 @@ class BestSoFar:
             ValueError: it has another shape than ``(rows,)``.
         """
         self.iterations = self.iterations + self.active
-        loss = self.groups.sum(at.loss.detach())
+        loss = self.groups.sum(at.loss)
         if anchored is not None:
             looked, elsewhere = anchored
             surer = looked & (loss < self.loss_sure)
@@ -100,7 +100,8 @@ class BestSoFar:
         if self.stop is not None:
             # z lags behind v, so the condition may hold for a moment only: four in a row count
             met = self.groups.worst((~self._reached(self.stop, at.output)).float()) == 0
-            self._pause(torch.where(met, self.met + 1, torch.where(self.finished, self.met, 0.0)))
+            self.met = torch.where(met, self.met + 1, 0.0)
+            self._stand(self.finished | (self.met >= 4))
 
     def _reached(self, stop: Stop, output: object) -> Tensor:
         reached, shape = stop(output), self.active.shape
@@ -119,36 +120,36 @@ class BestSoFar:
     def finish(self, problems: Tensor) -> None:
         """Let these problems, bool ``(problems,)``, stand still and cost nothing more."""
         if not surely_none(problems):
-            self._pause(torch.where(problems, self.met.clamp(min=4.0), self.met))
+            self._stand(self.finished | problems)
 
     def rest(self, problems: Tensor) -> None:
         """Finish those, bool ``(problems,)``, that are at rest for the second time in a row."""
         self.finish(problems & self.resting)
         self.resting = problems
 
-    def _pause(self, met: Tensor) -> None:
-        self.met = met
-        self.paused = met > 0
-        self.finished = met >= 4
-        self.active = self.groups.spread((met < 4).float())
-        self.none_paused = surely_none(self.paused)
+    def _stand(self, finished: Tensor) -> None:
+        """Who has finished, and so who moves."""
+        self.finished, on = finished, ~finished
+        self.active = self.groups.spread(on.float())
+        self.free = on if self.stop is None else on & (self.met == 0)
+        self.all_free = self.free.device.type == "cpu" and bool(self.free.all())
 
     def all_finished(self) -> bool:
         """Whether every problem has finished. On an accelerator the answer may lag."""
         return self.flag(self.finished.all())
 
     def move(self, v: Tensor, v_next: Tensor) -> Tensor:
-        """The proposed v where it is finite and its problem not paused, else the old one.
+        """The proposed v where it is finite and its problem free, else the old one.
 
         Args:
             v: where the step starts, ``(problems, d)``.
             v_next: where it ends, ``(problems, d)``.
         """
-        if self.none_paused and surely_finite(v_next):
+        if self.all_free and surely_finite(v_next):
             return v_next
-        # a paused v stands still so that z can catch up, and show whether the condition holds
-        ok = (v_next.abs().amax(1) < math.inf) & ~self.paused
-        return torch.where(ok[:, None], v_next, v)
+        # v stands still so that z can catch up, and show whether the condition holds
+        largest = torch.linalg.vector_norm(v_next, math.inf, dim=1)
+        return torch.where(((largest < math.inf) & self.free)[:, None], v_next, v)
 
     def keep(self, now: Tensor, after: Tensor) -> Tensor:
         """The new tensor, but the old one in the rows of problems that have finished.
@@ -157,6 +158,6 @@ class BestSoFar:
             now: what there is, ``(rows, ...)``.
             after: what would come next, ``(rows, ...)``.
         """
-        if self.none_paused:
+        if self.all_free:
             return after
         return torch.where(self.groups.spread(self.finished)[:, None], now, after)

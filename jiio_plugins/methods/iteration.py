@@ -36,6 +36,7 @@ class JointIteration(Iteration):
         problem: what is optimised.
 
     Attributes:
+        z_start: state before it was taken on at this v, ``(rows, n)``.
         jz_mu: ``J_zᵀμ``, which the adjoint is carried on by.
         mu: the last adjoint.
         rows: indices of the rows that are computed, which all that is kept per row belongs to.
@@ -94,7 +95,7 @@ class JointIteration(Iteration):
         problem, before, every = self.problem, dict(vars(self)), active
         active = self._leave(active)
         self.prepare(k, v, active)
-        self.before = self.state_steps(k, active)
+        self.before, self.z_start = self.state_steps(k, active), self.z
         linearized = self._linearize(v)
         if linearized is None:  # the model refuses so few: no more leave from here on
             vars(self).update(before)
@@ -105,17 +106,20 @@ class JointIteration(Iteration):
         self.linearized = linearized
         layers = len(problem.layout.layouts)
         evals = layers if self.before is None else layers + self.before.evals
-        problem.pay(f_evals=self.spread(evals * active))
+        if isinstance(evals, Tensor):
+            problem.pay(f_evals=self.spread(evals * active))
+        else:  # as many in every row
+            problem.pay(f_evals=self.spread(active), times=evals)
         self.z = linearized.z
         output = linearized.output
         if self.rows is not None and self._last is not None:  # an objective is of all rows
             output = self._last.output.index_copy(0, self.rows, output)
         loss = problem.loss(output)
-        dl_dz, dl_dv = linearized.gradient(loss)
+        dl_dz = linearized.gradient(loss)
         self.mu = self.jz_mu + dl_dz
         if k < self.vjp_twice:
             self.second_product(linearized, dl_dz, active)
-        gradient = dl_dv + self.products(linearized, dl_dz, active)
+        gradient = linearized.by_v(self.products(linearized, dl_dz, active))
         self.r = linearized.fz - self.z
         at = self.z, self.r, linearized.fz, dl_dz, self.mu_residual, linearized.own_jz_mu
         return self._of_all(Evaluation(loss, output, gradient, *at))
@@ -201,7 +205,8 @@ class JointIteration(Iteration):
             gradient = last.gradient.index_copy(0, rows, new.gradient[rows])
             new = Evaluation(new.loss, new.output.detach(), gradient, *put)
         output = new.output.detach() if isinstance(new.output, Tensor) else new.output
-        self._last = new._replace(loss=new.loss.detach(), output=output)
+        new = new._replace(loss=new.loss.detach(), output=output)
+        self._last = new
         return new
 
 

@@ -176,7 +176,7 @@ class _Mixed(JointIteration):
         """See :class:`Iteration`."""
         sum_rows, mixing = self.problem.groups.sum, self.mixing
         change = self.jz_mu_next - self.jz_mu
-        merit = sum_rows(at.loss.detach() + (self.linearized.own_jz_mu * at.r).sum(1))
+        merit = sum_rows(at.loss + (self.linearized.own_jz_mu * at.r).sum(1))
         error = sum_rows(row_norm(change) * row_norm(at.r))
         iterate, residuals = (self.z, self.jz_mu, v), (at.r, change, v_next - v)
         z, jz_mu, v_next = mixing(iterate, residuals, merit, error)

@@ -87,19 +87,19 @@ class _NestedIteration(Iteration):
             problem.pay(f_evals=solving.evals * active)
         z = linearized.z
         loss = problem.loss(linearized.output)
-        dl_dz, dl_dv = linearized.gradient(loss)
+        dl_dz = linearized.gradient(loss)
         equation = AdjointEquation(problem, linearized, v, z, dl_dz)
         start = dl_dz if self.mu_start is None else self.mu_start
         found = iterate(equation, start, self.method.adjoint_solver or solver)
         problem.pay_passes(active * (1 + equation.f_evals), found.evals * active)
-        gradient = (dl_dv + equation.jv_mu).reshape(v.shape)
+        gradient = linearized.by_v(equation.jv_mu)
         self.z, self.mu = linearized.fz, found.fz
         self.mu_residual = found.residual
         warm = self.method.warm_start
         self.warm, self.mu_start = (self.z, self.mu) if warm else (None, None)
         r = linearized.fz - z
         at = z, r, linearized.fz, dl_dz, found.residual, found.fz - dl_dz
-        return Evaluation(loss, linearized.output, gradient, *at)
+        return Evaluation(loss.detach(), linearized.output, gradient, *at)
 
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`."""

@@ -18,7 +18,7 @@ from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_no
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.methods.iteration import JointIteration
 from jiio_plugins.methods.round import Iteration
-from jiio_plugins.methods.steps import MEMORY, StateSteps, relaxed
+from jiio_plugins.methods.steps import MEMORY, StateSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +89,7 @@ class Relaxed(JointIteration):
         self.controlled = layers and following.max_state_steps > following.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
         self.unsure = torch.zeros_like(self.slow)
-        self.none_slow = HostFlag(self.z.device)
+        self.some_slow = HostFlag(self.z.device, known=True)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
         # mode another solve would draw other random numbers
@@ -112,7 +112,7 @@ class Relaxed(JointIteration):
 
     def _any_slow(self) -> bool:
         """Whether there may be slow rows."""
-        return self.controlled and not self.none_slow(~self.slow.any())
+        return self.controlled and self.some_slow(self.slow.any())
 
     def steady(self, k: int) -> bool:
         """See :class:`Iteration`. They are where the adjoint has begun and no row is slow."""
@@ -274,17 +274,18 @@ class Relaxed(JointIteration):
             parts = split(self.r)
             shrank = self.before.shrank([size] if len(parts) == 1 else [*map(row_norm, parts)])
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
-        self.z = relaxed(z, self.omega, self.r, size)
+        # a row in which something is NaN or Inf goes back to where the iteration began
+        self.z = by_row(size < torch.inf, torch.addcmul(z, self.omega, self.r), self.z_start)
         if self.before is not None and self.before.slow is not None:
             self.z = self.before.settled(split(z), split(self.r), split(self.z))
             if self.adjoint_begun:
                 self.unsure = self.unsure | self._unsettled()
         if self.controlled:
             long = self.omega[:, 0] >= _SHORT * self.following.relaxation
-            keeps_up = long & (self.mu_residual < (_LOST if self.adjoint_begun else _GROWN))
-            lost = ~(keeps_up | self.slow)
-            self.slow = self.slow | lost
+            lags = ~(long & (self.mu_residual < (_LOST if self.adjoint_begun else _GROWN)))
+            before, self.slow = self.slow, self.slow | lags
             if not self.adjoint_begun:
+                lost = lags & ~before
                 if self.first and self.control:
                     lost = lost | self._unsettled()
                 v_next = self._not_along(lost, v, v_next)

@@ -160,15 +160,15 @@ class Round:
         at = self.at = iteration.evaluate(k, v, best.active)
         best.update(v, at, iteration.anchored)
         if self.callback is not None:
-            loss, known = at.loss.detach(), (at.z_residual, at.z, at.mu_residual)
-            self.callback(Progress(k, v, at.gradient, loss, *known))
+            known = at.z_residual, at.z, at.mu_residual
+            self.callback(Progress(k, v, at.gradient, at.loss, *known))
         v_next = feasible.project(torch.addcmul(v, step, self.direction(at.gradient, v)))
         if feasible.norm not in (None, 1) and self.gap_tol:
             small = _gains_little(self.gap_tol, feasible, at.gradient, step, v, v_next)
             if not surely_none(small):
                 # a gradient that is off by an angle has rest where its square is left
-                loose = iteration.gradient_error(at) ** 2 > self.gap_tol
-                small = small & (self.groups.worst(loose.float()) == 0)
+                error = self.groups.worst(iteration.gradient_error(at))
+                small = small & (error <= self.gap_tol**0.5)
             best.rest(small)
         self.v = best.move(v, iteration.advance(at, v, v_next, best))
 
@@ -181,6 +181,7 @@ def _gains_little(
     To first order. It does not where v⁺ is no gain over the center.
     """
     assert feasible.radius is not None
-    gained = (gradient * (feasible.center - v_next)).sum(1)
-    gains = (gradient * (v - v_next)).sum(1) * (1 + feasible.radius / step)[:, 0]
-    return (gains < share * gained) & (gained > 0)
+    gained = (gradient * (feasible.center - v_next)).sum(1, keepdim=True)
+    gains = (gradient * (v - v_next)).sum(1, keepdim=True)
+    limit = torch.addcdiv(gains, gains, step / feasible.radius) / share
+    return (gained > limit.clamp(min=0)).squeeze(1)

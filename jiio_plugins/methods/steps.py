@@ -70,14 +70,15 @@ class StateSteps:
         first = None  # residual of all rows, where both kinds begin with one
         if slow is not None and self.steps and self.most and not (fast.none or slow.none):
             first = f(z) - z
-        size = z.new_full((len(z),), torch.inf)
-        start = z
+        start, size = z, None
         if self.steps and not fast.none:
-            moved, now = self._relaxed(fast, start, first)
-            z, size = fast.put(z, moved), fast.put(size, now)
+            moved, size = self._relaxed(fast, start, first)
+            z = fast.put(z, moved)
+            if fast.mask is not None:
+                size = fast.put(z.new_full((len(z),), torch.inf), size)
             evals: Any = self.evals
             self.evals = fast.put(evals, fast.take(evals) + self.steps)
-        self.sizes.append(size)
+        self.sizes.append(z.new_full((len(z),), torch.inf) if size is None else size)
         if slow is not None:
             settled = _Settled(slow, start, self.most, self.share, self.precision, first)
             self._settled.append(settled)
@@ -94,7 +95,7 @@ class StateSteps:
         for k in range(self.steps):
             r = rows.f(z) - z if k or first is None else rows.take(first)
             size = row_norm(r)
-            z = relaxed(z, omega, r, size)
+            z = torch.addcmul(z, omega, r)
         return z, size
 
     def shrank(self, sizes: Sequence[Tensor]) -> Tensor:
@@ -237,15 +238,3 @@ class _Settled:
             self.last = by_row(rows, z, before), by_row(rows, r, left)
         move = self.inverse(r)
         return by_row(rows & (row_norm(move) < torch.inf), z + move, z)
-
-
-def relaxed(z: Tensor, omega: Tensor, r: Tensor, size: Tensor) -> Tensor:
-    """``z + ω r``, but z for a row in which ‖r‖ = ``size`` says that r holds NaN or Inf.
-
-    Args:
-        z: state, ``(rows, n)``.
-        omega: ω, ``(rows, 1)``.
-        r: residual, ``(rows, n)``.
-        size: ‖r‖, ``(rows,)``.
-    """
-    return by_row(size < torch.inf, torch.addcmul(z, omega, r), z)

@@ -20,30 +20,34 @@ _COMPACT_BELOW = 0.75  # share of running rows under which a CPU batch is compac
 
 
 class HostFlag:
-    """Whether all rows are done, without making the host wait for an accelerator.
+    """An answer of the device, without making the host wait for an accelerator.
 
     On a CPU the answer is immediate. On CUDA it is the last that has arrived: it is copied to
     pinned memory in the background, and asked for anew once it is there. Before the first one, and
     where nothing can be asked because the device only records, that is what was known before.
+
+    Args:
+        device: where the answer is.
+        known: before the first one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, known: bool = False) -> None:
         self._cuda = device.type == "cuda"
-        self._pending = self._known = False
+        self._pending, self._known = False, known
         if self._cuda:
             self._host = torch.zeros((), dtype=torch.bool, pin_memory=True)
             self._event = torch.cuda.Event()
 
-    def __call__(self, all_done: Tensor) -> bool:
-        """Whether the batch is done, as far as the host knows."""
+    def __call__(self, answer: Tensor) -> bool:
+        """The answer, as far as the host knows it."""
         if not self._cuda:
-            return bool(all_done)
+            return bool(answer)
         if torch.cuda.is_current_stream_capturing():
             return self._known
         if self._pending and self._event.query():
             self._known, self._pending = bool(self._host), False
         if not self._pending:
-            self._host.copy_(all_done, non_blocking=True)
+            self._host.copy_(answer, non_blocking=True)
             self._event.record()
             self._pending = True
         return self._known
