@@ -31,7 +31,7 @@ from jiio_plugins import (
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods import solve
 from jiio_plugins.verification import Judge
-from jiio_plugins.verification.results import _led_astray
+from jiio_plugins.verification.results import _led_astray, _random
 from tests.cases import (
     CONSTRAINTS,
     METHODS,
@@ -337,6 +337,21 @@ def test_a_model_that_is_random_is_a_status(part: str) -> None:
     assert Status.RANDOM not in statuses(search(Noisy("none")))
 
 
+def test_only_rows_in_doubt_are_called_again_unless_one_is_random() -> None:
+    doubtful = torch.tensor([False, True, False, True])
+
+    def asked(model: nn.Module) -> tuple[list[bool], list[float]]:
+        problem = Problem(Variable(model, rand(4, 5, seed=1)), squared)
+        final = Judge(problem, TIGHT).everything(problem.v_start)
+        random, f_evals = _random(problem, final, doubtful)
+        return random.tolist(), f_evals.tolist()
+
+    assert asked(Net(solver=TIGHT)) == ([False] * 4, [0, 3, 0, 3])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert asked(Noisy("head")) == ([True] * 4, [3, 6, 3, 6])
+
+
 # A search along something else than the gradient ------------------------------------------------
 
 
@@ -437,9 +452,10 @@ def test_where_residuals_are_amplified_the_adjoint_is_solved_more_finely() -> No
         return vjps.tolist()
 
     every = [0, 1, 2, 3]
-    loose, fine = products([5.0] * 4, every), products([50.0] * 4, every)
-    assert all(one < other for one, other in zip(loose, fine, strict=True))
-    assert products([5.0, 50.0, 5.0, 50.0], every) == [loose[0], fine[1], loose[2], fine[3]]
+    coarse, loose, fine = (products([most] * 4, every) for most in (3.0, 5.0, 50.0))
+    assert all(one <= two < three for one, two, three in zip(coarse, loose, fine, strict=True))
+    assert sum(coarse) < sum(loose)
+    assert products([5.0, 50.0, 3.0, 50.0], every) == [loose[0], fine[1], coarse[2], fine[3]]
     assert products([50.0], [1]) == fine[1:2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,15 +25,21 @@ _AGREE = 1e-2  # model's value and tight value further apart than this (relative
 # Where the relative errors of z and μ come to more than this, the loop's gradient is likely to be
 # more than 25 degrees off that of the model. benchmarks/zoo.py counts where this errs.
 _UNSETTLED = 0.2
-# It is compared with the one that the judged state has where 1 / (1 − ρ) times these errors is more
-# than this, and they themselves are no more than the second.
+# It is compared with the one that the judged state has there, and where 1 / (1 − ρ) times these
+# errors is more than the first of these. Not where they themselves are more than the second.
 _DOUBTFUL, _LOST = 0.1, 0.5
 # Cosine of two gradients that agree: 23 degrees. The one that was followed is of the v before, and
 # has turned since: 21 degrees.
 _ALIGNED, _ALIGNED_BEFORE = 0.92, 0.93
 _LAGS = 4.0  # amplification beyond which z lags behind v by more than its residual shows
-_AMPLIFIED = 15.0  # amplification beyond which a residual of μ of 1e-2 says nothing about an angle
-_ADJOINT, _FINE = Anderson(max_iter=30, tol=1e-2), Anderson(max_iter=60, tol=1e-3)
+# The more a residual is amplified, the smaller that of μ must be to tell an angle: up to which
+# amplification, and how it is solved there.
+_FINE = Anderson(max_iter=60, tol=1e-3)
+_ADJOINT = (
+    (4.0, Anderson(max_iter=30, tol=2e-2)),
+    (15.0, Anderson(max_iter=30, tol=1e-2)),
+    (math.inf, _FINE),
+)
 # The loss ℓ at the start is known to first order, up to ‖J_zᵀμ + ∂ℓ/∂z − μ‖ ‖f(z) − z‖ / (1 − ρ). A
 # result is trusted to be better than the start beyond this share of ℓ, this many times the first
 # order itself, and this amplification of the rest. Else the start is judged.
@@ -69,7 +76,7 @@ def verified(problem: Problem, result: MethodResult, verifier: Solver) -> tuple[
     doubtful = (status == Status.NOT_VERIFIED) | (status == Status.DISAGREEMENT)
     doubtful |= problem.groups.worst((off > _UNSETTLED).float()) > 0
     if bool(doubtful.any()):
-        random, spent = _random(problem, final)
+        random, spent = _random(problem, final, doubtful)
         status[random & (status != Status.NONFINITE)] = Status.RANDOM
         verification += spent
     status[((final.v == v_start).all(1)) & (status == Status.CONVERGED)] = Status.NO_IMPROVEMENT
@@ -162,12 +169,12 @@ def _led_astray(
     # without a ball a gradient has a length; in train mode another pass draws another mask
     if problem.feasible.radius is None or problem.variable.repeatable:
         return astray, none, none
-    doubtful = (amplification * error > _DOUBTFUL) & (error <= _LOST)
-    doubtful &= final.converged
+    doubtful = (amplification * error > _DOUBTFUL) | astray
+    doubtful &= (error <= _LOST) & final.converged
     where = groups.worst(doubtful.float()) > 0
     if not bool(where.any()):
         return astray, none, none
-    found = _exact(problem, result, final, where, groups.worst(amplification) > _AMPLIFIED)
+    found = _exact(problem, result, final, where, groups.worst(amplification))
     right = cosine_similarity(found.gradient, found.first) > _ALIGNED
     if result.gradient is not None and result.near is not None and result.slow is not None:
         lags = result.near & (result.slow | (groups.worst(amplification) > _LAGS))
@@ -179,7 +186,7 @@ def _led_astray(
 
 
 def _exact(
-    problem: Problem, result: MethodResult, final: Candidate, where: Tensor, amplified: Tensor
+    problem: Problem, result: MethodResult, final: Candidate, where: Tensor, amplification: Tensor
 ) -> Adjoint:
     """The adjoint at the state that was judged, from the run's own.
 
@@ -188,13 +195,15 @@ def _exact(
         result: where the method ended.
         final: what was judged of that.
         where: problems that it is wanted of, bool ``(problems,)``.
-        amplified: those in which a small residual may be a large error, bool ``(problems,)``.
+        amplification: see :func:`_amplification`, ``(problems,)``.
     """
     at, found = (problem, result.v, final.z, result.jz_mu), None
     if problem.groups.index is None and has_rows(final.output, problem):
-        for some, solver in ((where & ~amplified, _ADJOINT), (where & amplified, _FINE)):
+        for most, solver in _ADJOINT:
+            some = where & (amplification <= most)
             if not bool(some.any()):
                 continue
+            where = where & ~some
             once = partial(solve_adjoint, *at, solver, output=final.output)
             part = problem.on_some(once, some.nonzero().squeeze(1))
             if part is None:
@@ -244,8 +253,34 @@ def _status(problem: Problem, final: Candidate, astray: Tensor) -> Tensor:
     return status
 
 
-def _random(problem: Problem, final: Candidate) -> tuple[Tensor, Tensor]:
+def _random(problem: Problem, final: Candidate, doubtful: Tensor) -> tuple[Tensor, Tensor]:
     """Problems whose answer is another one at a second call, and what it costs to see that.
+
+    Those in doubt are asked. If one of them is, all are.
+
+    Args:
+        problem: whose model is called.
+        final: what was judged.
+        doubtful: problems whose values may be random ones, bool ``(problems,)``.
+
+    Returns:
+        Bool ``(problems,)``, and evaluations of f, ``(rows,)``.
+    """
+    spent: Tensor | float = 0.0
+    if problem.groups.index is None and has_rows(final.output, problem):
+        rows = doubtful.nonzero().squeeze(1)
+        found = problem.on_some(lambda rows: _answers_differ(problem, final, rows), rows)
+        if found is not None and not bool(found[0].any()):
+            return found
+        spent = 0.0 if found is None else found[1]
+    random, of_all = _answers_differ(problem, final)
+    return random, spent + of_all
+
+
+def _answers_differ(
+    problem: Problem, final: Candidate, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Call the model twice, and once more at the state that was judged.
 
     A call solves nothing. Two begin at the initial state, each with one evaluation of f. A third is
     to say once more what has been said of the state that was judged: a head that draws random
@@ -254,23 +289,33 @@ def _random(problem: Problem, final: Candidate) -> tuple[Tensor, Tensor]:
     Args:
         problem: whose model is called.
         final: what was judged.
+        rows: indices of the rows to call it on. None: all.
 
     Returns:
-        Bool ``(problems,)``, and evaluations of f, ``(rows,)``.
+        Whether a problem has two answers, bool ``(problems,)``, and evaluations of f, ``(rows of
+        the batch,)``. Of other rows both are 0.
     """
-    once = Picard(max_iter=1)
+    once, z = Picard(max_iter=1), final.z if rows is None else final.z[rows]
     with torch.no_grad():
-        calls = [problem.solve(final.v, once) for _ in range(2)]
-        again = problem.solve(final.v, once, final.z)
-        losses = [problem.loss(output) for output in (final.output, again.output)]
+        calls = [problem.solve(final.v, once, rows=rows) for _ in range(2)]
+        again = problem.solve(final.v, once, z, rows)
+        said = again.output
+        if rows is not None:  # an objective is of all rows
+            said = final.output.index_copy(0, rows, said)
+        losses = [problem.loss(output) for output in (final.output, said)]
+    if rows is not None:
+        losses = [loss[rows] for loss in losses]
     # beside 1: the one nearest to 0 may be of another batch, and be all rounding
     values = [torch.stack((loss, torch.ones_like(loss)), dim=1) for loss in losses]
-    differ = torch.zeros(problem.rows, device=final.v.device)
+    differ, spent = torch.zeros(2, len(z), device=z.device)
     pairs = ([c.z for c in calls], [c.fz for c in calls], values)
     for one, two in pairs:
         far = row_norm(two - one) > _NOISE * torch.finfo(one.dtype).eps * row_norm(one)
         differ = differ + far
-    return problem.groups.worst(differ) > 0, calls[0].evals + calls[1].evals + again.evals
+    spent = spent + calls[0].evals + calls[1].evals + again.evals
+    if rows is not None:
+        differ, spent = (t.new_zeros(problem.rows).index_copy(0, rows, t) for t in (differ, spent))
+    return problem.groups.worst(differ) > 0, spent
 
 
 def _amplification(problem: Problem, result: MethodResult, found: Tensor, solved: Tensor) -> Tensor:
