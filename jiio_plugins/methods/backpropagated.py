@@ -101,6 +101,10 @@ class _BackpropagatedIteration(Iteration):
         none = torch.zeros_like(self.z)
         return Evaluation(loss, output, gradient, self.z, unknown, self.z, self.z, nan, none)
 
+    def gradient_error(self, at: Evaluation) -> Tensor:
+        """See :class:`Iteration`. There is none: it is the gradient of what was computed."""
+        return torch.zeros_like(at.mu_residual)
+
     def finish(self, at: Evaluation, v: Tensor, best: BestSoFar) -> MethodResult:
         """See :class:`Iteration`. Autograd treats a batch as a whole, so rows share the cost."""
         self.mu = self.jz_mu = torch.zeros_like(self.z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jiio_plugins import Equilibrium, Joint, L2Ball, LinfBall, Nested, optimize_input
-from jiio_plugins.methods import relaxed
+from jiio_plugins.methods import Backpropagated, Method, relaxed
 from jiio_plugins.methods.iteration import JointIteration
 from tests.cases import squared
 from tests.helpers import TIGHT, CountedCell, linear, rand
@@ -104,10 +105,11 @@ def test_a_callback_sees_all_rows() -> None:
         assert (progress.gradient != 0).any(1).all()
 
 
-def test_what_pgd_does_is_what_it_is_told() -> None:
+@pytest.mark.parametrize("method", [Nested(max_iter=40), Backpropagated(max_iter=40)])
+def test_what_pgd_does_is_what_it_is_told(method: Method) -> None:
     x = rand(6, 5, seed=4)
     plain, left = (
-        optimize_input(Net(), x, up, method=Nested(max_iter=40, gap_tol=g), constraint=BALLS[0])
+        optimize_input(Net(), x, up, method=replace(method, gap_tol=g), constraint=BALLS[0])
         for g in (0.0, 1e-3)
     )
     assert (plain.stats.iterations == 40).all()
