@@ -439,6 +439,15 @@ def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
         assert astray.tolist() == expected
 
 
+def test_a_slow_row_is_compared_also_where_large_residuals_hide_that_it_is() -> None:
+    problem = Problem(Variable(Net(solver=TIGHT), rand(4, 5, seed=1)), squared, L2Ball(0.3))
+    slow = torch.tensor([True, False, False, True])
+    result = replace(solve(problem, Joint(max_iter=40, gap_tol=0.0)), slow=slow)
+    final, off = Judge(problem, TIGHT).everything(result.v), torch.full((4,), 0.05)
+    _, _, vjps = _led_astray(problem, result, final, off, torch.full((4,), 0.7))
+    assert (vjps > 0).tolist() == slow.tolist()
+
+
 def test_where_residuals_are_amplified_the_adjoint_is_solved_more_finely() -> None:
     model, x = Net(rate=0.9, solver=TIGHT), rand(4, 5, seed=1)
 

@@ -31,6 +31,7 @@ _DOUBTFUL, _LOST = 0.1, 0.5
 # Cosine of two gradients that agree: 23 degrees. The one that was followed is of the v before, and
 # has turned since: 21 degrees.
 _ALIGNED, _ALIGNED_BEFORE = 0.92, 0.93
+_SLOW = 2.5  # least amplification of a slow row
 _LAGS = 4.0  # amplification beyond which z lags behind v by more than its residual shows
 # The more a residual is amplified, the smaller that of μ must be to tell an angle: up to which
 # amplification, and how it is solved there.
@@ -166,6 +167,11 @@ def _led_astray(
     none, groups = torch.zeros_like(problem.f_evals), problem.groups
     error = off if result.mu_error is None else off + result.mu_error
     astray = ~(error <= _UNSETTLED)  # NaN is no gradient to trust
+    # a cell that repels by turning hides its slow rows: all residuals are large
+    if result.slow is not None:
+        amplification = torch.where(
+            groups.spread(result.slow), amplification.clamp(min=_SLOW), amplification
+        )
     # without a ball a gradient has a length; in train mode another pass draws another mask
     if problem.feasible.radius is None or problem.variable.repeatable:
         return astray, none, none
