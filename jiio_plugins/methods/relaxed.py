@@ -276,6 +276,7 @@ class Relaxed(JointIteration):
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
         # a row in which something is NaN or Inf goes back to where the iteration began
         self.z = by_row(size < torch.inf, torch.addcmul(z, self.omega, self.r), self.z_start)
+        self.z_start = self.z  # the old one need not outlive this
         if self.before is not None and self.before.slow is not None:
             self.z = self.before.settled(split(z), split(self.r), split(self.z))
             if self.adjoint_begun:
