@@ -215,10 +215,9 @@ def _line() -> str:
 @contextmanager
 def flags_unread() -> Iterator[None]:
     """On the meta device there is nothing to read: no row has finished, and none is slow."""
-    answers = {"equilibrium.solvers.loop": False, "methods.best": False, "methods.relaxed": False}
+    flag = Mock(return_value=Mock(return_value=False))
     with ExitStack() as stack:
-        for module, answer in answers.items():
-            flag = Mock(return_value=Mock(return_value=answer))
+        for module in ("equilibrium.solvers.loop", "methods.best", "methods.relaxed"):
             stack.enter_context(patch(f"jiio_plugins.{module}.HostFlag", flag))
         yield
 

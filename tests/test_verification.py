@@ -30,6 +30,7 @@ from jiio_plugins import (
 )
 from jiio_plugins.joint import Problem, Variable
 from jiio_plugins.methods import solve
+from jiio_plugins.methods.records import Followed
 from jiio_plugins.verification import Judge
 from jiio_plugins.verification.results import _led_astray, _random
 from tests.cases import (
@@ -414,13 +415,12 @@ def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
     """Its adjoint may be right, and what it was followed by wrong all the same."""
     problem = Problem(Variable(Net(solver=TIGHT), rand(4, 5, seed=1)), squared, L2Ball(0.3))
     result = solve(problem, Joint(max_iter=40, gap_tol=0.0))
-    assert result.gradient is not None
-    assert result.near is not None
-    assert result.near.all()
+    assert result.followed is not None
+    assert result.followed.near.all()
     final = Judge(problem, TIGHT).everything(result.v)
     opposite = torch.tensor([True, False, True, False])
     near = torch.tensor([True, True, False, False])
-    gradient = torch.where(opposite[:, None], -result.gradient, result.gradient)
+    gradient = torch.where(opposite[:, None], -1, 1) * result.followed.gradient
     off, none = torch.full((4,), 0.05), torch.zeros(4, dtype=torch.bool)
     first, lagging = torch.tensor([True, False, False, False]), [True, False, False, False]
     for slow, amplification, expected in (
@@ -430,7 +430,7 @@ def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
     ):
         astray, _, vjps = _led_astray(
             problem,
-            replace(result, gradient=gradient, near=near, slow=slow),
+            replace(result, followed=Followed(gradient, near, slow)),
             final,
             off,
             torch.full((4,), amplification),
@@ -442,7 +442,9 @@ def test_where_z_lags_the_gradient_that_was_followed_is_compared() -> None:
 def test_a_slow_row_is_compared_also_where_large_residuals_hide_that_it_is() -> None:
     problem = Problem(Variable(Net(solver=TIGHT), rand(4, 5, seed=1)), squared, L2Ball(0.3))
     slow = torch.tensor([True, False, False, True])
-    result = replace(solve(problem, Joint(max_iter=40, gap_tol=0.0)), slow=slow)
+    result = solve(problem, Joint(max_iter=40, gap_tol=0.0))
+    assert result.followed is not None
+    result = replace(result, followed=result.followed._replace(slow=slow))
     final, off = Judge(problem, TIGHT).everything(result.v), torch.full((4,), 0.05)
     _, _, vjps = _led_astray(problem, result, final, off, torch.full((4,), 0.7))
     assert (vjps > 0).tolist() == slow.tolist()
@@ -471,9 +473,9 @@ def test_where_residuals_are_amplified_the_adjoint_is_solved_more_finely() -> No
 def test_the_last_gradient_counts_where_v_has_hardly_moved_since() -> None:
     problem = Problem(Variable(Net(), rand(4, 5, seed=1)), squared, L2Ball(0.3))
     far = solve(problem, Joint(max_iter=1))  # its step is all of its way
-    assert far.near is not None
-    assert not far.near.any()
-    assert solve(problem, Nested(max_iter=2)).gradient is None
+    assert far.followed is not None
+    assert not far.followed.near.any()
+    assert solve(problem, Nested(max_iter=2)).followed is None
 
 
 @pytest.mark.parametrize("method", [Joint(max_iter=5), Nested(max_iter=3)])

@@ -35,9 +35,11 @@ class BestSoFar:
         loss_last: running loss at the last evaluation, ``(problems,)``.
         iterations: so far, ``(rows,)``.
         active: 1 for the rows that still cost something, else 0, ``(rows,)``.
-        free: problems whose v moves: the stop condition does not hold, bool ``(problems,)``.
-        finished: problems that have met it for four evaluations in a row while z moved on, bool
-            ``(problems,)``.
+        met: evaluations in a row at which the stop condition has held, ``(problems,)``.
+        finished: problems that cost nothing more, bool ``(problems,)``: that has been four of them
+            while z moved on, or they are at rest.
+        free: problems whose v moves, bool ``(problems,)``: they have not finished, and the stop
+            condition does not hold.
         resting: problems that were at rest at the last evaluation, bool ``(problems,)``.
         all_free: whether all of them do. On an accelerator, where asking would make the host wait,
             it is always False.
@@ -55,7 +57,7 @@ class BestSoFar:
         self.loss = v.new_full((len(v),), torch.inf)
         self.v_sure, self.loss_sure = v, self.loss
         self.loss_first = self.shift_first = self.error_first = self.loss_last = self.loss
-        self.met = torch.zeros(len(v), device=v.device)  # evaluations in a row, where it holds
+        self.met = torch.zeros(len(v), device=v.device)
         self.resting = self.met > 0
         self._stand(self.resting)
         self.iterations = torch.zeros(problem.rows, device=v.device)

@@ -36,7 +36,6 @@ class JointIteration(Iteration):
         problem: what is optimised.
 
     Attributes:
-        z_start: state before it was taken on at this v, ``(rows, n)``.
         jz_mu: ``J_zᵀμ``, which the adjoint is carried on by.
         mu: the last adjoint.
         rows: indices of the rows that are computed, which all that is kept per row belongs to.
@@ -95,7 +94,7 @@ class JointIteration(Iteration):
         problem, before, every = self.problem, dict(vars(self)), active
         active = self._leave(active)
         self.prepare(k, v, active)
-        self.before, self.z_start = self.state_steps(k, active), self.z
+        self.before = self.state_steps(k, active)
         linearized = self._linearize(v)
         if linearized is None:  # the model refuses so few: no more leave from here on
             vars(self).update(before)
@@ -205,9 +204,8 @@ class JointIteration(Iteration):
             gradient = last.gradient.index_copy(0, rows, new.gradient[rows])
             new = Evaluation(new.loss, new.output.detach(), gradient, *put)
         output = new.output.detach() if isinstance(new.output, Tensor) else new.output
-        new = new._replace(loss=new.loss.detach(), output=output)
-        self._last = new
-        return new
+        self._last = new._replace(loss=new.loss.detach(), output=output)
+        return self._last
 
 
 def finite_or(new: Tensor, old: Tensor) -> Tensor:

@@ -94,6 +94,21 @@ class Evaluation(NamedTuple):
         return unsettled * row_norm(self.r)
 
 
+class Followed(NamedTuple):
+    """The last gradient that was followed in a ball.
+
+    Attributes:
+        gradient: it, ``(problems, d)``.
+        near: problems whose v has hardly moved since, bool ``(problems,)``.
+        slow: problems with a row in which z and μ were settled at each v, because plain steps
+            creep there or lead away, bool ``(problems,)``.
+    """
+
+    gradient: Tensor
+    near: Tensor
+    slow: Tensor
+
+
 @dataclass
 class MethodResult:
     """Where a method ended. Flat tensors, and losses that nobody has verified.
@@ -121,11 +136,7 @@ class MethodResult:
         bounded: whether ``loss_best`` is a bound.
         mu_error: estimate of the relative error of the last adjoint, ``(rows,)``. None: there is
             none.
-        gradient: the last one that was followed, ``(problems, d)``. None: what :attr:`jz_mu` yields
-            is as good.
-        near: problems whose v has hardly moved since that gradient, bool ``(problems,)``.
-        slow: problems with a row in which z and μ were settled at each v, because plain steps
-            creep there or lead away, bool ``(problems,)``.
+        followed: the last gradient. None: what :attr:`jz_mu` yields is as good.
     """
 
     v: Tensor
@@ -145,6 +156,4 @@ class MethodResult:
     mu_residual: Tensor
     bounded: bool = False
     mu_error: Tensor | None = None
-    gradient: Tensor | None = None
-    near: Tensor | None = None
-    slow: Tensor | None = None
+    followed: Followed | None = None

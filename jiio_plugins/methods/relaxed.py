@@ -17,6 +17,7 @@ from jiio_plugins.equilibrium.solvers import Anderson, HostFlag
 from jiio_plugins.equilibrium.state import by_row, relative, row_norm, surely_none
 from jiio_plugins.methods.inverse import SecantInverse
 from jiio_plugins.methods.iteration import JointIteration
+from jiio_plugins.methods.records import Followed
 from jiio_plugins.methods.round import Iteration
 from jiio_plugins.methods.steps import MEMORY, StateSteps
 
@@ -67,6 +68,7 @@ class Relaxed(JointIteration):
         unsure: slow rows whose z may have gone over to another fixed point, bool ``(rows,)``: it or
             μ has not settled at some v, or z was at another one when that was last looked at.
         v_last: where the last gradient was taken, ``(problems, d)``.
+        z_start: state before it was taken on at this v, ``(rows, n)``.
     """
 
     leaves = True
@@ -109,6 +111,7 @@ class Relaxed(JointIteration):
         self.control, self.anchored = self._any_slow(), None
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
+        self.z_start = self.z
 
     def _any_slow(self) -> bool:
         """Whether there may be slow rows."""
@@ -327,7 +330,7 @@ class Relaxed(JointIteration):
             return result
         near = row_norm(v - self.v_last) <= _NEAR * row_norm(v - feasible.center)
         slow = self.problem.groups.worst(self.slow.float()) > 0
-        return replace(result, gradient=at.gradient, near=near, slow=slow)
+        return replace(result, followed=Followed(at.gradient, near, slow))
 
     def restrict(self, rows: Tensor) -> None:
         """See :class:`JointIteration`."""

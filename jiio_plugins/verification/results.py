@@ -167,24 +167,24 @@ def _led_astray(
     none, groups = torch.zeros_like(problem.f_evals), problem.groups
     error = off if result.mu_error is None else off + result.mu_error
     astray = ~(error <= _UNSETTLED)  # NaN is no gradient to trust
-    # a cell that repels by turning hides its slow rows: all residuals are large
-    if result.slow is not None:
-        amplification = torch.where(
-            groups.spread(result.slow), amplification.clamp(min=_SLOW), amplification
-        )
     # without a ball a gradient has a length; in train mode another pass draws another mask
     if problem.feasible.radius is None or problem.variable.repeatable:
         return astray, none, none
+    followed = result.followed
+    if followed is not None:  # a cell that repels by turning hides its slow rows behind residuals
+        least = amplification.clamp(min=_SLOW)
+        amplification = torch.where(groups.spread(followed.slow), least, amplification)
     doubtful = (amplification * error > _DOUBTFUL) | astray
     doubtful &= (error <= _LOST) & final.converged
     where = groups.worst(doubtful.float()) > 0
     if not bool(where.any()):
         return astray, none, none
-    found = _exact(problem, result, final, where, groups.worst(amplification))
+    amplification = groups.worst(amplification)
+    found = _exact(problem, result, final, where, amplification)
     right = cosine_similarity(found.gradient, found.first) > _ALIGNED
-    if result.gradient is not None and result.near is not None and result.slow is not None:
-        lags = result.near & (result.slow | (groups.worst(amplification) > _LAGS))
-        of_before = cosine_similarity(found.gradient, result.gradient) > _ALIGNED_BEFORE
+    if followed is not None:
+        lags = followed.near & (followed.slow | (amplification > _LAGS))
+        of_before = cosine_similarity(found.gradient, followed.gradient) > _ALIGNED_BEFORE
         right = torch.where(lags, of_before, right)
     wrong = where & ~right
     known = found.converged & doubtful
@@ -274,11 +274,12 @@ def _random(problem: Problem, final: Candidate, doubtful: Tensor) -> tuple[Tenso
     """
     spent: Tensor | float = 0.0
     if problem.groups.index is None and has_rows(final.output, problem):
-        rows = doubtful.nonzero().squeeze(1)
-        found = problem.on_some(lambda rows: _answers_differ(problem, final, rows), rows)
-        if found is not None and not bool(found[0].any()):
-            return found
-        spent = 0.0 if found is None else found[1]
+        ask = partial(_answers_differ, problem, final)
+        found = problem.on_some(ask, doubtful.nonzero().squeeze(1))
+        if found is not None:
+            random, spent = found
+            if bool(doubtful.all()) or not bool(random.any()):
+                return random, spent
     random, of_all = _answers_differ(problem, final)
     return random, spent + of_all
 

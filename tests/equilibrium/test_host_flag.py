@@ -51,6 +51,10 @@ def test_nothing_is_asked_while_the_device_only_records(
     assert flag(torch.tensor(True))
 
 
+def test_before_the_first_answer_it_is_what_is_said_of_it(flag: HostFlag) -> None:
+    assert HostFlag(torch.device("cuda"), known=True)(torch.tensor(False))
+
+
 def test_a_cpu_answers_at_once() -> None:
     flag = HostFlag(torch.device("cpu"))
     assert flag(torch.tensor(True))
