@@ -42,10 +42,20 @@ _GROWN = 1.0  # unless it is no smaller than this: J_zᵀ makes μ larger
 # longest, and the loss at the start is told from there.
 _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
 _LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
-_ANCHOR = Anderson(max_iter=15, tol=1e-2)  # tells one fixed point from another
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
+# Evaluations of f that an anchor may take: it need only tell one fixed point from another, and the
+# more the longer the run is, of which it is to be worth a share.
+_ANCHOR_LEAST, _ANCHOR_SHARE = 15, 0.5
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 _NEAR = 0.1  # a step on v of less than this share of its way from the center hardly turns gradients
+
+
+class _Anchor(Anderson):
+    """Solves from the initial state until the residual is 1 % of what it was there."""
+
+    @property
+    def reduction(self) -> float:
+        return 1e-2
 
 
 class Following(NamedTuple):
@@ -98,6 +108,8 @@ class Relaxed(JointIteration):
         fresh = problem.state is None and not problem.variable.repeatable
         parts = min(following.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
+        most = max(_ANCHOR_LEAST, int(_ANCHOR_SHARE * method.max_iter))
+        self.anchor = _Anchor(max_iter=most, tol=0.0)
         self.inverse: SecantInverse | None = None
         self.recalled: Tensor | None = None  # the rows that these are of, None: all
         self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
@@ -127,7 +139,7 @@ class Relaxed(JointIteration):
         if v.device.type == "cpu" and problem.row_separable:
             among = unsure.nonzero().squeeze(1)
             rows = among if rows is None else rows[among]
-        found = problem.solve(v, _ANCHOR, rows=rows)
+        found = problem.solve(v, self.anchor, rows=rows)
         z, evals = found.fz, found.evals
         if among is not None:
             z = self.z.index_copy(0, among, z)

@@ -259,6 +259,22 @@ def test_an_anchor_leads_back_to_the_fixed_point_that_the_model_finds() -> None:
     assert looked.tolist() == elsewhere.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("a", [1.0, 0.3, 0.05])
+def test_an_anchor_comes_as_near_whatever_the_damping(a: float) -> None:
+    """Residuals are a times as large, so that one relative to z would stop too early."""
+    model, x = Net(a), rand(12, 5, seed=4)
+    problem = Problem(Variable(model, x), squared, L2Ball(0.5))
+    iteration: Any = Joint(max_iter=80).start(problem)
+    iteration.unsure = torch.ones(12, dtype=torch.bool)
+    iteration.z = 10 - iteration.z
+    before = problem.f_evals
+    iteration._anchor(problem.v_start, torch.ones(12))
+    solved = problem.solve(problem.v_start, TIGHT).z
+    error = (iteration.z - solved).norm(dim=1) / solved.norm(dim=1)
+    assert float(error.max()) < 0.04
+    assert float((problem.f_evals - before).max()) <= 15
+
+
 def test_the_losses_of_another_fixed_point_are_forgotten() -> None:
     """But not those of where z was solved for: the model itself finds them."""
     problem = Problem(

@@ -112,6 +112,15 @@ class Solver(abc.ABC):
         """
         return 10.0
 
+    @property
+    def reduction(self) -> float:
+        """A row also stops once its residual is this share of its first one.
+
+        A tolerance relative to f(z) means little in a cell whose residuals are all small, such as
+        one that is damped. This one means the same there. 0: it does not.
+        """
+        return 0.0
+
     @abc.abstractmethod
     def start(self, z: Tensor) -> SolverState:
         """Fresh history for the flat state ``z`` ``(rows, n)``."""

@@ -149,6 +149,9 @@ class _Running(ByRow):
             self.abs_tol = _ABSOLUTE * (r + norm).clamp(max=1.0)
         else:
             self.abs_tol = torch.full_like(r, solver.abs_tol)
+        if solver.reduction:
+            share = solver.reduction * torch.where(torch.isfinite(r), r, 0.0)
+            self.abs_tol = torch.maximum(self.abs_tol, share)
         eps = torch.finfo(self.z.dtype).eps
         limit = torch.maximum((solver.tol + 2 * eps) * norm, self.abs_tol)
         self.ceiling = torch.maximum(max(solver.tol, eps) ** (1 / 3) * r, limit)
