@@ -52,6 +52,11 @@ class Candidate:
     output: Any
     model_output: Any
 
+    @property
+    def sure_value(self) -> Tensor:
+        """The worse of the two values, which both solves promise, ``(problems,)``."""
+        return torch.maximum(self.value, self.model_value)
+
 
 class Judge:
     """Evaluates candidates with the model's own solver, and by an independent solve.
@@ -130,19 +135,22 @@ class Judge:
             own = tight._replace(output=map_leaves(tight.output, Tensor, _nan))
         return own, tight, counter.f_evals_by_row + tight.evals
 
-    def take_better(self, best: Candidate, v: Tensor, where: Tensor) -> Candidate:
+    def take_better(
+        self, best: Candidate, v: Tensor, where: Tensor, *, surely: bool = False
+    ) -> Candidate:
         """The better of two candidates, problem by problem.
 
         Args:
             best: the verdict so far.
             v: the other candidate, ``(problems, d)``.
             where: problems for which it is tried, bool ``(problems,)``.
+            surely: compare what both solves promise, not what the independent one finds.
         """
         if not bool(where.any()):
             return best
         other = self.some(v, where, best)
-        finite = torch.isfinite(best.value), torch.isfinite(other.value)
-        better = where & ((other.value < best.value) | (~finite[0] & finite[1]))
+        ours, theirs = (c.sure_value if surely else c.value for c in (best, other))
+        better = where & ((theirs < ours) | (~torch.isfinite(ours) & torch.isfinite(theirs)))
         rows = self.problem.groups.spread(better)
         chosen = {}
         for name in vars(best):

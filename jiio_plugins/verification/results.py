@@ -228,10 +228,10 @@ def _never_worse(
     last = final.value if result.bounded else result.loss_last
     promising = result.loss_best < last - 0.02 * last.abs()
     final = judge.take_better(final, result.v_best, promising)
-    # z may have gone over to a fixed point that the model does not find
+    # z may have gone over to a fixed point that the model does not find, or finds only at times
     sure = result.loss_sure
-    promising = ~(final.value <= sure + 0.02 * sure.abs()) & (sure < torch.inf)
-    final = judge.take_better(final, result.v_sure, promising)
+    promising = ~(final.sure_value <= sure + 0.02 * sure.abs()) & (sure < torch.inf)
+    final = judge.take_better(final, result.v_sure, promising, surely=True)
     amplified = groups.worst(amplified.clamp(min=_AMPLIFY))
     error = _CLEAR * result.loss_first.abs() + _SHIFTED * result.shift_first
     error = error + amplified * result.error_first

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jiio_plugins import Damped, Equilibrium, Joint, L2Ball, Nested, Status, optimize_input
+from jiio_plugins import (
+    Damped,
+    Equilibrium,
+    Joint,
+    L2Ball,
+    Nested,
+    Picard,
+    Status,
+    optimize_input,
+)
 from jiio_plugins.attacks import attack as jiio_attack
 from jiio_plugins.data import load_digits
 from jiio_plugins.joint import Problem, Variable
@@ -313,6 +322,24 @@ def test_a_surer_iterate_is_judged_where_the_end_is_no_better() -> None:
     assert v[:, 0].tolist() == [1.2, 1.0]  # without a sure one it is the start
     assert solution.value is not None
     assert (solution.value < -0.9).all()
+
+
+def test_a_surer_iterate_is_judged_where_the_two_answers_at_the_end_differ() -> None:
+    """A value counts as far as both the model and the independent solve promise it."""
+    model = nn.Sequential(Equilibrium(TwoFixedPoints(), solver=Picard(max_iter=1)))
+    x = torch.full((2, 1), 0.1, dtype=torch.float64)
+    problem = Problem(Variable(model, x), lambda y: -y.sum(1), L2Ball(3.0))
+    with problem.variable.guarded():
+        result = solve(problem, Joint(max_iter=4))
+        end, sure = torch.full_like(x, 0.2), torch.full_like(x, 1.2)
+        claimed = torch.tensor([-1.0, torch.inf], dtype=torch.float64)
+        result = replace(result, v=end, v_best=end, v_sure=sure, loss_sure=claimed)
+        solution, v = verified(problem, result, TIGHT)
+    assert v[:, 0].tolist() == [1.2, 0.2]
+    assert (solution.status == Status.DISAGREEMENT).all()
+    own = solution.stats.model_value
+    assert own is not None
+    torch.testing.assert_close(own, -torch.tanh(v[:, 0]))
 
 
 class Failing(nn.Module):
