@@ -82,6 +82,7 @@ class Relaxed(JointIteration):
     """
 
     leaves = True
+    warm = 0.1  # the first step on v is the longest, and moves z by more
     ends = (*JointIteration.ends, "slow")
     per_row = ("omega", "slow", "unsure")
     carried = (*Iteration.carried, *per_row, "v_last")

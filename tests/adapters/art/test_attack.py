@@ -68,7 +68,9 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert (record.iterations == Joint().max_iter).all()
     products = Joint().max_iter + Joint().max_iter // 4  # a quarter take a second one
     assert counter.vjps == record.vjps.sum()
-    assert record.vjps.min() == products  # of images that need no more
+    assert (record.vjps >= products).all()
+    if p > 1:  # steps along one pixel at a time shift the state by so much that all need more
+        assert record.vjps.min() == products
     assert (record.vjps <= Joint().max_iter * Joint().max_adjoint_steps).all()
     assert counter.f_evals == record.f_evals.sum() > record.vjps.sum()
     assert (record.verification_f_evals > 0).all()
