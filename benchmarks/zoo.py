@@ -25,10 +25,15 @@ judge also compares the last gradient of each loop with the exact one at the sam
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import multiprocessing
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +80,9 @@ class Args:
     """folder of trained weights: what it lacks is trained"""
     out: Path = Path("out/benchmark-zoo")
     threads: int = 2
+    """of each job"""
+    jobs: int = 1
+    """models that are attacked at a time"""
 
 
 @dataclass
@@ -245,17 +253,42 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
     return {"kind": kind, **facts, "peer": best, "runs": every}
 
 
+def told(args: Args, kind: str) -> tuple[dict[str, Any], str]:
+    """What there is to keep of a kind, and to print. For a process of its own."""
+    prepare(args)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        found = run_kind(args, kind)
+    return found, text.getvalue()
+
+
+def prepare(args: Args) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+
+
 def main(args: Args) -> None:
     if unknown := set(args.kinds) - set(KINDS):
         raise SystemExit(f"no such kind: {sorted(unknown)}. There are {', '.join(KINDS)}")
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for kind in args.kinds:
-        results.append(run_kind(args, kind))
+    results: list[dict[str, Any]] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        results.append(found)
         record = {"samples": args.samples, "results": results}
         write_json(args.out / "results.json", record)
+
+    if args.jobs > 1:
+        for kind in args.kinds:  # two may share weights, which must not be trained twice
+            load(kind, 1, args.cache)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+            for found, text in pool.map(partial(told, args), args.kinds):
+                print(text, end="", flush=True)
+                keep(found)
+    else:
+        for kind in args.kinds:
+            prepare(args)
+            keep(run_kind(args, kind))
     print(f"\nwritten: {args.out}/results.json")
 
 
