@@ -76,7 +76,8 @@ class Joint(Method):
     own solve, which starts anew, does not find. So slow rows in which z or μ has not settled at
     some v are solved from the initial state ``anchors`` times during the run. They go on from there
     where that is elsewhere. What they were worth is then forgotten, but for the best v that such a
-    solve was at, which is judged at the end too.
+    solve was at, which is judged at the end too. A solve ends at 1 % of its first residual, or
+    after max(15, max_iter / 2) evaluations of f.
 
     Without a ball v settles, and the history of z, μ and v helps it to. With ``mixing``
     "quasi-newton" v takes L-BFGS steps, and z and μ follow along their secants
