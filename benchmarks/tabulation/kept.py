@@ -28,7 +28,8 @@ _GARMENTS = (
     "--repeats 1"
 )
 
-_ZOO = "python benchmarks/zoo.py --threads 1 --iterations 80 --kinds"
+_ZOO = "python benchmarks/zoo.py --threads 1"
+_HARD = "--iterations 80 --kinds"
 _DAMPED = [f"damped-hard-{a}" for a in (0.15, 0.3, 1, 2, 2.2)]
 
 COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
@@ -40,10 +41,10 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "scaling": "python benchmarks/scaling.py",
     "precision": "python benchmarks/precision.py --data DIR",
     "zoo": (
-        f"{_ZOO} tutorial mdeq mdeq-dropout mondeq-plain mondeq-forward-backward "
+        f"{_ZOO} {_HARD} tutorial mdeq mdeq-dropout mondeq-plain mondeq-forward-backward "
         "mondeq-peaceman-rachford unfolded-pgd gradient-descent transformer graph inr"
     ),
-    "damped": f"{_ZOO} {' '.join(_DAMPED)}",
+    "damped": f"{_ZOO} --jobs 2 {_HARD} {' '.join(_DAMPED)}",
     "robustness": "jiio evaluate --images 500 --eps 0.125 0.25 0.5",
     "robustness-garments": (
         "jiio evaluate --weights fashion-mnist --data DIR --images 200 --eps 0.25"
