@@ -31,9 +31,8 @@ import math
 import multiprocessing
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,9 +209,15 @@ def own_evaluations(case: Case) -> float:
     return counter.f_evals / len(case.x)
 
 
+def loaded(args: Args, kind: str, samples: int) -> Case:
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    return load(kind, samples, args.cache)
+
+
 def run_kind(args: Args, kind: str) -> dict[str, Any]:
     begin = time.perf_counter()
-    case = load(kind, args.samples, args.cache)
+    case = loaded(args, kind, args.samples)
     ready = time.perf_counter() - begin
     judge = Judge(case)
     clean = judge(case.x)
@@ -255,15 +260,9 @@ def run_kind(args: Args, kind: str) -> dict[str, Any]:
 
 def told(args: Args, kind: str) -> tuple[dict[str, Any], str]:
     """What there is to keep of a kind, and to print. For a process of its own."""
-    prepare(args)
     with contextlib.redirect_stdout(io.StringIO()) as text:
         found = run_kind(args, kind)
     return found, text.getvalue()
-
-
-def prepare(args: Args) -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
 
 
 def main(args: Args) -> None:
@@ -274,20 +273,21 @@ def main(args: Args) -> None:
 
     def keep(found: dict[str, Any]) -> None:
         results.append(found)
+        results.sort(key=lambda result: args.kinds.index(result["kind"]))
         record = {"samples": args.samples, "results": results}
         write_json(args.out / "results.json", record)
 
     if args.jobs > 1:
         for kind in args.kinds:  # two may share weights, which must not be trained twice
-            load(kind, 1, args.cache)
+            loaded(args, kind, 1)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-            for found, text in pool.map(partial(told, args), args.kinds):
+            for job in as_completed([pool.submit(told, args, kind) for kind in args.kinds]):
+                found, text = job.result()
                 print(text, end="", flush=True)
                 keep(found)
     else:
         for kind in args.kinds:
-            prepare(args)
             keep(run_kind(args, kind))
     print(f"\nwritten: {args.out}/results.json")
 
