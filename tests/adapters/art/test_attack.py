@@ -69,8 +69,6 @@ def test_fools_the_classifier_and_says_what_it_cost(
     products = Joint().max_iter + Joint().max_iter // 4  # a quarter take a second one
     assert counter.vjps == record.vjps.sum()
     assert (record.vjps >= products).all()
-    if p > 1:  # steps along one pixel at a time shift the state by so much that all need more
-        assert record.vjps.min() == products
     assert (record.vjps <= Joint().max_iter * Joint().max_adjoint_steps).all()
     assert counter.f_evals == record.f_evals.sum() > record.vjps.sum()
     assert (record.verification_f_evals > 0).all()
@@ -80,6 +78,11 @@ def test_fools_the_classifier_and_says_what_it_cost(
     assert (record.z_residual < 1e-4).all()
     assert (record.costate_residual > 0).all()
     assert np.median(record.costate_residual) < 0.5
+    if p == 1:  # in this ball all images need more, in half of it one does not
+        attack.set_params(eps=EPS[p] / 2)
+        attack.generate(x, y)
+    assert attack.solution is not None
+    assert attack.solution.vjps.min() == products
     assert f"{followed.sum()} × CONVERGED" in record.report()
     price = (record.f_evals + record.vjps).mean()
     assert f"price per row: {price:.3g} evaluations of f and VJPs, as much as" in record.report()
