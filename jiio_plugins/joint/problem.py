@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 Objective = Callable[[Any], Tensor]
 Found = TypeVar("Found")
 
-_WARM = 1e-2  # relative residual of a state to start with
+# Relative residual of a state to start with. In a ball the first step on v is the longest, and it
+# moves z by more. A state that is given is near already.
+_WARM, _WARM_IN_A_BALL = 1e-2, 0.1
 
 
 @dataclass(frozen=True)
@@ -373,15 +375,15 @@ class Problem:
         found = self.on_some(solve, rows)
         return solve(None, None).restrict(rows) if found is None else found
 
-    def warm_up(self, v: Tensor, max_iter: int, tol: float = _WARM) -> WarmUp:
+    def warm_up(self, v: Tensor, max_iter: int) -> WarmUp:
         """A state to start with: the one given or the initial one, some steps on.
 
         Where all rows start at the same input, one is solved for all.
 
         Args:
             v: the variable, ``(problems, d)``.
-            max_iter: steps at most. A row that reaches the tolerance needs fewer.
-            tol: relative residual, of a state that was given 1e-2 at most: it is near already.
+            max_iter: steps at most. A row that reaches a relative residual of 0.1 in a ball, else
+                or with a state given 1e-2, needs fewer.
         """
         unknown = torch.zeros(self.rows, device=v.device)
         if self.fixed is not None:
@@ -389,14 +391,13 @@ class Problem:
         known = None if self.state is None else self.state.z
         if known is not None and not max_iter:
             return WarmUp(known, unknown)
-        if known is not None:
-            tol = min(tol, _WARM)
-        solver = Anderson(max_iter=max(1, max_iter), tol=tol)
+        near = known is not None or self.feasible.radius is None
+        solver = Anderson(max_iter=max(1, max_iter), tol=_WARM if near else _WARM_IN_A_BALL)
         shared = known is None and self._one_start()
         rows = torch.zeros(1, dtype=torch.long, device=v.device) if shared else None
         found = self.solve(v, solver, known, rows)
         if shared and not self.row_separable:  # it was seen just now
-            return self.warm_up(v, max_iter, tol)
+            return self.warm_up(v, max_iter)
         self.pay(f_evals=found.evals / self.rows if shared else found.evals)
         # one step further for free, unless it is the step that overflows
         z = torch.where(torch.isfinite(found.fz), found.fz, found.z)

@@ -57,9 +57,9 @@ class Method(abc.ABC):
         final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
             step_size, so that a short run ends in a long step. Without one it is step_size.
         warmup: forward-only evaluations of f before the first step, at most. A row that reaches a
-            relative residual of 1e-2 needs fewer, in :class:`Joint` with a ball one of 0.1, unless
-            a state is given. The adjoint at a state far from the fixed point is noise. 0 is for a
-            state to start with that is a fixed point already. Without a state it counts as 1.
+            relative residual of 0.1 with a ball, else or with a state given 1e-2, needs fewer. The
+            adjoint at a state far from the fixed point is noise. 0 is for a state to start with
+            that is a fixed point already. Without a state it counts as 1.
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. v and the solvers' states stay as they are, and so does the final
             verification. None: as the model is.

@@ -42,19 +42,17 @@ class JointIteration(Iteration):
             None: all.
         leaves: whether this is what becomes of rows that have finished. Else the kind of iteration
             keeps them itself.
-        warm: relative residual of a state to start with.
         ends: names of what is known of a row when it leaves.
         per_row: names of what a kind of iteration keeps per row besides.
     """
 
     leaves = False
-    warm = 1e-2
     ends: tuple[str, ...] = ("z", "mu", "jz_mu", "mu_residual")
     per_row: tuple[str, ...] = ()
 
     def __init__(self, method: Method, problem: Problem) -> None:
         self.method, self.problem = method, problem
-        self.z, self.rate = problem.warm_up(problem.v_start, method.warmup, self.warm)
+        self.z, self.rate = problem.warm_up(problem.v_start, method.warmup)
         known = None if problem.state is None else problem.state.jz_mu
         self.jz_mu = torch.zeros_like(self.z) if known is None else known
         self.vjp_twice = 0  # iterations at the beginning that take a second VJP

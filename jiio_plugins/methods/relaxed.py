@@ -43,9 +43,9 @@ _GROWN = 1.0  # unless it is no smaller than this: J_zᵀ makes μ larger
 _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
 _LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
-# Evaluations of f that an anchor may take: it need only tell one fixed point from another, and the
-# more the longer the run is, of which it is to be worth a share.
-_ANCHOR_LEAST, _ANCHOR_SHARE = 15, 0.5
+# Evaluations of f that an anchor may take in any run: it need only tell one fixed point from
+# another. In a long one it may take half as many as there are iterations.
+_ANCHOR_LEAST = 15
 _ELSEWHERE = 0.1  # z further than this from the anchor (relative) is at another fixed point
 _NEAR = 0.1  # a step on v of less than this share of its way from the center hardly turns gradients
 
@@ -82,7 +82,6 @@ class Relaxed(JointIteration):
     """
 
     leaves = True
-    warm = 0.1  # the first step on v is the longest, and moves z by more
     ends = (*JointIteration.ends, "slow")
     per_row = ("omega", "slow", "unsure")
     carried = (*Iteration.carried, *per_row, "v_last")
@@ -109,8 +108,7 @@ class Relaxed(JointIteration):
         fresh = problem.state is None and not problem.variable.repeatable
         parts = min(following.anchors, method.max_iter // _ANCHORED) + 1 if fresh else 1
         self.anchors = {round(k * method.max_iter / parts) for k in range(1, parts)}
-        most = max(_ANCHOR_LEAST, int(_ANCHOR_SHARE * method.max_iter))
-        self.anchor = _Anchor(max_iter=most, tol=0.0)
+        self.anchor = _Anchor(max_iter=max(_ANCHOR_LEAST, method.max_iter // 2), tol=0.0)
         self.inverse: SecantInverse | None = None
         self.recalled: Tensor | None = None  # the rows that these are of, None: all
         self.mu_last: tuple[Tensor, Tensor, Tensor] | None = None  # μ, (J_zᵀ − I) μ, slow rows
