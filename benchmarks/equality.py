@@ -141,7 +141,7 @@ def classifier(name: str, x: Tensor, y: Tensor, eps: float, eps_inf: float) -> I
     yield from parts(f"{name}, attack", retried)
     stopped = attack(model, few, some, training_mode=True, early_stop=True, **limits)
     yield from parts(f"{name}, train mode", stopped)
-    step = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
+    step = Joint(max_iter=7, step_size=2.0, warmup=2, adjoint_warmup=6, relaxation=1.2)
     inner = joint_solution(model, few, away(some), method=step, constraint=ball)
     yield from parts(f"{name}, training", inner)
 

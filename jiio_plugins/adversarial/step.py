@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
-# converged. Of the warm-up two will do: the loss found is the same.
-TRAINING_METHOD = Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)
+# converged. Of the warm-up two will do: the loss found is the same. Longer steps on the images, the
+# default of so short a run, leave z too far behind.
+TRAINING_METHOD = Joint(max_iter=7, step_size=2.0, warmup=2, adjoint_warmup=6, relaxation=1.2)
 
 
 # From images that an earlier search left, which are hard already. Steps of ε from the first to the
@@ -154,9 +155,9 @@ class AdversarialTraining:
         lower: least pixel value, a number or broadcastable to x. None: no bound.
         upper: largest pixel value, likewise.
         method: of the inner problem. The default is
-            ``Joint(max_iter=7, warmup=2, adjoint_warmup=6, relaxation=1.2)``: short, and with less
-            over-relaxation than an attack. That keeps z nearer to its fixed point while it is
-            trained.
+            ``Joint(max_iter=7, step_size=2.0, warmup=2, adjoint_warmup=6, relaxation=1.2)``: short,
+            and with shorter steps and less over-relaxation than an attack. That keeps z nearer to
+            its fixed point while it is trained.
         random_start: start in the ball at random instead of at the image. TRADES always does.
         ratio: share of each batch that is attacked, in (0, 1]. The rest stays clean.
         trades: β. None: no TRADES.

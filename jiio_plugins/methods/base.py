@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from jiio_plugins.joint.problem import Problem
     from jiio_plugins.methods.records import Callback, MethodResult, Stop
 
+# α_0 by default, in units of ε. In an L2 ball a short run takes longer steps, so that all of them
+# together are about as long as half of _WAY.
+_FIRST, _LONGEST, _WAY = 2.0, 3.0, 30.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
@@ -53,9 +57,11 @@ class Method(abc.ABC):
         max_iter: steps on v. Without a ball :class:`Joint` returns no iterate that it has not
             evaluated: the last of them is not taken.
         step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
-            v²/objective. None: 2.0 with a ball, 0.1 without.
+            v²/objective. None: 2.0 with a ball, but 30 / max_iter up to 3.0 in an L2 ball, where a
+            short run goes further by longer steps. 0.1 without one.
         final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
-            step_size, so that a short run ends in a long step. Without one it is step_size.
+            step_size (of 2.0, where that is None), so that a short run ends in a long step.
+            Without one it is step_size.
         warmup: forward-only evaluations of f before the first step, at most. A row that reaches a
             relative residual of 0.1 with a ball, else or with a state given 1e-2, needs fewer. The
             adjoint at a state far from the fixed point is noise. 0 is for a state to start with
@@ -159,12 +165,13 @@ class Method(abc.ABC):
         has_ball = feasible.radius is not None
         first = self.step_size
         if first is None:
-            first = 2.0 if has_ball else 0.1
-        first = _column(first, like)
+            first = _FIRST if has_ball else 0.1
         last = self.final_step_size
         if last is None:
             last = first * (0.8 / self.max_iter) if has_ball else first
-        last = _column(last, like)
+        if self.step_size is None and feasible.norm == 2:
+            first = min(max(_FIRST, _WAY / self.max_iter), _LONGEST)
+        first, last = _column(first, like), _column(last, like)
         for name, value in (("step_size", first), ("final_step_size", last)):
             if len(value) not in (1, len(like)):
                 raise ValueError(

@@ -33,9 +33,10 @@ class Nested(Method):
     Args:
         max_iter: steps on v.
         step_size: α_0 in units of ε, a number or one per problem. Without a ball α, in units of
-            v²/objective. None: 2.0 with a ball, 0.1 without.
+            v²/objective. None: 2.0 with a ball, but 30 / max_iter up to 3.0 in an L2 ball, and 0.1
+            without one.
         final_step_size: α at the last step, in the same units. None: with a ball 0.8 / max_iter of
-            step_size, without one step_size.
+            step_size (of 2.0, where that is None), without one step_size.
         warmup: forward-only evaluations of f before the first step, at most, see :class:`Method`.
             Unused without ``warm_start``.
         precision: dtype in which the loop runs the model under autocast, such as

@@ -17,6 +17,7 @@ from jiio_plugins import (
     Equilibrium,
     Joint,
     L2Ball,
+    LinfBall,
     Nested,
     Solution,
     Unrolled,
@@ -170,15 +171,20 @@ def test_step_sizes_per_problem() -> None:
 
 
 @pytest.mark.parametrize("make", [Joint, partial(Nested, warm_start=True)])
-@pytest.mark.parametrize("iterations", [1, 4, 40])
-def test_steps_in_a_ball_fall_from_twice_the_radius(make: Any, iterations: int) -> None:
+@pytest.mark.parametrize(("iterations", "first"), [(1, 3.0), (4, 3.0), (12, 2.5), (40, 2.0)])
+@pytest.mark.parametrize("ball", [L2Ball, LinfBall])
+def test_steps_in_a_ball_fall_from_twice_the_radius_or_more(
+    ball: Any, iterations: int, first: float, make: Any
+) -> None:
     x = rand(3, 5, seed=1)
-    feasible = L2Ball(0.5).bind(x)
+    feasible = ball(0.5).bind(x)
     lengths = torch.cat(make(max_iter=iterations).steps(feasible, x), dim=1)
-    assert torch.all(lengths[:, 0] == 1.0)
+    assert torch.all(lengths[:, 0] == 0.5 * (first if ball is L2Ball else 2.0))
     if iterations > 1:
         assert torch.allclose(lengths[:, -1], x.new_tensor(0.8 / iterations))
         assert bool((lengths.diff(dim=1) < 0).all())
+    given = torch.cat(make(max_iter=iterations, step_size=1.5).steps(feasible, x), dim=1)
+    assert torch.all(given[:, 0] == 0.75)
 
 
 @pytest.mark.parametrize(
