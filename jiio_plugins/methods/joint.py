@@ -49,6 +49,8 @@ class Joint(Method):
     - The adjoint carries ``J_zᵀμ`` rather than μ, so that it always holds the current ∂ℓ/∂z.
     - The head sees f(z, v) rather than z, a state one step further that is there anyway.
     - With a ball there are two evaluations of f for each VJP. ``state_steps=1`` is the paper's one.
+      A row whose residual of z is below an eighth of that of μ takes the one with the graph alone,
+      as its gradient hangs on μ. That is on a CPU, where rows can be told apart.
     - The adjoint takes a second step while v makes its longest steps.
     - z is over-relaxed where the paper damps it.
     - While v moves by normalised steps there is no mixing over the history.
@@ -98,7 +100,7 @@ class Joint(Method):
         warmup: forward-only evaluations of f before the first step, at most, see :class:`Method`.
         precision: dtype in which the loop runs the model under autocast, such as
             ``torch.bfloat16``. None: as the model is.
-        state_steps: evaluations of f an iteration. Where there is mixing it is one.
+        state_steps: evaluations of f an iteration, at most. Where there is mixing it is one.
         max_state_steps: the same of a slow row, at most. No more than ``state_steps`` switches the
             control off: all rows then count as fast.
         max_adjoint_steps: VJPs an iteration of a slow row, at most.

@@ -41,6 +41,8 @@ _GROWN = 1.0  # unless it is no smaller than this: J_zᵀ makes μ larger
 # rest, what they are off by is more and more of what is left to be gained. The first step is the
 # longest, and the loss at the start is told from there.
 _SETTLED_FIRST, _SETTLED_THEN, _SETTLED_LAST = 0.02, 0.1, 0.02
+# A fast row takes no step on z alone where its residual is below this share of that of μ.
+_AHEAD = 0.125
 _LOOSER = 2.0  # z, times that: the adjoint is what the step on v hangs on
 _ANCHORED = 5  # iterations that an anchor serves at least: it costs as much as they do
 # Evaluations of f that an anchor may take in any run: it need only tell one fixed point from
@@ -75,6 +77,8 @@ class Relaxed(JointIteration):
     Attributes:
         omega: length of the relaxed steps, ``(rows, 1)``. It is halved where it proves too long.
         slow: rows whose z and μ are settled at each v, bool ``(rows,)``.
+        spares: whether a fast row may do without steps on z.
+        lags: rows whose z is not well ahead of μ, bool ``(rows,)``.
         unsure: slow rows whose z may have gone over to another fixed point, bool ``(rows,)``: it or
             μ has not settled at some v, or z was at another one when that was last looked at.
         v_last: where the last gradient was taken, ``(problems, d)``.
@@ -83,8 +87,8 @@ class Relaxed(JointIteration):
 
     leaves = True
     ends = (*JointIteration.ends, "slow")
-    per_row = ("omega", "slow", "unsure")
-    carried = (*Iteration.carried, *per_row, "v_last")
+    per_row = ("omega", "slow", "unsure", "lags")
+    carried = (*Iteration.carried, "omega", "slow", "unsure", "v_last")
 
     def __init__(
         self, method: Method, problem: Problem, following: Following, capture: bool = False
@@ -101,6 +105,10 @@ class Relaxed(JointIteration):
         self.controlled = layers and following.max_state_steps > following.state_steps > 1
         self.slow = (self.rate > _SLOW) & self.controlled
         self.unsure = torch.zeros_like(self.slow)
+        # on an accelerator, and where rows cannot be told apart, a step left out saves nothing
+        apart = self.z.device.type == "cpu" and problem.row_separable
+        self.spares = self.controlled and apart
+        self.lags = torch.ones_like(self.slow)
         self.some_slow = HostFlag(self.z.device, known=True)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
         # initial state no longer finds. Given a state, that is what z is meant to follow. In train
@@ -160,13 +168,14 @@ class Relaxed(JointIteration):
         following = self.following
         if following.state_steps == 1 or not self.problem.layout.layouts:
             return None
+        lags = self.lags if self.spares and k > 1 else None  # the first step on v is the longest
         if self.control:
             most = following.max_state_steps - 1 + (0 if k else following.max_state_steps)
             slow = self.slow & (active > 0)
             steps = following.state_steps - 1 if k else 0
             share = _LOOSER * self.share
-            return StateSteps(steps, self.omega, slow, most, share, self.method.precision)
-        return StateSteps(following.state_steps - 1, self.omega) if k else None
+            return StateSteps(steps, self.omega, slow, most, share, self.method.precision, lags)
+        return StateSteps(following.state_steps - 1, self.omega, lags=lags) if k else None
 
     def second_product(self, linearized: Linearization, dl_dz: Tensor, active: Tensor) -> None:
         """None for slow rows, which take as many as they need."""
@@ -288,6 +297,9 @@ class Relaxed(JointIteration):
             parts = split(self.r)
             shrank = self.before.shrank([size] if len(parts) == 1 else [*map(row_norm, parts)])
             self.omega = torch.where(shrank, self.omega, (self.omega / 2).clamp(min=0.1))
+        if self.spares:
+            ahead = relative(self.r, self.linearized.fz) < _AHEAD * self.mu_residual
+            self.lags = ~ahead  # where either is NaN too
         # a row in which something is NaN or Inf goes back to where the iteration began
         self.z = by_row(size < torch.inf, torch.addcmul(z, self.omega, self.r), self.z_start)
         self.z_start = self.z  # the old one need not outlive this

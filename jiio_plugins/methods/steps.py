@@ -36,6 +36,7 @@ class StateSteps:
         most: mixed steps at most.
         share: a slow row stops where a mixed step moves z by less than this share of its size.
         precision: dtype in which f is computed. None: that of the state.
+        lags: fast rows that take their steps, bool ``(rows,)``. The others take none. None: all do.
 
     Attributes:
         evals: evaluations of f so far, all layers together, a number or ``(rows,)``.
@@ -52,11 +53,15 @@ class StateSteps:
         most: int = 0,
         share: float = 0.0,
         precision: torch.dtype | None = None,
+        lags: Tensor | None = None,
     ) -> None:
         self.steps, self.omega, self.slow, self.most = steps, omega, slow, most
         self.share, self.precision = share, precision
-        self.evals: Tensor | float = 0.0  # as many in each row
+        self.fast, self.together = lags, lags is None or bool(lags.all())
         if slow is not None:
+            self.fast = ~slow if lags is None else lags & ~slow
+        self.evals: Tensor | float = 0.0  # as many in each row
+        if self.fast is not None:
             self.evals = torch.zeros(len(omega), device=omega.device)
         self.sizes: list[Tensor] = []
         self.apart: tuple[Tensor, Tensor] | None = None
@@ -65,11 +70,11 @@ class StateSteps:
     @torch.no_grad()
     def __call__(self, f: FlatMap, z: Tensor) -> Tensor:
         """One layer's flat state, taken on."""
-        fast = _Rows(f, None if self.slow is None else ~self.slow, z)
+        fast = _Rows(f, self.fast, z)
         slow = None if self.slow is None else _Rows(f, self.slow, z)
-        first = None  # residual of all rows, where both kinds begin with one
-        if slow is not None and self.steps and self.most and not (fast.none or slow.none):
-            first = f(z) - z
+        # residual of all rows, where all begin with one
+        together = self.together and self.steps and self.most
+        first = f(z) - z if together and not (fast.none or slow is None or slow.none) else None
         start, size = z, None
         if self.steps and not fast.none:
             moved, size = self._relaxed(fast, start, first)
@@ -86,8 +91,9 @@ class StateSteps:
             evals = self.evals
             self.evals = settled.rows.put(evals, settled.rows.take(evals) + settled.evals)
             self.apart = None
-            if fast.index is not None and slow.index is not None:
-                self.apart = fast.index, slow.index
+            if slow.index is not None:
+                assert slow.mask is not None
+                self.apart = (~slow.mask).nonzero().squeeze(1), slow.index
         return z
 
     def _relaxed(self, rows: _Rows, z: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
