@@ -41,7 +41,7 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
     "scaling": "python benchmarks/scaling.py",
     "precision": "python benchmarks/precision.py --data DIR",
     "zoo": (
-        f"{_ZOO} {_HARD} tutorial mdeq mdeq-dropout mondeq-plain mondeq-forward-backward "
+        f"{_ZOO} --jobs 2 {_HARD} tutorial mdeq mdeq-dropout mondeq-plain mondeq-forward-backward "
         "mondeq-peaceman-rachford unfolded-pgd gradient-descent transformer graph inr"
     ),
     "damped": f"{_ZOO} --jobs 2 {_HARD} {' '.join(_DAMPED)}",
