@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Two evaluations of f an iteration: where z lags behind x, a cell learns to classify before it has
-# converged. Of the warm-up two will do: the loss found is the same. Longer steps on the images, the
-# default of so short a run, leave z too far behind.
+# Two evaluations of f an iteration, unless z is well ahead of μ: where z lags behind x, a cell
+# learns to classify before it has converged. Of the warm-up two will do: the loss found is the
+# same. Longer steps on the images, the default of so short a run, leave z too far behind.
 TRAINING_METHOD = Joint(max_iter=7, step_size=2.0, warmup=2, adjoint_warmup=6, relaxation=1.2)
 
 
