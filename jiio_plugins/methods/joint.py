@@ -53,6 +53,8 @@ class Joint(Method):
       as its gradient hangs on μ. That is on a CPU, where rows can be told apart.
     - The adjoint takes a second step while v makes its longest steps.
     - z is over-relaxed where the paper damps it.
+    - In an L2 ball a v that swings about its point of rest takes shorter steps, see
+      :func:`jiio_plugins.methods.swings.overshoot`. That too is on a CPU.
     - While v moves by normalised steps there is no mixing over the history.
 
     The two residuals at one v tell whether ω is too long for a row. If a layer's second is not

@@ -20,6 +20,7 @@ from jiio_plugins.methods.iteration import JointIteration
 from jiio_plugins.methods.records import Followed
 from jiio_plugins.methods.round import Iteration
 from jiio_plugins.methods.steps import MEMORY, StateSteps
+from jiio_plugins.methods.swings import overshoot, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,10 @@ class Relaxed(JointIteration):
         lags: rows whose z is not well ahead of μ, bool ``(rows,)``.
         unsure: slow rows whose z may have gone over to another fixed point, bool ``(rows,)``: it or
             μ has not settled at some v, or z was at another one when that was last looked at.
+        shortens: whether steps on v are shortened where it swings.
+        overshoot: by how much whole moves of v are too long, ``(problems, 1)``.
         v_last: where the last gradient was taken, ``(problems, d)``.
+        v_before: where the one before it was taken, likewise.
         z_start: state before it was taken on at this v, ``(rows, n)``.
     """
 
@@ -106,8 +110,13 @@ class Relaxed(JointIteration):
         self.slow = (self.rate > _SLOW) & self.controlled
         self.unsure = torch.zeros_like(self.slow)
         # on an accelerator, and where rows cannot be told apart, a step left out saves nothing
-        apart = self.z.device.type == "cpu" and problem.row_separable
-        self.spares = self.controlled and apart
+        on_cpu = self.z.device.type == "cpu"
+        self.spares = self.controlled and on_cpu and problem.row_separable
+        self.v_last, self.overshoot = problem.v_start, torch.ones_like(problem.v_start[:, :1])
+        # on an accelerator the operations that tell a swing cost about what they save
+        self.shortens = self.controlled and on_cpu and problem.feasible.norm == 2
+        if self.shortens:
+            self.carried = (*self.carried, "overshoot")
         self.lags = torch.ones_like(self.slow)
         self.some_slow = HostFlag(self.z.device, known=True)
         # z follows v from where it is, and so it may stay with a fixed point that a solve from the
@@ -123,7 +132,7 @@ class Relaxed(JointIteration):
 
     def prepare(self, k: int, v: Tensor, active: Tensor) -> None:
         """See :class:`JointIteration`. Whether there are slow rows, and how far they settle."""
-        last, self.v_last = self.method.max_iter - 1, v
+        last, self.v_before, self.v_last = self.method.max_iter - 1, self.v_last, v
         self.first, part = k == 0 and last > _BEGIN, k / max(1, last)  # few steps cannot spare one
         self.share = _SETTLED_THEN ** (1 - part) * _SETTLED_LAST**part if k else _SETTLED_FIRST
         self.adjoint_begun = k > _BEGIN
@@ -131,6 +140,21 @@ class Relaxed(JointIteration):
         if k in self.anchors and self.control and not surely_none(self.unsure):
             self._anchor(v, active)
         self.z_start = self.z
+
+    def move(
+        self, v: Tensor, step: Tensor, to: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Iteration`."""
+        radius, known = self.problem.feasible.radius, self.overshoot
+        if not self.shortens or radius is None:
+            return super().move(v, step, to)
+        length = shortened(step, radius, known)
+        v_next = to(length)
+        self.overshoot = overshoot(v_next - v, v - self.v_before, known)
+        if torch.equal(self.overshoot, known):
+            return length, v_next
+        length = shortened(step, radius, self.overshoot)
+        return length, to(length)
 
     def _any_slow(self) -> bool:
         """Whether there may be slow rows."""

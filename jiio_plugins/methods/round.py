@@ -58,6 +58,21 @@ class Iteration(abc.ABC):
             active: 1 for the rows that still cost something, else 0, ``(rows,)``.
         """
 
+    def move(
+        self, v: Tensor, step: Tensor, to: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The step on v, and where it ends. Here it is as long as the schedule says.
+
+        Args:
+            v: where it starts, ``(problems, d)``.
+            step: its length by the schedule, ``(1 or problems, 1)``.
+            to: ``length -> v⁺`` in the constraint set, ``(problems, d)``.
+
+        Returns:
+            Its length, ``(1 or problems, 1)``, and v⁺.
+        """
+        return step, to(step)
+
     def advance(self, at: Evaluation, v: Tensor, v_next: Tensor, best: BestSoFar) -> Tensor:
         """Take z and μ along with v, and say where v goes. Here that is ``v_next``.
 
@@ -162,7 +177,10 @@ class Round:
         if self.callback is not None:
             known = at.z_residual, at.z, at.mu_residual
             self.callback(Progress(k, v, at.gradient, at.loss, *known))
-        v_next = feasible.project(torch.addcmul(v, step, self.direction(at.gradient, v)))
+        direction = self.direction(at.gradient, v)
+        step, v_next = iteration.move(
+            v, step, lambda length: feasible.project(torch.addcmul(v, length, direction))
+        )
         if feasible.norm not in (None, 1) and self.gap_tol:
             small = _gains_little(self.gap_tol, feasible, at.gradient, step, v, v_next)
             if not surely_none(small):

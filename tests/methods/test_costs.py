@@ -43,9 +43,10 @@ def test_costs_are_those_that_happened() -> None:
             spy.rows.clear()
             with torch.no_grad():
                 model(solution.x)
-            # the verification is one call of the model and a tight solve from where it ended
+            # the verification is one call of the model and a tight solve from where it ended, which
+            # takes no more than another call
             verification = float(solution.stats.verification_f_evals.sum())
-            assert spy.total < verification < 2 * spy.total
+            assert spy.total < verification <= 2 * spy.total
             assert float(solution.stats.f_evals.sum()) == happened - verification
             # one row: the counter sees the same, never twice
             assert counter.f_evals == float(solution.stats.f_evals.sum())
