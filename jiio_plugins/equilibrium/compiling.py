@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -15,13 +16,40 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+class _ForceEager:
+    """Sets PyTorch's stance, which is one for all threads, while any block is open.
+
+    The first block sets it, and the last one puts back what was there. If each put back what it had
+    found, a thread that ends after another would leave the process without a compiler.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._stance is None:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._open += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_force_eager = _ForceEager()
+
+
+def uncompiled() -> AbstractContextManager[None]:
     """In its block ``torch.compile`` has no effect: what is run may be differentiated repeatedly.
 
     The graph of compiled code can be walked once only. Code without a graph stays compiled.
     """
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
+    return _force_eager
 
 
 def never_compiled(forward: Callable[P, T]) -> Callable[P, T]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jiio_plugins import Joint, L2Ball, Nested, optimize_input
+from jiio_plugins.equilibrium import uncompiled
 from tests.cases import squared
 from tests.helpers import Net, TanhCell, assert_same, gradients, input_gradient, linear, rand
 from tests.joint.test_guard import snapshot
@@ -59,6 +60,27 @@ def test_compiled_code_whose_graph_can_be_walked_once(part: str) -> None:
                 for m, loss in ((net, squared), (compiled, objective))
             )
             torch.testing.assert_close(found.x, plain.x, rtol=1e-6, atol=1e-6)
+
+
+def test_threads_leave_the_compiler_on() -> None:
+    """The block that began first ends first. It must not put back what the other found."""
+    torch._dynamo.reset()
+    compiled: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda t: 2 * t, backend=backend)
+    one, other = uncompiled(), uncompiled()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert not compiled
+    other.__exit__(None, None, None)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert compiled
 
 
 def test_compile_with_fullgraph_raises() -> None:
