@@ -145,9 +145,10 @@ class Relaxed(JointIteration):
         self, v: Tensor, step: Tensor, to: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Iteration`."""
-        radius, known = self.problem.feasible.radius, self.overshoot
-        if not self.shortens or radius is None:
+        if not self.shortens:
             return super().move(v, step, to)
+        radius, known = self.problem.feasible.radius, self.overshoot
+        assert radius is not None
         length = shortened(step, radius, known)
         v_next = to(length)
         self.overshoot = overshoot(v_next - v, v - self.v_before, known)

@@ -30,7 +30,7 @@ def overshoot(move: Tensor, last: Tensor, known: Tensor) -> Tensor:
     return torch.where(parallel, (known * (1 - along / size)).clamp(1, _LARGEST), known)
 
 
-def shortened(step: Tensor, radius: Tensor, overshoot: Tensor) -> Tensor:
+def shortened(step: Tensor, radius: Tensor, known: Tensor) -> Tensor:
     """The step whose move is a share 1/κ of a whole one, ``(problems, 1)``.
 
     On a sphere a step of length αε turns v − c towards d by about α / (1 + α) of the angle between
@@ -39,6 +39,6 @@ def shortened(step: Tensor, radius: Tensor, overshoot: Tensor) -> Tensor:
     Args:
         step: αε, ``(1 or problems, 1)``.
         radius: ε, ``(problems, 1)``.
-        overshoot: κ, ``(problems, 1)``.
+        known: κ, ``(problems, 1)``.
     """
-    return step / (overshoot + (overshoot - 1) * (step / radius))
+    return step / (known + (known - 1) * (step / radius))
