@@ -26,7 +26,7 @@ ARGUMENTS = {  # a small run where the default one takes long
     "learn2learn_sinusoid.py": ["--iterations", "5", "--meta-batch-size", "2"],
     "torchattacks_attack.py": ["--images", "10"],
     "torchdeq_attack.py": ["--images", "10", "--epochs", "2"],
-    "train_generator.py": ["--steps", "20"],
+    "train_generator.py": ["--steps", "5"],
     "train_fewshot.py": ["--steps", "2", "--tasks", "2", "--test-tasks", "2"],
     "train_features.py": ["--data", "digits", "--epochs", "1", "--out", "features.safetensors"],
     "train_classifier.py": ["--epochs", "1", "--train-size", "200", "--out", "weights.safetensors"],
