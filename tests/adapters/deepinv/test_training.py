@@ -75,7 +75,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 def test_losses(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (2, *SHAPE[1:]) if name == "ensure_mri" else SHAPE
-    model = small(shape, iters=6 if name == "es" else 15)  # "es" calls it ten times a step
+    model = small(shape, iters=3 if name == "es" else 15)  # "es" calls it ten times a step
     monkeypatch.setattr(dinv.models, "ArtifactRemoval", lambda backbone, device: model)
     physics = dinv.physics.Inpainting(img_size=SHAPE, mask=0.5)
     dataset = loss_tests._dataset(physics, tmp_path, SHAPE, "cpu")
