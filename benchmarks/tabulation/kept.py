@@ -63,7 +63,7 @@ COMMANDS = {  # what is measured: DIR is the folder of Fashion-MNIST
         '"JIIO, 4 iterations, adjoint 2, ω 1.2, step 4" "PGD-7 warm, cap 1, step 4" '
         '"PGD-4 warm, cap 1, step 4, settled" --reference "PGD-4 warm, cap 1, step 4, settled"'
     ),
-    "user-cells": "python benchmarks/user_cells.py --seeds 3",
+    "user-cells": "python benchmarks/user_cells.py --seeds 5",
     "few-shot": (
         "python benchmarks/meta_learning.py --minutes 1 --test-tasks 300 --parts training overhead"
     ),

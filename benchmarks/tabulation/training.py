@@ -82,7 +82,7 @@ def steps(found: dict[str, Any]) -> str:
 
 
 def user_cells(found: dict[str, Any]) -> str:
-    """Cells that are not ours: means over seeds, and robust accuracy of each."""
+    """Cells that are not ours: means over seeds, robust accuracy of each, and how far apart."""
     runs: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for key, value in found.items():
         if "/ seed" in key:
@@ -91,6 +91,10 @@ def user_cells(found: dict[str, Any]) -> str:
     rows = []
     for (kind, name), seeds in runs.items():
         judged = {k: [100 * r["judged"][k] for r in seeds] for k in seeds[0]["judged"]}
+        (peer,) = [run for (other, by), run in runs.items() if other == kind and "PGD" in by]
+        pairs = zip(judged["robust"], peer, strict=True)
+        beyond = [ours - 100 * theirs["judged"]["robust"] for ours, theirs in pairs]
+        error = statistics.stdev(beyond) / len(beyond) ** 0.5
         rows.append(
             [
                 kind,
@@ -98,11 +102,12 @@ def user_cells(found: dict[str, Any]) -> str:
                 f"{statistics.mean(judged['clean']):.1f} %",
                 f"{statistics.mean(judged['robust']):.1f} %",
                 ", ".join(f"{v:.1f}" for v in judged["robust"]) + " %",
+                "" if seeds is peer else f"{statistics.mean(beyond):+.1f} ± {error:.1f}",
                 f"{min(judged['verified']):.1f} %",
                 f"{statistics.mean(r['seconds'] for r in seeds):.0f}",
             ]
         )
-    head = "cell | training | clean | robust | robust, per seed | verified, lowest"
+    head = "cell | training | clean | robust | robust, per seed | minus PGD-7 | verified, lowest"
     return table(f"{head} | CPU s", rows)
 
 
