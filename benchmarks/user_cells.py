@@ -7,8 +7,8 @@ Each model is trained from scratch on scikit-learn's digits, in an L2 ball withi
 * :class:`jiio_art.JIIOAdversarialTrainer` with its defaults, and with each of ``--weights`` as
   ``jacobian_weight``;
 * ART's own ``AdversarialTrainer`` with ART's PGD, through the solves and the gradients that the
-  model itself makes. Same weights to begin with, same images, epochs and batch size. Each seed
-  draws other weights and other shuffles.
+  model itself makes. Same weights to begin with, same images, batches and epochs. Each seed draws
+  other weights and another order, and either moves the result by several points.
 
 Then it is judged on test images, as they are and under
 :func:`jiio_plugins.evaluation.quick_suite`. The columns, in percent:
@@ -40,6 +40,7 @@ import torch
 import torchdeq
 import tyro
 from art.attacks.evasion import ProjectedGradientDescentPyTorch
+from art.data_generators import DataGenerator
 from art.defences.trainer import AdversarialTrainer
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ from zoo_models.classifiers import Classifier, ResNetCell
 
 from jiio_art import JIIOAdversarialTrainer, JIIOAttack
 from jiio_plugins import Anderson, Equilibrium
-from jiio_plugins.adversarial import AdversarialTraining, validate
+from jiio_plugins.adversarial import AdversarialTraining, TensorBatches, validate
 from jiio_plugins.data import load_digits
 from jiio_plugins.evaluation import quick_suite, robust_accuracy
 from jiio_plugins.utils import write_json
@@ -161,9 +162,21 @@ def by_jiio(args: Args, target: PyTorchClassifier, seed: int, **options: Any) ->
     return {"history": trainer.history, "warnings": [str(w.message) for w in said]}
 
 
+class SameBatches(DataGenerator):
+    """The batches that :class:`JIIOAdversarialTrainer` draws, for ART's trainer."""
+
+    def __init__(self, batches: TensorBatches) -> None:
+        super().__init__(len(batches.x), batches.batch_size)
+        self.drawn = (pair for epoch in itertools.count() for pair in batches.epoch(epoch))
+
+    def get_batch(self) -> tuple[Any, ...]:
+        """The next images and labels."""
+        return tuple(t.numpy() for t in next(self.drawn))
+
+
 def by_pgd(args: Args, target: PyTorchClassifier, seed: int) -> dict[str, Any]:
     """Train with ART's own trainer and attack."""
-    x, y = (t[: args.train].numpy() for t in load_digits("train"))
+    x, y = (t[: args.train] for t in load_digits("train"))
     attack = ProjectedGradientDescentPyTorch(
         target,
         norm=2,
@@ -173,9 +186,10 @@ def by_pgd(args: Args, target: PyTorchClassifier, seed: int) -> dict[str, Any]:
         batch_size=args.batch,
         verbose=False,
     )
-    np.random.seed(seed)  # noqa: NPY002 (ART shuffles by it)
+    np.random.seed(seed)  # noqa: NPY002 (ART shuffles a batch by it)
     trainer = AdversarialTrainer(target, attack, ratio=1.0)
-    trainer.fit(x, y, batch_size=args.batch, nb_epochs=args.epochs)
+    batches = SameBatches(TensorBatches(x, y, args.batch, seed=seed))
+    trainer.fit_generator(batches, nb_epochs=args.epochs)
     return {}
 
 
